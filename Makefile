@@ -1,0 +1,43 @@
+# `make help` lists the targets. Everything is installed into .venv from the pinned requirements.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := true
+
+.DEFAULT_GOAL := help
+.PHONY: help demo race test lint format clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/run.stamp: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/run.stamp ## the whole chain on the embedded corpus, on any machine, in minutes
+	$(BIN)/python run_chain.py demo
+
+race: $(VENV)/run.stamp ## the whole chain on RACE with albert-base-v2, on a GPU node
+	$(BIN)/python run_chain.py race
+
+test: $(VENV)/dev.stamp lint ## lint, unit tests, and all five notebooks on a small demo
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp ## ruff, and no notebook with outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify *.ipynb
+
+format: $(VENV)/dev.stamp ## let ruff and nbstripout mend what lint complains about
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/nbstripout *.ipynb
+
+clean: ## remove what running has made: the demo's cache, checkpoints and runs
+	rm -rf cache/demo checkpoints/demo runs/demo

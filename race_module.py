@@ -1,0 +1,300 @@
+"""RaceModule: a LightningModule around a Hugging Face encoder that runs on packed tokens."""
+
+import functools
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
+from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+FAMILIES = ("albert", "bert")
+OPTIONS = 4
+CPU_TOKEN_BUDGET = 4096
+
+
+class RaceModule(pl.LightningModule):
+    """Multiple choice over packed sequences: the loss, the optimizer and the metrics of every stage.
+
+    model: hub name or folder with weights; or config: a configuration (or its dict) for random weights. One of them.
+    token_budget: tokens that go through the device at once; the gradient is that of the whole batch whatever it is.
+    None chooses by device memory. Raises ValueError where the model is no ALBERT or BERT or its weights are missing.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        config: PretrainedConfig | dict | None = None,
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.0,
+        adam_epsilon: float = 1e-8,
+        token_budget: int | None = None,
+    ):
+        super().__init__()
+        if (model is None) == (config is None):
+            raise ValueError("give either model= (a name or folder with weights) or config= (random weights)")
+        self.model = build_model(config) if model is None else load_pretrained(model)
+        self.learning_rate, self.weight_decay, self.adam_epsilon = learning_rate, weight_decay, adam_epsilon
+        self.token_budget = token_budget
+        self.lineage: dict = {}  # where these weights come from; travels in checkpoints
+        self.automatic_optimization = False  # one optimizer step over several parts of a batch
+        optimizer = {"learning_rate": learning_rate, "weight_decay": weight_decay, "adam_epsilon": adam_epsilon}
+        self.save_hyperparameters({"config": self.model.config.to_dict()} | optimizer)
+        self._step_ended = None
+
+    def forward(self, batch) -> torch.Tensor:
+        """PackedBatch of B questions → logits [B, 4]"""
+        config, encoder = self.model.config, self.model.base_model
+        if batch.max_seqlen > config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {batch.max_seqlen} tokens; the model takes {config.max_position_embeddings}"
+            )
+        hidden = encoder.embeddings(
+            input_ids=batch.input_ids[None],
+            token_type_ids=batch.token_type_ids[None],
+            position_ids=batch.position_ids[None],
+        )
+        if config.model_type == "albert":
+            hidden = encoder.encoder.embedding_hidden_mapping_in(hidden)
+        *layers, last = encoder_layers(encoder)
+        for layer in layers:
+            hidden = layer(hidden, None, packing=batch)
+        pooled = last_layer_at_cls(last, hidden, batch)  # [1, 4B, hidden]
+        if config.model_type == "albert":
+            pooled = encoder.pooler_activation(encoder.pooler(pooled))[0]
+        else:
+            pooled = encoder.pooler(pooled.transpose(0, 1))  # it reads position 0 of each sequence
+        return self.model.classifier(self.model.dropout(pooled)).view(-1, OPTIONS)
+
+    def training_step(self, batch, batch_idx: int) -> torch.Tensor:
+        """One optimizer step on the whole batch."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self._step(batch, "train")
+        optimizer.step()
+        now, before = time.perf_counter(), self._step_ended
+        if before is not None:
+            self.log("tokens_per_second", sum(batch.lengths) / (now - before), on_step=True, on_epoch=False)
+        self._step_ended = now
+        return loss
+
+    def validation_step(self, batch, batch_idx: int) -> torch.Tensor:
+        """Loss and accuracy on the validation split."""
+        return self._step(batch, "val")
+
+    def test_step(self, batch, batch_idx: int) -> torch.Tensor:
+        """Loss and accuracy on the test split."""
+        return self._step(batch, "test")
+
+    def _step(self, batch, name: str) -> torch.Tensor:
+        """The mean loss of a batch, gone through in parts that fit the device; in training each part is sent back."""
+        loss = correct = 0.0
+        for part in batch.micro_batches(self.token_budget):
+            logits = self(part)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            part_loss = F.cross_entropy(logits, part.labels, reduction="sum") / len(batch)
+            if name == "train":
+                self.manual_backward(part_loss)
+            loss += part_loss.detach()
+            correct += (logits.argmax(1) == part.labels).sum()
+        weight = {"batch_size": len(batch)}
+        self.log(f"{name}_loss", loss, on_step=name != "test", on_epoch=True, prog_bar=True, **weight)
+        self.log(f"{name}_acc", correct / len(batch), on_step=False, on_epoch=True, prog_bar=name != "train", **weight)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW with two parameter groups and a constant learning rate."""
+        groups = parameter_groups(self.model, self.weight_decay)
+        fused = all(parameter.is_cuda for parameter in self.parameters())
+        return torch.optim.AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=fused)
+
+    def setup(self, stage: str) -> None:
+        """Choose the token budget for the trainer's device, where none was given."""
+        if self.token_budget is None:
+            self.token_budget = default_token_budget(self.model, self.trainer.strategy.root_device)
+
+    def on_train_epoch_start(self) -> None:
+        """Time between epochs (validation, saving) does not count as training."""
+        self._step_ended = None
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Put the lineage and the exact metrics beside the weights; a file name only has room for two digits."""
+        logged = self.trainer.callback_metrics if self._trainer is not None else {}
+        metrics = {name: float(value) for name, value in logged.items()}
+        checkpoint["race"] = self.lineage | {"metrics": metrics, "epoch": self.current_epoch}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location="cpu", **kwargs) -> "RaceModule":
+        """The weights and settings of a checkpoint; needs no network and runs no code that a file brings along."""
+        return super().load_from_checkpoint(checkpoint_path, map_location=map_location, weights_only=True, **kwargs)
+
+
+# -------------------------------------------------------------------------------------------------- the encoder
+
+
+def build_model(config: PretrainedConfig | dict) -> nn.Module:
+    """A multiple-choice model of this configuration with random weights."""
+    if isinstance(config, dict):
+        config = AutoConfig.for_model(**config)
+    _check_family(config)
+    return _prepared(AutoModelForMultipleChoice.from_config(config))
+
+
+def load_pretrained(model: str | Path) -> nn.Module:
+    """A pretrained encoder (hub name or folder) with a new multiple-choice head, in float32."""
+    _check_family(AutoConfig.from_pretrained(model))
+    folder = Path(model)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise ValueError(f"{model} has no weights (model.safetensors); name a model that has, or give config= instead")
+    loaded, info = AutoModelForMultipleChoice.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    head = ("classifier.", f"{loaded.base_model_prefix}.pooler.")
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(head))
+    if missing:
+        raise ValueError(f"{model} lacks {len(missing)} weights of {type(loaded).__name__}, such as {missing[0]}")
+    return _prepared(loaded)
+
+
+def _check_family(config: PretrainedConfig) -> None:
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"a model of type {config.model_type!r}; this module runs {' and '.join(FAMILIES)} encoders")
+
+
+def _prepared(model: nn.Module) -> nn.Module:
+    """Set the packed attention, and the fused form of the tanh GELU that ALBERT's configuration calls gelu_new.
+
+    from_pretrained gives models in evaluation mode, and Lightning trains a model in the mode that it finds: set it.
+    """
+    model.train()
+    model.set_attn_implementation("packed")
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
+
+
+def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
+    """The layers in the order in which they are applied; ALBERT applies the same one many times."""
+    config, stack = encoder.config, encoder.encoder
+    if config.model_type == "bert":
+        return list(stack.layer)
+    groups = [i * config.num_hidden_groups // config.num_hidden_layers for i in range(config.num_hidden_layers)]
+    return [layer for group in groups for layer in stack.albert_layer_groups[group].albert_layers]
+
+
+def last_layer_at_cls(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Tensor:
+    """The last layer where it is read, [1, T, H] → [1, 4B, H]: keys and values of all tokens, the rest for [CLS] only."""
+    albert = hasattr(layer, "full_layer_layer_norm")
+    attention = layer.attention if albert else layer.attention.self
+    dropout = attention.attention_dropout if albert else attention.dropout
+    cls = hidden.index_select(1, batch.cu_seqlens[:-1])
+    query, key, value = (
+        project(states).view(1, states.shape[1], -1, attention.attention_head_size).transpose(1, 2)
+        for project, states in ((attention.query, cls), (attention.key, hidden), (attention.value, hidden))
+    )
+    rate = dropout.p if layer.training else 0.0
+    context, _ = packed_attention(layer, query, key, value, None, rate, attention.scaling, packing=batch)
+    context = context.flatten(2)
+    if not albert:
+        return layer.feed_forward_chunk(layer.attention.output(context, cls))
+    context = attention.LayerNorm(cls + attention.output_dropout(attention.dense(context)))
+    return layer.full_layer_layer_norm(layer.ff_chunk(context) + context)
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def packed_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packing=None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention inside each sequence of a PackedBatch: query [1, heads, T or 4B, d] → [1, T or 4B, heads, d].
+
+    A query of 4B rows holds one row a sequence. Without `packing` it is plain padded attention, as SDPA gives it.
+    """
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    one_row_each = query.shape[2] != key.shape[2]
+    if dropout == 0.0 and _has_varlen(query):
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends, longest = packing.cu_seqlens, packing.max_seqlen
+        query_ends = torch.arange(len(ends), device=ends.device, dtype=ends.dtype) if one_row_each else ends
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        out = varlen_attn(query, key, value, query_ends, ends, 1 if one_row_each else longest, longest, scale=scaling)
+        return out[None], None
+    lengths = packing.lengths
+    sequences = zip(
+        query.split([1] * len(lengths) if one_row_each else lengths, 2),
+        key.split(lengths, 2),
+        value.split(lengths, 2),
+        strict=True,
+    )
+    out = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
+        for q, k, v in sequences
+    ]
+    return torch.cat(out, 1), None
+
+
+def _has_varlen(query: torch.Tensor) -> bool:
+    """Whether FlashAttention's variable-length kernel takes this query (half precision, Ampere or newer)."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and _is_ampere(query.device)
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+# -------------------------------------------------------------------------------------------------- optimisation
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices, and everything with fewer than two dimensions (all biases and layer norms), undecayed.
+
+    By shape, because names that say LayerNorm miss ALBERT's full_layer_layer_norm.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay, "name": "decay"},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "name": "no_decay"},
+    ]
+
+
+def default_token_budget(model: nn.Module, device: torch.device) -> int:
+    """Tokens at once that a training step fits into the memory of `device`; on CPU a number that suits its caches."""
+    if device.type != "cuda":
+        return CPU_TOKEN_BUDGET
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return token_budget_for(model.config, parameters, torch.cuda.get_device_properties(device).total_memory)
+
+
+def token_budget_for(config: PretrainedConfig, parameters: int, memory: int) -> int:
+    """Tokens at once for a device with `memory` bytes: four fifths of it, less weights and optimizer, by bytes a token.
+
+    Kept for the backward pass, a token and layer, in float32: its input, query, key, value, context, two layer-norm
+    inputs and one output (8 hidden), and the feed-forward before and after its activation (2 intermediate). Half
+    precision needs about half of that; the float32 count leaves room for temporary copies.
+    """
+    layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)
+    per_token = 4 * layers * (8 * config.hidden_size + 2 * config.intermediate_size)
+    fixed = 16 * parameters + (1 << 30)  # weights, gradients, two moments; context and workspace
+    return int(max(OPTIONS * 512, (0.8 * memory - fixed) / per_token))

@@ -1,0 +1,96 @@
+"""Fixtures: a small demo cache, tiny models, hand-made questions, and real RACE text where it is at hand."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AlbertConfig, BertConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_DATA = Path(os.environ.get("RACE_TEST_DATA", ROOT.parent / "shared" / "data"))
+ALBERT = TEST_DATA / "albert-base-v2"
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.2} | NO_DROPOUT
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A small demo corpus in the layout of RACE.tar.gz."""
+    from demo.corpus import write_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, train=60, dev=16, test=20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(corpus, tmp_path_factory) -> Path:
+    """The token cache of the small corpus, with the demo's model in it."""
+    from race_cache import build_cache
+
+    folder = tmp_path_factory.mktemp("cache") / "small"
+    build_cache(str(corpus), "demo", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_cache(tmp_path_factory) -> Path:
+    """Real RACE text in the real ALBERT vocabulary; skips where the test data is missing."""
+    from race_cache import build_cache
+
+    source = TEST_DATA / "race.tar.xz"
+    if not source.exists():
+        pytest.skip(f"real RACE text is not at hand ({source}); set RACE_TEST_DATA")
+    folder = tmp_path_factory.mktemp("real") / "race"
+    build_cache(str(source), str(ALBERT), folder)
+    return folder
+
+
+@pytest.fixture
+def albert_config() -> AlbertConfig:
+    """Two groups of two inner layers, applied four times: every way in which ALBERT shares weights."""
+    layers = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2}
+    return AlbertConfig(vocab_size=100, embedding_size=16, classifier_dropout_prob=0.0, **layers, **TINY)
+
+
+@pytest.fixture
+def bert_config() -> BertConfig:
+    return BertConfig(vocab_size=100, num_hidden_layers=3, **TINY)
+
+
+@pytest.fixture
+def items():
+    """make(n, seed): n questions of random tokens and unequal lengths, as RaceDataset gives them."""
+
+    def make(count: int, seed: int = 0, vocabulary: int = 100, longest: int = 40) -> list[dict]:
+        rng = np.random.default_rng(seed)
+        made = []
+        for _ in range(count):
+            lengths = rng.integers(5, longest, 4)
+            made.append(
+                {
+                    "input_ids": [rng.integers(5, vocabulary, length) for length in lengths],
+                    "token_type_ids": [np.repeat([0, 1], [length - 3, 3]) for length in lengths],
+                    "label": int(rng.integers(4)),
+                    "example_id": "made.txt",
+                }
+            )
+        return made
+
+    return make
+
+
+def padded(batch) -> dict[str, torch.Tensor]:
+    """A PackedBatch as the padded [B, 4, L] tensors that Hugging Face's model takes."""
+    shape = len(batch.lengths), batch.max_seqlen
+    ids, segments, mask = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    for i, (start, length) in enumerate(zip(batch.cu_seqlens.tolist(), batch.lengths, strict=False)):
+        ids[i, :length] = batch.input_ids[start : start + length]
+        segments[i, :length] = batch.token_type_ids[start : start + length]
+        mask[i, :length] = 1
+    tensors = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
+    return {name: tensor.view(-1, 4, shape[1]) for name, tensor in tensors.items()} | {"labels": batch.labels}

@@ -1,0 +1,234 @@
+"""RaceModule computes what Hugging Face's model computes, on packed tokens; its checkpoints travel."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ALBERT, ROOT, padded
+from transformers import AlbertForMultipleChoice, BertForMultipleChoice, RobertaConfig
+
+from race_data import RaceDataModule, collate
+from race_module import RaceModule, parameter_groups, token_budget_for
+
+REFERENCE = {"albert": AlbertForMultipleChoice, "bert": BertForMultipleChoice}
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, scale: float) -> bool:
+    """Equal to 1e-9 of `scale`, the largest value of its kind: a gradient that is zero in theory is noise in both."""
+    return (ours - theirs).abs().max().item() <= 1e-9 * scale
+
+
+@pytest.fixture(params=["albert", "bert"])
+def pair(request):
+    """A RaceModule and the untouched Hugging Face model with the same weights, in float64, in training mode."""
+    config = request.getfixturevalue(f"{request.param}_config")
+    torch.manual_seed(0)
+    reference = REFERENCE[request.param](config).double().train()
+    module = RaceModule(config=config).double().train()
+    module.model.load_state_dict(reference.state_dict())
+    return module, reference
+
+
+def test_logits_loss_and_gradients_equal_hugging_face(pair, items):
+    module, reference = pair
+    batch = collate(items(7))
+    expected = reference(**padded(batch))
+    expected.loss.backward()
+    logits = module(batch)
+    loss = F.cross_entropy(logits, batch.labels)
+    loss.backward()
+    assert logits.shape == (7, 4)
+    assert close(logits, expected.logits, expected.logits.abs().max().item())
+    assert close(loss, expected.loss, expected.loss.item())
+    ours, theirs = gradients(module.model), gradients(reference)
+    assert ours.keys() == theirs.keys()
+    largest = max(gradient.abs().max().item() for gradient in theirs.values())
+    for name in theirs:
+        assert close(ours[name], theirs[name], largest), name
+    assert (
+        min(
+            gradient.abs().max().item()
+            for name, gradient in theirs.items()
+            if not name.endswith(("key.bias", "classifier.bias"))
+        )
+        > 1e-6 * largest
+    )
+
+
+@pytest.mark.parametrize("budget", [1, 150, 400])
+def test_gradient_of_parts_equals_the_whole(pair, items, budget):
+    module, _ = pair
+    batch = collate(items(7))
+    F.cross_entropy(module(batch), batch.labels).backward()
+    whole = gradients(module)
+    module.zero_grad()
+    module.token_budget = budget
+    module.manual_backward = lambda loss: loss.backward()
+    module.log = lambda *_, **__: None
+    loss = module._step(batch, "train")
+    assert len(list(batch.micro_batches(budget))) > 1
+    assert close(loss, F.cross_entropy(module(batch), batch.labels), 1.0)
+    largest = max(gradient.abs().max().item() for gradient in whole.values())
+    for name, gradient in gradients(module).items():
+        assert close(gradient, whole[name], largest), name
+
+
+def test_padded_call_of_the_inner_model_still_works(pair, items):
+    module, reference = pair
+    batch = collate(items(3))
+    expected = reference(**padded(batch)).logits
+    assert close(module.model(**padded(batch)).logits, expected, expected.abs().max().item())
+
+
+def test_sequences_do_not_see_each_other(albert_config, items):
+    module = RaceModule(config=albert_config).eval()
+    many, few = items(5), items(5)[:2]
+    assert torch.allclose(module(collate(many))[:2], module(collate(few)), atol=1e-6)
+
+
+def test_segments_and_positions_reach_the_model(albert_config, items):
+    module = RaceModule(config=albert_config).eval()
+    batch, other = collate(items(2)), collate(items(2))
+    other.token_type_ids = torch.zeros_like(other.token_type_ids)
+    assert not torch.allclose(module(batch), module(other), atol=1e-4)
+
+
+def test_dropout_is_applied_in_training_only(albert_config, items):
+    albert_config.attention_probs_dropout_prob = 0.5
+    module, batch = RaceModule(config=albert_config), collate(items(2))
+    assert not torch.equal(module.train()(batch), module(batch))
+    assert torch.equal(module.eval()(batch), module(batch))
+
+
+@pytest.mark.parametrize("family", ["albert", "bert"])
+def test_parameter_groups(family, request):
+    """Every bias and layer norm is undecayed, everything else decayed, nothing missing, nothing twice."""
+    model = RaceModule(config=request.getfixturevalue(f"{family}_config")).model
+    decay, no_decay = parameter_groups(model, 0.01)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_decay, in_no_decay = ([names[id(p)] for p in group["params"]] for group in (decay, no_decay))
+    assert sorted(in_decay + in_no_decay) == sorted(names.values())
+    norms = {f"{name}." for name, part in model.named_modules() if isinstance(part, torch.nn.LayerNorm)}
+    assert any("full_layer_layer_norm" in norm for norm in norms) == (family == "albert")
+    expected = [name for name in names.values() if name.endswith(".bias") or name.startswith(tuple(norms))]
+    assert sorted(in_no_decay) == sorted(expected)
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.01, 0.0)
+
+
+def test_optimizer_follows_the_recipe(albert_config):
+    module = RaceModule(config=albert_config)
+    optimizer = module.configure_optimizers()
+    assert type(optimizer) is torch.optim.AdamW
+    assert {(g["lr"], g["eps"], g["weight_decay"]) for g in optimizer.param_groups} == {(2e-5, 1e-8, 0.0)}
+
+
+def test_other_families_and_missing_weights_are_refused(tmp_path, albert_config):
+    with pytest.raises(ValueError, match="type 'roberta'"):
+        RaceModule(config=RobertaConfig())
+    albert_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no weights"):
+        RaceModule(model=tmp_path)
+    with pytest.raises(ValueError, match="either model= .* or config="):
+        RaceModule()
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path, bert_config, albert_config):
+    BertForMultipleChoice(bert_config).save_pretrained(tmp_path)
+    albert_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lacks .* weights of AlbertForMultipleChoice"):
+        RaceModule(model=tmp_path)
+
+
+def test_too_long_a_sequence_is_named(albert_config, items):
+    albert_config.max_position_embeddings = 16
+    with pytest.raises(ValueError, match="the model takes 16"):
+        RaceModule(config=albert_config)(collate(items(4)))
+
+
+def test_token_budget_grows_with_memory(albert_config):
+    from transformers import AlbertConfig
+
+    base = AlbertConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    budgets = [token_budget_for(base, 12_000_000, gigabytes << 30) for gigabytes in (2, 8, 16, 24, 40, 80)]
+    assert budgets == sorted(budgets) and budgets[0] == 4 * 512 and budgets[-1] > 32 * 4 * 512
+
+
+def test_checkpoint_loads_without_network_cache_or_hub(cache, tmp_path):
+    """Trained here, moved, loaded by another process in which no socket can be opened: the same logits."""
+    import pytorch_lightning as pl
+
+    module = RaceModule(model=cache / "model", learning_rate=1e-3)
+    data = RaceDataModule(cache, batch_size=8, limit_questions=16)
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "full.ckpt")
+    batch = collate([data.test_dataset[i] for i in range(4)])
+    torch.save([batch.to("cpu").__dict__, module.eval()(batch).detach()], tmp_path / "expected.pt")
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise OSError('no network')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "import torch\n"
+        "from race_data import PackedBatch\n"
+        "from race_module import RaceModule\n"
+        "module = RaceModule.load_from_checkpoint('full.ckpt').eval()\n"
+        "fields, expected = torch.load('expected.pt')\n"
+        "assert module.learning_rate == 1e-3\n"
+        "assert torch.equal(module(PackedBatch(**fields)), expected)\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/nowhere", "HF_HOME": str(tmp_path / "empty")}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_checkpoint_that_brings_code_is_refused(tmp_path):
+    import os
+
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    torch.save({"state_dict": {}, "hyper_parameters": {"config": Payload()}}, tmp_path / "bad.ckpt")
+    with pytest.raises(Exception, match="[Ww]eights"):
+        RaceModule.load_from_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_albert_base_takes_real_steps(real_cache):
+    """albert-base's shape on real RACE text: finite losses near ln 4, and weights that move."""
+    from transformers import AlbertConfig
+
+    torch.manual_seed(0)
+    module = RaceModule(config=AlbertConfig.from_pretrained(ALBERT))
+    optimizer = module.configure_optimizers()
+    data = RaceDataModule(real_cache, batch_size=1)
+    before = module.model.classifier.weight.detach().clone()
+    losses = []
+    for _, batch in zip(range(3), data.train_dataloader(), strict=False):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(module(batch), batch.labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(abs(loss - 1.386) < 0.4 for loss in losses), losses
+    assert not torch.equal(before, module.model.classifier.weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_agrees_with_the_cpu_in_float64(pair, items, dtype):
+    module, reference = pair
+    batch = collate(items(7))
+    expected = reference(**padded(batch)).logits
+    module.float().cuda()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        logits = module(batch.to("cuda")).double().cpu()
+    assert torch.allclose(logits, expected, atol=1e-4 if dtype == torch.float32 else 0.1)

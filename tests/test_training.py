@@ -1,0 +1,201 @@
+"""Stages chain: each starts from the best weights of the one before, at its own learning rate, and says what it did."""
+
+import warnings
+
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from race_data import RaceDataModule
+from race_module import RaceModule
+from race_training import (
+    LearningRateInForce,
+    StageError,
+    StageReport,
+    best_checkpoint,
+    decoded_question,
+    read_lineage,
+    read_log,
+    stage_checkpoints,
+    stage_trainer,
+    start_stage,
+    weights_hash,
+)
+
+
+def train(stage: str, cache, folder, learning_rate: float, epochs: int = 1, **settings) -> RaceModule:
+    pl.seed_everything(0)
+    module = start_stage(stage, cache, checkpoint_dir=folder / "checkpoints", learning_rate=learning_rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = stage_trainer(stage, folder / "run", folder / "checkpoints", epochs, log_every=1, **settings)
+        trainer.fit(module, RaceDataModule(cache, batch_size=16, limit_questions=48))
+    return module
+
+
+@pytest.fixture(scope="module")
+def chain(cache, tmp_path_factory):
+    """e1, e2 and e3 trained for a few steps."""
+    folder = tmp_path_factory.mktemp("chain")
+    for stage, rate, epochs in (("e1", 1e-2, 2), ("e2", 1e-2, 1), ("e3", 1e-3, 1)):
+        train(stage, cache, folder, rate, epochs)
+    return folder
+
+
+def test_every_stage_starts_from_the_best_weights_of_the_one_before(chain, cache):
+    assert torch.equal(
+        start_stage("e1", cache).model.albert.embeddings.word_embeddings.weight,
+        RaceModule(model=cache / "model").model.albert.embeddings.word_embeddings.weight,
+    )
+    for stage, before in (("e2", "e1"), ("e3", "e2")):
+        base = best_checkpoint(chain / "checkpoints", before)
+        saved = torch.load(base, weights_only=True)["state_dict"]
+        module = start_stage(stage, cache, checkpoint_dir=chain / "checkpoints")
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+        lineage = read_lineage(best_checkpoint(chain / "checkpoints", stage))
+        assert lineage["base"] == base.name
+        assert lineage["weights_start"] == weights_hash(RaceModule.load_from_checkpoint(base).model)
+    hashes = {
+        weights_hash(RaceModule.load_from_checkpoint(path).model) for path in (chain / "checkpoints").glob("*.ckpt")
+    }
+    assert len(hashes) == 4, "every checkpoint holds other weights"
+
+
+def test_only_weights_are_taken(chain, cache):
+    """A base trained with another learning rate does not bring it along; its optimizer state stays behind."""
+    module = start_stage("e2", cache, checkpoint_dir=chain / "checkpoints", learning_rate=2e-6)
+    optimizer = module.configure_optimizers()
+    assert {group["lr"] for group in optimizer.param_groups} == {2e-6} and not optimizer.state
+    assert module.training
+
+
+def test_lineage_names_the_chain(chain):
+    lineage = read_lineage(best_checkpoint(chain / "checkpoints", "e3"))
+    assert (lineage["stage"], lineage["chain"]) == ("e3", ["e1", "e2"])
+    assert lineage["recipe"]["learning_rate"] == 1e-3
+
+
+def test_checkpoint_names_and_the_best(chain):
+    table = stage_checkpoints(chain / "checkpoints", "e1")
+    assert len(table) == 2 and table["val_loss_epoch"].is_monotonic_increasing
+    for row in table.itertuples():
+        assert row.path.name == f"e1-albert-race-epoch={row.epoch:02d}-val_loss_epoch={row.val_loss_epoch:.2f}.ckpt"
+    assert best_checkpoint(chain / "checkpoints", "e1") == table["path"][0]
+
+
+def test_best_is_decided_by_the_exact_loss(tmp_path):
+    """File names round to two digits; the checkpoint itself remembers the loss exactly."""
+    for epoch, loss in ((0, 0.7849), (1, 0.7751), (2, 0.7751)):
+        record = {"epoch": epoch, "metrics": {"val_loss_epoch": loss, "val_acc": 0.5}}
+        torch.save({"race": record}, tmp_path / f"e1-albert-race-epoch={epoch:02d}-val_loss_epoch=0.78.ckpt")
+    assert "epoch=01" in best_checkpoint(tmp_path, "e1").name
+
+
+def test_log_on_disk(chain):
+    log = read_log(chain / "run", "e1")
+    columns = {"train_loss_step", "val_loss_epoch", "val_acc", "train_acc", "tokens_per_second", "epoch", "step"}
+    assert columns <= set(log.columns)
+    assert log["lr-AdamW/decay"].dropna().unique().tolist() == [1e-2]
+    assert log["train_loss_step"].notna().sum() == 6
+    assert list((chain / "run" / "logs" / "e1").glob("version_0/events.out.tfevents*"))
+
+
+def test_validation_metrics_are_means_over_questions(chain, cache):
+    """Unequal batches: the logged loss and accuracy are those of all questions together."""
+    from race_evaluation import predict
+
+    path = best_checkpoint(chain / "checkpoints", "e1")
+    metrics = read_lineage(path)["metrics"]
+    predictions = predict(path, cache, "validation", limit_questions=48, device="cpu")
+    right = (predictions["answer"] == predictions["prediction"]).mean()
+    probability = [row[f"p_{row['answer']}"] for _, row in predictions.iterrows()]
+    assert metrics["val_acc"] == pytest.approx(right, abs=1e-6)
+    assert metrics["val_loss_epoch"] == pytest.approx(-pd.Series(probability).map(torch.math.log).mean(), abs=1e-5)
+
+
+def test_a_wrong_learning_rate_in_force_stops_the_stage(cache, tmp_path):
+    module = start_stage("e1", cache, learning_rate=1e-3)
+    make = module.configure_optimizers
+
+    def wrong():
+        optimizer = make()
+        optimizer.param_groups[0]["lr"] = 2e-5
+        return optimizer
+
+    module.configure_optimizers = wrong
+    trainer = pl.Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=LearningRateInForce(),
+    )
+    with pytest.raises(StageError, match="learning rate in force"):
+        trainer.fit(module, RaceDataModule(cache, limit_questions=8))
+
+
+def test_a_second_run_of_a_stage_overwrites_nothing(cache, tmp_path, capsys):
+    for _ in range(2):
+        train("e1", cache, tmp_path, 1e-2)
+    assert len(list((tmp_path / "checkpoints").glob("e1-*.ckpt"))) == 1
+    assert len(list((tmp_path / "checkpoints" / "earlier").glob("e1-*/e1-*.ckpt"))) == 1
+    assert "of an earlier run of e1 are now in" in capsys.readouterr().out
+
+
+def test_early_stopping_ends_a_stage(cache, tmp_path):
+    module = train("e1", cache, tmp_path, 0.0, epochs=5, early_stopping=1)
+    assert module.trainer.current_epoch == 2
+
+
+def test_estimate_is_given_once(cache, tmp_path, capsys):
+    report = StageReport(after_seconds=0.0)
+    trainer = pl.Trainer(max_epochs=2, logger=False, enable_checkpointing=False, callbacks=report)
+    trainer.fit(start_stage("e1", cache), RaceDataModule(cache, batch_size=16, limit_questions=48))
+    out = capsys.readouterr().out
+    assert out.count("for 2 epochs of 3 steps") == 1 and out.count(": validation loss") == 2
+
+
+def test_effective_batch_does_not_depend_on_the_token_budget(cache):
+    """One step with parts and one with the whole batch move the weights alike."""
+
+    def step(token_budget: int):
+        pl.seed_everything(0)
+        module = start_stage("e1", cache, learning_rate=1e-3, token_budget=token_budget).double()
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(max_epochs=1, precision="64-true", limit_val_batches=0, num_sanity_val_steps=0, **options)
+        trainer.fit(module, RaceDataModule(cache, batch_size=16, limit_questions=20))
+        assert trainer.global_step == 2
+        return module.state_dict()
+
+    whole, parts = step(1 << 20), step(600)
+    assert all(torch.allclose(whole[name], parts[name], rtol=0, atol=1e-9) for name in whole)
+
+
+def test_decoded_question_shows_text_options_and_segments(cache):
+    data = RaceDataModule(cache)
+    table, text = decoded_question(data.dataset("train"), 0), data.train_dataset.text(0)
+    assert list(table.index) == list("ABCD") and list(table["answer"]).index("right") == text["label"]
+    for option, row in zip(text["options"], table.itertuples(), strict=True):
+        assert option.lower() in row[4].lower() and row[4].endswith("[SEP]") and row[3].startswith("[CLS]")
+
+
+def test_missing_bases_are_explained(cache, tmp_path):
+    with pytest.raises(StageError, match="no checkpoint of stage e1: run ex01.ipynb first"):
+        start_stage("e2", cache, checkpoint_dir=tmp_path)
+    with pytest.raises(StageError, match="no such checkpoint"):
+        start_stage("e2", cache, base_checkpoint=tmp_path / "none.ckpt")
+
+
+def test_a_cache_without_weights_needs_a_base_model(corpus, cache, tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    from race_cache import build_cache
+
+    for part in (AutoTokenizer, AutoConfig):
+        part.from_pretrained(cache / "model").save_pretrained(tmp_path / "bare")
+    build_cache(str(corpus), str(tmp_path / "bare"), tmp_path / "cache")
+    with pytest.raises(StageError, match="keeps no weights"):
+        start_stage("e1", tmp_path / "cache")
+    assert start_stage("e1", tmp_path / "cache", base_model=cache / "model")
