@@ -334,7 +334,7 @@ def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
 def check_encoding(encode: Encoder, passages: list[Passage], max_qa_len: int, count: int = 48) -> None:
     """Compare a spread of questions, and the longest, with the tokenizer's own encoding of a pair.
 
-    Raises CacheError where they differ, as for tokenizers whose pairs are not [CLS] A [SEP] B [SEP] with segments 0 and 1.
+    Raises CacheError where they differ, as where pairs are not [CLS] A [SEP] B [SEP] with segments 0 and 1.
     """
     tokenizer = encode.tokenizer
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
@@ -342,23 +342,24 @@ def check_encoding(encode: Encoder, passages: list[Passage], max_qa_len: int, co
             f"{tokenizer.name_or_path}: the tokenizer has no [CLS] or no [SEP]; choose an ALBERT or BERT model"
         )
     longest = max(passages, key=lambda passage: len(passage.article))
-    for passage in [*passages[:: max(1, len(passages) // count)], longest]:
-        text = question_option(passage.questions[0], passage.options[0][passage.labels[0]])
-        article_ids, qa_ids = (ids.values.to_numpy() for ids in (encode([passage.article]), encode([text])))
-        if len(qa_ids) > max_qa_len:
+    sample = [*passages[:: max(1, len(passages) // count)], longest]
+    texts = [question_option(p.questions[0], p.options[0][p.labels[0]]) for p in sample]
+    theirs = tokenizer(
+        [passage.article for passage in sample],
+        texts,
+        truncation="longest_first",  # never fails; what it would cut from the question is not compared
+        max_length=MAX_LEN,
+        return_token_type_ids=True,
+        verbose=False,
+    )
+    cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    article_ids, qa_ids = encode([passage.article for passage in sample]).to_pylist(), encode(texts).to_pylist()
+    for i, (passage, article, qa) in enumerate(zip(sample, article_ids, qa_ids, strict=True)):
+        if len(qa) > min(max_qa_len, MAX_LEN // 4):
             continue
-        cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
-        ours = np.concatenate([cls, article_ids[: MAX_LEN - SPECIALS - len(qa_ids)], sep, qa_ids, sep]).tolist()
-        theirs = tokenizer(
-            passage.article,
-            text,
-            truncation="only_first",
-            max_length=MAX_LEN,
-            return_token_type_ids=True,
-            verbose=False,
-        )
-        segments = [0] * (len(ours) - len(qa_ids) - 1) + [1] * (len(qa_ids) + 1)
-        if (ours, segments) != (theirs["input_ids"], theirs["token_type_ids"]):
+        first = cls + article[: MAX_LEN - SPECIALS - len(qa)] + sep
+        expected = first + qa + sep, [0] * len(first) + [1] * (len(qa) + 1)
+        if expected != (theirs["input_ids"][i], theirs["token_type_ids"][i]):
             raise CacheError(
                 f"{tokenizer.name_or_path}: its pairs are not [CLS] A [SEP] B [SEP] with segments 0 and 1 "
                 f"(seen on {passage.example_id}); choose an ALBERT or BERT model"
