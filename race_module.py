@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 FAMILIES = ("albert", "bert")
 OPTIONS = 4
 CPU_TOKEN_BUDGET = 4096
+SHORT = 128  # tokens; up to here one masked attention call is faster than one for each sequence (on CPU)
 
 
 class RaceModule(pl.LightningModule):
@@ -188,7 +189,7 @@ def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
 
 
 def last_layer_at_cls(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Tensor:
-    """The last layer where it is read, [1, T, H] → [1, 4B, H]: keys and values of all tokens, the rest for [CLS] only."""
+    """The last layer, [1, T, H] → [1, 4B, H]: keys and values of all tokens, the rest for [CLS], where it is read."""
     albert = hasattr(layer, "full_layer_layer_norm")
     attention = layer.attention if albert else layer.attention.self
     dropout = attention.attention_dropout if albert else attention.dropout
@@ -235,18 +236,36 @@ def packed_attention(
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         out = varlen_attn(query, key, value, query_ends, ends, 1 if one_row_each else longest, longest, scale=scaling)
         return out[None], None
+    settings = {"dropout_p": dropout, "scale": scaling}
+    if packing.max_seqlen <= SHORT or query.is_cuda:
+        return _in_one_call(query, key, value, packing, one_row_each, **settings), None
     lengths = packing.lengths
-    sequences = zip(
-        query.split([1] * len(lengths) if one_row_each else lengths, 2),
-        key.split(lengths, 2),
-        value.split(lengths, 2),
-        strict=True,
-    )
-    out = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
-        for q, k, v in sequences
-    ]
+    queries = query.split([1] * len(lengths) if one_row_each else lengths, 2)
+    sequences = zip(queries, key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    out = [F.scaled_dot_product_attention(q, k, v, **settings).transpose(1, 2) for q, k, v in sequences]
     return torch.cat(out, 1), None
+
+
+def _in_one_call(query, key, value, packing, one_row_each: bool, **settings) -> torch.Tensor:
+    """All sequences in one masked call, for where a call each would cost more than the masked places do."""
+    count, longest = len(packing.lengths), packing.max_seqlen
+    lengths = packing.cu_seqlens.diff()
+    place = (
+        packing.position_ids
+        + torch.arange(count, device=lengths.device).repeat_interleave(lengths, output_size=key.shape[2]) * longest
+    )  # [T], of each token among [4B * longest]
+
+    def spread(states: torch.Tensor) -> torch.Tensor:  # [1, heads, T, d] → [4B, heads, longest, d]
+        rows = states[0].transpose(0, 1).flatten(1)
+        grid = rows.new_zeros(count * longest, rows.shape[1]).index_copy(0, place, rows)
+        return grid.view(count, longest, *states.shape[1::2]).transpose(1, 2)
+
+    key, value = spread(key), spread(value)
+    query = query.transpose(0, 2) if one_row_each else spread(query)
+    mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+    out = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], **settings).transpose(1, 2).flatten(2)
+    rows = out.flatten(0, 1) if one_row_each else out.flatten(0, 1).index_select(0, place)
+    return rows.view(1, len(rows), key.shape[1], -1)
 
 
 def _has_varlen(query: torch.Tensor) -> bool:

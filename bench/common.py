@@ -1,4 +1,4 @@
-"""What the measurements share: the test data, rounds in turn, medians, and the JSON that remembers machine and versions."""
+"""What the measurements share: the test data, rounds in turn, medians, and the JSON that remembers the machine."""
 
 import json
 import os
@@ -68,7 +68,12 @@ def report(name: str, result: dict) -> None:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    machine = {"device": device, "cores": os.cpu_count(), "processor": _processor(), "python": platform.python_version()}
+    machine = {
+        "device": device,
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "python": platform.python_version(),
+    }
     record = {"machine": machine, "versions": {p: version(p) for p in PACKAGES}, "source": Path(source()).name} | result
     suffix = "-cuda" if torch.cuda.is_available() else ""
     path = ROOT / "bench" / "results" / f"{name}{suffix}.json"

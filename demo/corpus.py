@@ -86,7 +86,8 @@ DEEDS = {
     "thing": ("bought {v}", "What did {n} buy?", "bought all of these", "What did the friends NOT buy?"),
     "animal": ("met {v}", "Which animal did {n} meet?", "met all of these", "Which animal did the friends NOT meet?"),
     "food": ("ate {v}", "What did {n} eat?", "ate all of these", "What did the friends NOT eat?"),
-    "job": ("worked as {v}", "What was the job of {n}?", "had all of these jobs", "Which job did the friends NOT have?"),
+    "job": ("worked as {v}", "What was the job of {n}?", "had all of these jobs",
+            "Which job did the friends NOT have?"),
     "number": ("saw {v} stars", "How many stars did {n} see?", "saw all of these numbers of stars",
                "How many stars did the friends NOT see?"),
     "day": ("came on {v}", "When did {n} come?", "came on all of these days", "On which day did the friends NOT come?"),
@@ -114,7 +115,8 @@ def words() -> list[str]:
             for child in node.values() if isinstance(node, dict) else node:
                 yield from strings(child)
 
-    text = " ".join(strings([VALUES, FACTS, STORIES, DEEDS, MEETINGS, SHAPES, WHO, EXCEPT, NOBODY, TITLES, ["she he and"]]))
+    tables = [VALUES, FACTS, STORIES, DEEDS, MEETINGS, SHAPES, WHO, EXCEPT, NOBODY, TITLES, "she he and the"]
+    text = " ".join(strings(tables))
     return sorted(set(re.findall(r"[a-z]+", re.sub(r"{\w+}", " ", text).lower())))
 
 

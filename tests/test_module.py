@@ -24,12 +24,17 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, scale: float) -> bool:
     return (ours - theirs).abs().max().item() <= 1e-9 * scale
 
 
-@pytest.fixture(params=["albert", "bert"])
-def pair(request):
-    """A RaceModule and the untouched Hugging Face model with the same weights, in float64, in training mode."""
-    config = request.getfixturevalue(f"{request.param}_config")
+@pytest.fixture(params=[("albert", 0), ("albert", 128), ("bert", 0), ("bert", 128)], ids=str)
+def pair(request, monkeypatch):
+    """A RaceModule and the untouched Hugging Face model with the same weights, in float64, in training mode.
+
+    Once with an attention call for each sequence, once with the one call that short sequences get.
+    """
+    family, short = request.param
+    monkeypatch.setattr("race_module.SHORT", short)
+    config = request.getfixturevalue(f"{family}_config")
     torch.manual_seed(0)
-    reference = REFERENCE[request.param](config).double().train()
+    reference = REFERENCE[family](config).double().train()
     module = RaceModule(config=config).double().train()
     module.model.load_state_dict(reference.state_dict())
     return module, reference
