@@ -18,7 +18,8 @@ from race_training import STAGES, StageError, best_checkpoint, default_precision
 LETTERS = list("ABCD")
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct", "accuracy", "ci_low", "ci_high"]
-REPORTED = {"e1": 0.671, "e2": 0.680, "e3": 0.720}  # the original authors' test accuracies, not ours
+REPORTED = {"e1": 0.671, "e2": 0.680, "e3": 0.720}  # the original authors' accuracies on RACE's test split, not ours
+RACE_TEST_QUESTIONS = 4934
 
 
 def default_checkpoint(checkpoint_dir: str | Path) -> Path:
@@ -132,6 +133,12 @@ def percent(table: pd.DataFrame):
         f"{low:.1%} – {high:.1%}" for low, high in zip(table["ci_low"], table["ci_high"], strict=True)
     ]
     return shown.style.format({"accuracy": "{:.1%}", "questions": "{:,}", "correct": "{:,}"}).hide(axis="index")
+
+
+def reported_accuracy(tables: list[pd.DataFrame]) -> dict[str, float]:
+    """What the original authors report for each stage, if the tables are of RACE's whole test split; else nothing."""
+    whole = all(table["split"][0] == "test" and table["questions"][0] == RACE_TEST_QUESTIONS for table in tables)
+    return REPORTED if whole else {}
 
 
 def comparison(tables: list[pd.DataFrame], checkpoints: list[str | Path]) -> pd.DataFrame:

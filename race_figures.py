@@ -67,15 +67,15 @@ def training_curves(log: pd.DataFrame, stage: str) -> Figure:
         "chance", (1, CHANCE), xycoords=accuracy.get_yaxis_transform(), ha="right", va="bottom", fontsize=8
     )
     title = f"{stage}: best validation accuracy {validation['val_acc'].max():.1%}"
-    accuracy.set(title=title, xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1))
+    accuracy.set(title=title, xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1.03))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     name = next(column for column in log.columns if column.startswith("lr-"))
     rates = log.dropna(subset=name)
     rate.plot(rates["step"], rates[name], color=GREEN)
     rate.set(title=f"{stage}: learning rate {rates[name].iloc[-1]:g}", xlabel="optimizer step", ylabel="learning rate")
     rate.set_ylim(0, rates[name].max() * 1.3)
-    for axes in (loss, accuracy):
-        axes.legend(frameon=False, fontsize=8)
+    loss.legend(frameon=False, fontsize=8, loc="lower left")
+    accuracy.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
@@ -142,7 +142,9 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float] | None = N
         ]
         axes.plot(*zip(*known, strict=True), "x", color=INK, label="reported by the original authors")
     for place, accuracy in zip(places, table["accuracy"], strict=True):
-        axes.annotate(f"{accuracy:.1%}", (place, accuracy), (10, -4), textcoords="offset points", fontsize=9)
+        axes.annotate(
+            f"{accuracy:.1%}", (place, accuracy), (0, 11), textcoords="offset points", ha="center", fontsize=9
+        )
     axes.axhline(CHANCE, color=INK, linestyle=":", linewidth=1)
     axes.annotate("chance", (1, CHANCE), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
     best = table.loc[table["accuracy"].idxmax()]
@@ -152,7 +154,7 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float] | None = N
         title=f"{best['stage']} is right most often: {best['accuracy']:.1%}",
         xlabel="stage",
         ylabel="accuracy",
-        ylim=(0, 1),
+        ylim=(0, 1.03),
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -165,6 +167,6 @@ def _whiskers(table: pd.DataFrame) -> np.ndarray:
 
 def _chance_line(axes) -> None:
     axes.axvline(CHANCE, color=INK, linestyle=":", linewidth=1)
-    axes.annotate("chance", (CHANCE, 1), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
-    axes.set_xlim(0, 1)
+    axes.annotate("chance", (CHANCE, 0.02), xycoords=axes.get_xaxis_transform(), ha="right", fontsize=8, rotation=90)
+    axes.set_xlim(0, 1.03)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -14,6 +14,7 @@ from race_evaluation import (
     comparison,
     confusion,
     predict,
+    reported_accuracy,
     save_results,
     score,
 )
@@ -117,6 +118,15 @@ def test_comparison_has_a_row_for_each_checkpoint(cache, checkpoint):
     tables = [accuracy_table(made("AB", "AB", ["middle", "high"]), "e1", checkpoint, "test")]
     row = comparison(tables, [checkpoint]).iloc[0]
     assert (row["stage"], row["accuracy"], row["middle"], row["high"]) == ("e1", 1.0, 1.0, 1.0)
+
+
+def test_other_peoples_numbers_appear_on_their_split_only():
+    def table(questions: int, split: str):
+        return pd.DataFrame({"split": [split], "questions": [questions]})
+
+    assert reported_accuracy([table(4934, "test")] * 2) == {"e1": 0.671, "e2": 0.680, "e3": 0.720}
+    assert reported_accuracy([table(4934, "test"), table(500, "test")]) == {}
+    assert reported_accuracy([table(4934, "train")]) == {}
 
 
 def test_another_tokenizer_is_refused(cache, tmp_path):
