@@ -204,15 +204,15 @@ class Encoder:
 
     def __init__(self, tokenizer, workers: int = 1):
         self.tokenizer = tokenizer
-        if getattr(tokenizer, "is_fast", False):  # some tokenizer files ask for truncation or padding
-            tokenizer.backend_tokenizer.no_truncation()
-            tokenizer.backend_tokenizer.no_padding()
         self.dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
         self.by_word = splits_on_whitespace(tokenizer)
-        self.marks_words = self.by_word and '"Metaspace"' in tokenizer.backend_tokenizer.to_str()
+        description = tokenizer.backend_tokenizer.to_str() if self.by_word else ""
+        self.lowers = '"Lowercase"' in description or '"lowercase":true' in description
+        self.marks_words = '"Metaspace"' in description
         pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         self._starts_word = np.array([piece.startswith("▁") for piece in pieces])  # [vocabulary]
-        self._added_tokens = list(tokenizer.get_added_vocab())
+        # such tokens are looked for before anything is split: a text that holds one is tokenised whole
+        self._unsafe = "|".join([UNSAFE_TO_SPLIT, *map(re.escape, tokenizer.get_added_vocab())])
         self._row_of_word: dict[str, int] = {}
         self._starts = np.zeros(0, np.int64)  # of each known word in _ids
         self._lengths = np.zeros(0, np.int64)
@@ -235,9 +235,10 @@ class Encoder:
         if not texts:
             return np.zeros(0, self.dtype), np.zeros(0, np.int64)
         if getattr(self.tokenizer, "is_fast", False):
-            encoded = [
-                e.ids for e in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            ]
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_truncation()  # which a tokenizer's file may ask for, or a call have left behind
+            backend.no_padding()
+            encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         else:
             encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
@@ -245,8 +246,9 @@ class Encoder:
 
     def _by_word(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         array = pa.array(texts, pa.large_string())
-        unsafe = pc.match_substring_regex(array, UNSAFE_TO_SPLIT).to_numpy(zero_copy_only=False)
-        words = pc.utf8_split_whitespace(array.filter(pa.array(~unsafe)))
+        unsafe = pc.match_substring_regex(array, self._unsafe).to_numpy(zero_copy_only=False)
+        safe = array.filter(pa.array(~unsafe))
+        words = pc.utf8_split_whitespace(pc.ascii_lower(safe) if self.lowers else safe)  # fewer distinct words
         offsets = words.offsets.to_numpy()
         coded = words.values[offsets[0] : offsets[-1]].dictionary_encode()
         rows = self._rows(coded.dictionary.to_pylist())[coded.indices.to_numpy()]
@@ -267,7 +269,7 @@ class Encoder:
 
     def _words(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Words one by one; plain ones in lines of 256, which a tokenizer that marks word starts lets us cut again."""
-        plain = np.fromiter((self._is_plain(word) for word in words), bool, len(words))
+        plain = np.fromiter((word.isascii() and word.isprintable() and word != "" for word in words), bool, len(words))
         if self.marks_words and plain.any():
             plain_words = [words[i] for i in np.flatnonzero(plain)]
             ids, _ = self._whole([" ".join(plain_words[i : i + 256]) for i in range(0, len(plain_words), 256)])
@@ -276,9 +278,6 @@ class Encoder:
                 others = self._whole([words[i] for i in np.flatnonzero(~plain)])
                 return _merge(plain, (ids, np.diff(np.append(starts, len(ids)))), others)
         return self._whole(words)
-
-    def _is_plain(self, word: str) -> bool:
-        return word.isascii() and word.isprintable() and word != "" and not any(t in word for t in self._added_tokens)
 
 
 def _merge(chosen: np.ndarray, a: tuple, b: tuple) -> tuple[np.ndarray, np.ndarray]:

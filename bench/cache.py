@@ -19,9 +19,9 @@ from bench.common import ROOT, in_turn, report, source, spread, tokenizer_folder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--passages", type=int, default=6000, help="passages of the training split that both sides take"
+        "--passages", type=int, default=12000, help="passages of the training split that both sides take"
     )
     parser.add_argument("--side", choices=("ours", "peers"), help=argparse.SUPPRESS)
     parser.add_argument("--files", help=argparse.SUPPRESS)
