@@ -4,6 +4,7 @@ python generate_race_cache.py --source ehovy/race --model albert-base-v2 --out c
 """
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -86,4 +87,5 @@ def summary(manifest: dict, out: str | Path) -> str:
 
 
 if __name__ == "__main__":
+    gc.disable()  # a short process with a million small strings and no cycles among them
     sys.exit(main())

@@ -394,9 +394,9 @@ def _keep_weights(model: str, folder: Path) -> bool:
             shutil.copyfile(path, folder / path.name)
         if weights or not list(local.glob("pytorch_model*")):
             return bool(weights)
-    from transformers import AutoModelForPreTraining
+    from transformers import AutoModel
 
-    AutoModelForPreTraining.from_pretrained(model).save_pretrained(folder)
+    AutoModel.from_pretrained(model).save_pretrained(folder)
     return True
 
 

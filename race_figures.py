@@ -69,11 +69,11 @@ def training_curves(log: pd.DataFrame, stage: str) -> Figure:
     title = f"{stage}: best validation accuracy {validation['val_acc'].max():.1%}"
     accuracy.set(title=title, xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1.03))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    name = next(column for column in log.columns if column.startswith("lr-"))
-    rates = log.dropna(subset=name)
-    rate.plot(rates["step"], rates[name], color=GREEN)
-    rate.set(title=f"{stage}: learning rate {rates[name].iloc[-1]:g}", xlabel="optimizer step", ylabel="learning rate")
-    rate.set_ylim(0, rates[name].max() * 1.3)
+    rates = log.dropna(subset="learning_rate")
+    rate.plot(rates["step"], rates["learning_rate"], color=GREEN)
+    title = f"{stage}: learning rate {rates['learning_rate'].iloc[-1]:g}"
+    rate.set(title=title, xlabel="optimizer step", ylabel="learning rate")
+    rate.set_ylim(0, rates["learning_rate"].max() * 1.3)
     loss.legend(frameon=False, fontsize=8, loc="lower left")
     accuracy.legend(frameon=False, fontsize=8, loc="upper left")
     return figure

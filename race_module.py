@@ -78,6 +78,7 @@ class RaceModule(pl.LightningModule):
         optimizer.zero_grad()
         loss = self._step(batch, "train")
         optimizer.step()
+        self.log("learning_rate", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
         now, before = time.perf_counter(), self._step_ended
         if before is not None:
             self.log("tokens_per_second", sum(batch.lengths) / (now - before), on_step=True, on_epoch=False)

@@ -1,15 +1,18 @@
 """What the three stage notebooks share: where a stage starts, its trainer, its logs, its best checkpoint."""
 
+import logging
 import platform
+import re
 import shutil
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from race_cache import file_hash, read_manifest
@@ -58,7 +61,11 @@ def decoded_question(dataset: RaceDataset, index: int = 0, width: int = 240) -> 
         first, second = (tokenizer.decode(ids[segments == segment]) for segment in (0, 1))
         right = "right" if option == item["label"] else ""
         rows.append(["ABCD"[option], right, len(ids), _without_middle(first, width), _without_middle(second, width)])
-    return pd.DataFrame(rows, columns=["option", "answer", "tokens", "segment 0", "segment 1"]).set_index("option")
+    return (
+        pd.DataFrame(rows, columns=["option", "answer", "tokens", "segment 0", "segment 1"])
+        .set_index("option")
+        .rename_axis(None)
+    )
 
 
 def _without_middle(text: str, width: int) -> str:
@@ -135,6 +142,7 @@ def stage_trainer(
     precision: None chooses by device. early_stopping: end after so many epochs without a lower validation loss.
     Checkpoints that an earlier run of the stage left are moved to `checkpoint_dir`/earlier, never overwritten.
     """
+    _quiet()
     checkpoint_dir, logs = Path(checkpoint_dir), Path(run_dir) / "logs"
     _set_aside(checkpoint_dir, stage)
     callbacks = [
@@ -145,7 +153,6 @@ def stage_trainer(
             save_top_k=-1,
             save_weights_only=True,
         ),
-        LearningRateMonitor("step"),
         LearningRateInForce(),
         StageReport(),
         TQDMProgressBar(),
@@ -164,6 +171,13 @@ def stage_trainer(
         use_distributed_sampler=False,
         enable_model_summary=False,
     )
+
+
+def _quiet() -> None:
+    """Keep Lightning's hints out of the notebook: what runs where is said already, and the loader needs few workers."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*number of training batches.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _set_aside(checkpoint_dir: Path, stage: str) -> None:
@@ -234,10 +248,12 @@ def read_lineage(checkpoint: str | Path) -> dict:
 def stage_checkpoints(checkpoint_dir: str | Path, stage: str) -> pd.DataFrame:
     """The checkpoints of a stage, best first: path, epoch, val_loss_epoch (exact), val_acc."""
     rows = []
-    for path in sorted(Path(checkpoint_dir).glob(f"{stage}-*-val_loss_epoch=*.ckpt")):
-        lineage = read_lineage(path)
-        metrics = lineage.get("metrics", {})
-        rows.append([path, lineage["epoch"], metrics["val_loss_epoch"], metrics["val_acc"]])
+    for path in sorted(Path(checkpoint_dir).glob(f"{stage}-*.ckpt")):
+        named = re.search(r"epoch=(\d+)-val_loss_epoch=(\d+\.\d+)", path.name)
+        if named:  # all that a checkpoint from elsewhere tells
+            lineage, epoch, loss = read_lineage(path), int(named[1]), float(named[2])
+            metrics = {"val_loss_epoch": loss, "val_acc": float("nan")} | lineage.get("metrics", {})
+            rows.append([path, lineage.get("epoch", epoch), metrics["val_loss_epoch"], metrics["val_acc"]])
     table = pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"])
     return table.sort_values(["val_loss_epoch", "epoch"], ignore_index=True)
 

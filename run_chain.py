@@ -22,9 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit-questions", type=int, help="a trial run on so many questions of each split")
     options = parser.parse_args(arguments)
     logging.getLogger("papermill").setLevel(logging.WARNING)
-    demo = options.name == "demo"
+    demo, cache = options.name == "demo", ROOT / "cache" / options.name
     source = ["demo", "--force"] if demo else [options.source, "--model", options.model]
-    if status := generate_race_cache(["--out", str(ROOT / "cache" / options.name), "--source", *source]):
+    made = not demo and (cache / "manifest.json").exists()  # on a node with internet, before
+    if status := generate_race_cache(["--verify", str(cache)] if made else ["--out", str(cache), "--source", *source]):
         return status
     parameters = {
         "CACHE_DIR": f"cache/{options.name}",

@@ -255,6 +255,25 @@ def test_summary_names_levels_truncation_and_missing_weights(corpus, cache, tmp_
     assert read_manifest(tmp_path / "out")["model"]["weights"] is False
 
 
+def test_older_weight_files_are_kept_as_safetensors(corpus, cache, tmp_path):
+    """A model folder that holds pytorch_model.bin only: the same weights reach stage e1."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from race_module import RaceModule
+
+    original = RaceModule(model=cache / "model").model
+    for part in (AutoTokenizer, AutoConfig):
+        part.from_pretrained(cache / "model").save_pretrained(tmp_path / "old")
+    torch.save(original.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    assert build_cache(str(corpus), str(tmp_path / "old"), tmp_path / "cache")["model"]["weights"]
+    assert (tmp_path / "cache" / "model" / "model.safetensors").exists()
+    again = RaceModule(model=tmp_path / "cache" / "model").model
+    assert all(
+        torch.equal(tensor, again.albert.state_dict()[name]) for name, tensor in original.albert.state_dict().items()
+    )
+
+
 def test_articles_in_two_splits_are_counted(tmp_path):
     record = {"article": "Tom.", "questions": ["Who?"], "options": [["a", "b", "c", "d"]], "answers": ["A"], "id": "1"}
     for split, article in (("train", "Tom."), ("dev", "Tom."), ("test", "Ann.")):

@@ -93,11 +93,19 @@ def test_best_is_decided_by_the_exact_loss(tmp_path):
     assert "epoch=01" in best_checkpoint(tmp_path, "e1").name
 
 
+def test_a_checkpoint_from_elsewhere_is_ranked_by_its_name(tmp_path):
+    for loss in ("0.81", "0.79"):
+        torch.save({"state_dict": {}}, tmp_path / f"e1-albert-race-epoch=03-val_loss_epoch={loss}.ckpt")
+    assert "0.79" in best_checkpoint(tmp_path, "e1").name
+    torch.save({}, tmp_path / "e1-last.ckpt")
+    assert len(stage_checkpoints(tmp_path, "e1")) == 2
+
+
 def test_log_on_disk(chain):
     log = read_log(chain / "run", "e1")
     columns = {"train_loss_step", "val_loss_epoch", "val_acc", "train_acc", "tokens_per_second", "epoch", "step"}
     assert columns <= set(log.columns)
-    assert log["lr-AdamW/decay"].dropna().unique().tolist() == [1e-2]
+    assert log["learning_rate"].dropna().unique().tolist() == [1e-2]
     assert log["train_loss_step"].notna().sum() == 6
     assert list((chain / "run" / "logs" / "e1").glob("version_0/events.out.tfevents*"))
 
@@ -113,6 +121,17 @@ def test_validation_metrics_are_means_over_questions(chain, cache):
     probability = [row[f"p_{row['answer']}"] for _, row in predictions.iterrows()]
     assert metrics["val_acc"] == pytest.approx(right, abs=1e-6)
     assert metrics["val_loss_epoch"] == pytest.approx(-pd.Series(probability).map(torch.math.log).mean(), abs=1e-5)
+
+
+def test_trainer_test_reports_loss_and_accuracy(chain, cache):
+    from race_evaluation import predict
+
+    path = best_checkpoint(chain / "checkpoints", "e3")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (metrics,) = trainer.test(RaceModule.load_from_checkpoint(path), RaceDataModule(cache), verbose=False)
+    predictions = predict(path, cache, "test", device="cpu")
+    assert metrics["test_acc"] == pytest.approx((predictions["answer"] == predictions["prediction"]).mean(), abs=1e-6)
+    assert 0 < metrics["test_loss"] < 10
 
 
 def test_a_wrong_learning_rate_in_force_stops_the_stage(cache, tmp_path):
