@@ -105,7 +105,7 @@ def test_log_on_disk(chain):
     log = read_log(chain / "run", "e1")
     columns = {"train_loss_step", "val_loss_epoch", "val_acc", "train_acc", "tokens_per_second", "epoch", "step"}
     assert columns <= set(log.columns)
-    assert log["learning_rate"].dropna().unique().tolist() == [1e-2]
+    assert log["learning_rate"].dropna().unique().tolist() == pytest.approx([1e-2])
     assert log["train_loss_step"].notna().sum() == 6
     assert list((chain / "run" / "logs" / "e1").glob("version_0/events.out.tfevents*"))
 
