@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo race test lint format clean
+.PHONY: help demo race test bench lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,10 @@ race: $(VENV)/run.stamp ## the whole chain on RACE with albert-base-v2, on a GPU
 
 test: $(VENV)/dev.stamp lint ## lint, unit tests, and all five notebooks on a small demo
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/run.stamp ## measure cache and training step against what a user would otherwise run (about 15 minutes)
+	$(BIN)/python -m bench.cache
+	$(BIN)/python -m bench.train_step --rounds 2
 
 lint: $(VENV)/dev.stamp ## ruff, and no notebook with outputs
 	$(BIN)/ruff check .

@@ -80,9 +80,9 @@ def summary(manifest: dict, out: str | Path) -> str:
         lines.append(
             f"  {manifest['model']['name']} has no weights: training from this cache needs BASE_MODEL set in ex01"
         )
-    lines.append(
-        f"  {size / 1e6:.1f} MB, {manifest['seconds']:.1f} s, {questions / manifest['seconds']:,.0f} questions a second"
-    )
+    lines.append(f"  {size / 1e6:.1f} MB")
+    if not manifest.get("kept"):
+        lines[-1] += f", {manifest['seconds']:.1f} s, {questions / manifest['seconds']:,.0f} questions a second"
     return "\n".join(lines)
 
 

@@ -167,15 +167,15 @@ def _sync(folder: Path) -> None:
 
 
 def _move_into_place(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
-    if out.exists():
+    if out.exists() and not force:
         there = read_manifest(out)
-        if not force and there["files"] == manifest["files"]:
+        if there["files"] == manifest["files"]:
             return there | {"kept": True}
-        if not force:
-            parts = [key for key in ("source", "tokenizer", "max_qa_len") if there[key] != manifest[key]]
-            raise CacheError(
-                f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it"
-            )
+        parts = [key for key in ("source", "tokenizer", "max_qa_len") if there[key] != manifest[key]]
+        raise CacheError(
+            f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it"
+        )
+    if out.exists():
         os.replace(out, folder.parent / "replaced")
     os.replace(folder, out)
     return manifest

@@ -13,7 +13,15 @@ from race_cache import read_manifest
 from race_data import RaceDataModule, length_order
 from race_module import RaceModule, default_token_budget
 from race_sources import LEVELS
-from race_training import STAGES, StageError, best_checkpoint, default_precision, latest_stage, read_lineage
+from race_training import (
+    STAGES,
+    StageError,
+    best_checkpoint,
+    default_precision,
+    latest_stage,
+    read_lineage,
+    stage_checkpoints,
+)
 
 LETTERS = list("ABCD")
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
@@ -27,10 +35,17 @@ def default_checkpoint(checkpoint_dir: str | Path) -> Path:
     return best_checkpoint(checkpoint_dir, latest_stage(checkpoint_dir))
 
 
-def chain_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
-    """The best checkpoint of each stage that has one, in the order of the chain."""
-    latest = STAGES.index(latest_stage(checkpoint_dir))
-    return [best_checkpoint(checkpoint_dir, stage) for stage in STAGES[: latest + 1]]
+def chosen_checkpoints(checkpoints: list[str | Path] | None, checkpoint_dir: str | Path) -> list[Path]:
+    """These checkpoints, or for None the best one of each stage that has any, in the order of the chain."""
+    if checkpoints is None:
+        stages = [stage for stage in STAGES if len(stage_checkpoints(checkpoint_dir, stage))]
+        if not stages:
+            raise StageError(f"{checkpoint_dir} holds no checkpoints: run ex01.ipynb first")
+        return [best_checkpoint(checkpoint_dir, stage) for stage in stages]
+    names = [Path(checkpoint).name for checkpoint in checkpoints]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise StageError(f"two checkpoints are called {', '.join(twice)}; results are kept by name, so rename one")
+    return [Path(checkpoint) for checkpoint in checkpoints]
 
 
 def predict(
@@ -41,9 +56,10 @@ def predict(
     max_len: int = 512,
     limit_questions: int | None = None,
     seed: int = 0,
+    precision: str | None = None,
     device: str | None = None,
 ) -> pd.DataFrame:
-    """Score one checkpoint on a split; one row a question, in the order of the cache.
+    """Score one checkpoint on a split; one row a question, in the order of the cache. precision: as in training.
 
     Columns: example_id, question_index, level, answer and prediction ("A".."D"), p_A … p_D.
     """
@@ -55,7 +71,7 @@ def predict(
     dataset, loader = data.dataset(split), data.ordered_loader(split)
     module = RaceModule.load_from_checkpoint(checkpoint).to(device).eval()
     budget = default_token_budget(module.model, device)
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(default_precision())
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision or default_precision())
     probabilities = []
     with (
         torch.inference_mode(),

@@ -45,6 +45,8 @@ def save_figure(figure: Figure, run_dir: str | Path, name: str) -> Figure:
 @plt.rc_context(STYLE)
 def training_curves(log: pd.DataFrame, stage: str) -> Figure:
     """Loss, accuracy and learning rate over the optimizer steps of one stage, from its log (race_training.read_log)."""
+    wanted = ["train_loss_step", "train_acc", "val_loss_epoch", "val_acc", "learning_rate"]
+    log = log.reindex(columns=log.columns.union(wanted))  # before the first validation, some are not there yet
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(11, 3.2), sharex=True)
     train, validation = log.dropna(subset="train_loss_step"), log.dropna(subset="val_loss_epoch")
     loss.plot(train["step"], train["train_loss_step"], color=BLUE, alpha=0.3, linewidth=0.8)
@@ -55,10 +57,9 @@ def training_curves(log: pd.DataFrame, stage: str) -> Figure:
     loss.annotate(
         "chance, ln 4", (1, CHANCE_LOSS), xycoords=loss.get_yaxis_transform(), ha="right", va="bottom", fontsize=8
     )
-    best = validation["val_loss_epoch"].min()
-    loss.set(
-        title=f"{stage}: lowest validation loss {best:.3f}", xlabel="optimizer step", ylabel="cross-entropy (nats)"
-    )
+    validated = len(validation) > 0
+    best = f"lowest validation loss {validation['val_loss_epoch'].min():.3f}" if validated else "not validated yet"
+    loss.set(title=f"{stage}: {best}", xlabel="optimizer step", ylabel="cross-entropy (nats)")
     epochs = log.dropna(subset="train_acc")
     accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE, label="training")
     accuracy.plot(validation["step"], validation["val_acc"], "o-", color=ORANGE, label="validation")
@@ -66,8 +67,8 @@ def training_curves(log: pd.DataFrame, stage: str) -> Figure:
     accuracy.annotate(
         "chance", (1, CHANCE), xycoords=accuracy.get_yaxis_transform(), ha="right", va="bottom", fontsize=8
     )
-    title = f"{stage}: best validation accuracy {validation['val_acc'].max():.1%}"
-    accuracy.set(title=title, xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1.03))
+    best = f"best validation accuracy {validation['val_acc'].max():.1%}" if validated else "not validated yet"
+    accuracy.set(title=f"{stage}: {best}", xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1.03))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     rates = log.dropna(subset="learning_rate")
     rate.plot(rates["step"], rates["learning_rate"], color=GREEN)
@@ -136,10 +137,9 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float] | None = N
     axes.errorbar(
         places, table["accuracy"], yerr=_whiskers(table), fmt="o-", color=BLUE, capsize=4, label="all, 95 % interval"
     )
-    if reported:
-        known = [
-            (place, reported[stage]) for place, stage in zip(places, table["stage"], strict=True) if stage in reported
-        ]
+    reported = {place: (reported or {}).get(stage) for place, stage in zip(places, table["stage"], strict=True)}
+    known = [(place, accuracy) for place, accuracy in reported.items() if accuracy is not None]
+    if known:
         axes.plot(*zip(*known, strict=True), "x", color=INK, label="reported by the original authors")
     for place, accuracy in zip(places, table["accuracy"], strict=True):
         axes.annotate(

@@ -38,7 +38,10 @@ class RaceModule(pl.LightningModule):
     ):
         super().__init__()
         if (model is None) == (config is None):
-            raise ValueError("give either model= (a name or folder with weights) or config= (random weights)")
+            raise ValueError(
+                "give either model= (a name or folder with weights) or config= (random weights, or those of a "
+                "checkpoint that carries no configuration of its own)"
+            )
         self.model = build_model(config) if model is None else load_pretrained(model)
         self.learning_rate, self.weight_decay, self.adam_epsilon = learning_rate, weight_decay, adam_epsilon
         self.token_budget = token_budget
@@ -119,6 +122,10 @@ class RaceModule(pl.LightningModule):
         """Choose the token budget for the trainer's device, where none was given."""
         if self.token_budget is None:
             self.token_budget = default_token_budget(self.model, self.trainer.strategy.root_device)
+
+    def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
+        """Copy without waiting; Lightning itself does so for plain tensors only."""
+        return batch.to(device, non_blocking=True)
 
     def on_train_epoch_start(self) -> None:
         """Time between epochs (validation, saving) does not count as training."""

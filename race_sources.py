@@ -141,7 +141,13 @@ def _text_problems(place: str, text: object) -> list[str]:
         return [f"{place}: expected text, found {type(text).__name__}"]
     if not text.strip():
         return [f"{place}: empty"]
-    return [f"{place}: holds a NUL character"] if "\0" in text else []
+    if "\0" in text:
+        return [f"{place}: holds a NUL character"]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return [f"{place}: holds half a surrogate pair at character {error.start}"]
+    return []
 
 
 def _records(files: Iterator[tuple[str, bytes | str]], source: str) -> dict[str, list[tuple[str, object]]]:
@@ -197,7 +203,8 @@ def _tar_files(path: Path, source: str) -> Iterator[tuple[str, bytes]]:
     """Members are read in memory and never unpacked, so no path in them can lead anywhere."""
     try:
         with tarfile.open(path) as tar:
-            files = [(m.name, tar.extractfile(m).read()) for m in tar if m.isfile() and _is_race_file(m.name)]
+            members = tqdm(tar, desc=f"unpacking {source}", unit=" files", delay=2, leave=False)
+            files = [(m.name, tar.extractfile(m).read()) for m in members if m.isfile() and _is_race_file(m.name)]
     except (tarfile.TarError, OSError, EOFError) as error:
         raise SourceError(source, [f"not a folder, and not a tar file that can be read ({error})"]) from error
     yield from sorted(files, key=lambda file: _natural(file[0]))
@@ -221,7 +228,7 @@ def _dataset_records(source: str) -> dict[str, list[tuple[str, object]]]:
             continue
         passages: dict[tuple[str, str], dict] = {}
         for row in tqdm(rows, desc=f"reading {name}", unit=" questions", delay=2, leave=False):
-            key = row["example_id"] or "", row["article"]
+            key = "" if row["example_id"] is None else str(row["example_id"]), row["article"]
             level = next((level for level in LEVELS if key[0].startswith(level)), "")
             passage = passages.setdefault(
                 key, {"id": key[0], "level": level, "article": key[1], "questions": [], "options": [], "answers": []}

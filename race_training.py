@@ -1,6 +1,8 @@
 """What the three stage notebooks share: where a stage starts, its trainer, its logs, its best checkpoint."""
 
 import logging
+import math
+import pickle
 import platform
 import re
 import shutil
@@ -15,7 +17,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from race_cache import file_hash, read_manifest
+from race_cache import file_hash, read_manifest, tokenizer_hash
 from race_data import RaceDataset
 from race_module import RaceModule
 
@@ -88,6 +90,8 @@ def start_stage(
     manifest = read_manifest(cache_dir)
     lineage = {"stage": stage, "cache": manifest["source"], "tokenizer": manifest["tokenizer"]["sha256"]}
     if stage == "e1":
+        if base_model is not None:
+            _check_tokenizer(base_model, manifest)
         if base_model is None and not manifest["model"]["weights"]:
             raise StageError(f"{cache_dir} keeps no weights ({manifest['model']['name']} had none); set BASE_MODEL")
         module = RaceModule(model=base_model or Path(cache_dir) / "model", **settings)
@@ -113,6 +117,18 @@ def start_stage(
     return module
 
 
+def _check_tokenizer(base_model: str | Path, manifest: dict) -> None:
+    """A base model that brings a tokenizer of its own must bring the cache's; ids mean nothing to another model."""
+    from transformers import AutoTokenizer
+
+    try:
+        own = tokenizer_hash(AutoTokenizer.from_pretrained(base_model))
+    except (OSError, ValueError):
+        return  # weights only: the size of the vocabulary is checked below
+    if own != manifest["tokenizer"]["sha256"]:
+        raise StageError(f"{base_model} has another tokenizer than the cache: make a cache with --model {base_model}")
+
+
 def weights_hash(model: torch.nn.Module) -> str:
     """sha256 over all weights of a model: tells whether two models are the same."""
     import hashlib
@@ -134,13 +150,13 @@ def stage_trainer(
     max_epochs: int,
     precision: str | None = None,
     early_stopping: int | None = None,
-    devices: int = 1,
     log_every: int = 10,
 ) -> pl.Trainer:
     """The trainer of a stage: checkpoints after each epoch, CSV and TensorBoard logs, a progress bar, a report.
 
     precision: None chooses by device. early_stopping: end after so many epochs without a lower validation loss.
-    Checkpoints that an earlier run of the stage left are moved to `checkpoint_dir`/earlier, never overwritten.
+    Checkpoints that an earlier run of the stage left, and those of the stages built on it, are moved to
+    `checkpoint_dir`/earlier, never overwritten.
     """
     _quiet()
     checkpoint_dir, logs = Path(checkpoint_dir), Path(run_dir) / "logs"
@@ -153,7 +169,7 @@ def stage_trainer(
             save_top_k=-1,
             save_weights_only=True,
         ),
-        LearningRateInForce(),
+        StartInForce(),
         StageReport(),
         TQDMProgressBar(),
     ]
@@ -163,8 +179,8 @@ def stage_trainer(
     return pl.Trainer(
         max_epochs=max_epochs,
         precision=precision or default_precision(),
-        devices=devices,
-        accelerator="auto",
+        devices=1,
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
         callbacks=callbacks,
         logger=[csv, TensorBoardLogger(logs, name=stage, version=f"version_{csv.version}")],
         log_every_n_steps=log_every,
@@ -176,29 +192,38 @@ def stage_trainer(
 def _quiet() -> None:
     """Keep Lightning's hints out of the notebook: what runs where is said already, and the loader needs few workers."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*number of training batches.*", ".*LeafSpec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*number of training batches.*",
+        ".*LeafSpec.*",
+        ".*not empty.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
 def _set_aside(checkpoint_dir: Path, stage: str) -> None:
-    """Move what an earlier run of the stage left, so that its files cannot pass for this run's."""
-    files = sorted(checkpoint_dir.glob(f"{stage}-*.ckpt"))
+    """Move what an earlier run of the stage left, and the stages built on it: they must not pass for this run's."""
+    later = STAGES[STAGES.index(stage) :]
+    files = [file for each in later for file in sorted(checkpoint_dir.glob(f"{each}-*.ckpt"))]
     if files:
         aside = checkpoint_dir / "earlier" / f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
         aside.mkdir(parents=True)
         for file in files:
             shutil.move(file, aside / file.name)
-        print(f"{len(files)} checkpoint(s) of an earlier run of {stage} are now in {aside}")
+        print(f"{len(files)} checkpoint(s) of an earlier run, from {stage} on, are now in {aside}")
 
 
-class LearningRateInForce(pl.Callback):
-    """Stops a stage at its first step if the optimizer has another learning rate than the stage's own."""
+class StartInForce(pl.Callback):
+    """Stops a stage before its first step if learning rate or weights are not those that the stage starts with."""
 
     def on_train_start(self, trainer: pl.Trainer, module: RaceModule) -> None:
-        """Compare every parameter group with the module's setting."""
+        """Compare every parameter group and all weights with what the stage was given."""
         rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
         if rates != {module.learning_rate}:
             raise StageError(f"learning rate in force: {rates}; this stage's is {module.learning_rate}")
+        start = module.lineage.get("weights_start")
+        if start is not None and start != weights_hash(module.model):
+            raise StageError("the weights have been trained since the model was made: run the model's cell again first")
 
 
 class StageReport(pl.Callback):
@@ -243,15 +268,21 @@ def read_lineage(checkpoint: str | Path) -> dict:
         return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("race", {})
     except FileNotFoundError as error:
         raise StageError(f"{checkpoint}: no such checkpoint") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise StageError(f"{checkpoint}: not a whole checkpoint, or one that brings code along; remove it") from error
 
 
 def stage_checkpoints(checkpoint_dir: str | Path, stage: str) -> pd.DataFrame:
     """The checkpoints of a stage, best first: path, epoch, val_loss_epoch (exact), val_acc."""
     rows = []
     for path in sorted(Path(checkpoint_dir).glob(f"{stage}-*.ckpt")):
-        named = re.search(r"epoch=(\d+)-val_loss_epoch=(\d+\.\d+)", path.name)
+        named = re.search(r"epoch=(\d+)-val_loss_epoch=(\d+\.\d+|nan|inf)", path.name)
         if named:  # all that a checkpoint from elsewhere tells
-            lineage, epoch, loss = read_lineage(path), int(named[1]), float(named[2])
+            try:
+                lineage, epoch, loss = read_lineage(path), int(named[1]), float(named[2])
+            except StageError as error:  # as left by a job that was killed while saving
+                print(f"passed over: {error}")
+                continue
             metrics = {"val_loss_epoch": loss, "val_acc": float("nan")} | lineage.get("metrics", {})
             rows.append([path, lineage.get("epoch", epoch), metrics["val_loss_epoch"], metrics["val_acc"]])
     table = pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"])
@@ -264,6 +295,8 @@ def best_checkpoint(checkpoint_dir: str | Path, stage: str) -> Path:
     if table.empty:
         notebook = f"ex0{stage[1]}.ipynb"
         raise StageError(f"{checkpoint_dir} holds no checkpoint of stage {stage}: run {notebook} first")
+    if not math.isfinite(table["val_loss_epoch"][0]):
+        raise StageError(f"{checkpoint_dir}: no checkpoint of stage {stage} has a finite validation loss; it diverged")
     return table["path"][0]
 
 

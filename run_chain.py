@@ -8,6 +8,7 @@ from pathlib import Path
 
 from demo import STAGES as DEMO_STAGES
 from generate_race_cache import main as generate_race_cache
+from race_cache import read_manifest, splits_of
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS = ("ex01", "ex02", "ex03", "eval_test_dataset_race", "eval_test_dataset_race_2")
@@ -17,27 +18,51 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the chain "demo" or "race"; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=("demo", "race"), help="the embedded default, or RACE with albert-base-v2")
-    parser.add_argument("--source", default="ehovy/race", help="source of the cache of 'race' (default ehovy/race)")
-    parser.add_argument("--model", default="albert-base-v2", help="base model of 'race' (default albert-base-v2)")
+    parser.add_argument("--source", help="source of the cache of 'race' (default ehovy/race)")
+    parser.add_argument("--model", help="base model of 'race' (default albert-base-v2)")
     parser.add_argument("--limit-questions", type=int, help="a trial run on so many questions of each split")
     options = parser.parse_args(arguments)
     logging.getLogger("papermill").setLevel(logging.WARNING)
     demo, cache = options.name == "demo", ROOT / "cache" / options.name
-    source = ["demo", "--force"] if demo else [options.source, "--model", options.model]
-    made = not demo and (cache / "manifest.json").exists()  # on a node with internet, before
-    if status := generate_race_cache(["--verify", str(cache)] if made else ["--out", str(cache), "--source", *source]):
+    if status := prepare_cache(cache, demo, options.source, options.model):
         return status
+    held = splits_of(read_manifest(cache))
+    if missing := {"train", "validation"} - set(held):
+        print(f"error: {cache} has no {' and no '.join(sorted(missing))} split; the stages need both", file=sys.stderr)
+        return 1
+    name = options.name if options.limit_questions is None else f"{options.name}-trial"  # kept apart from real results
     parameters = {
         "CACHE_DIR": f"cache/{options.name}",
-        "CHECKPOINT_DIR": f"checkpoints/{options.name}",
-        "RUN_DIR": f"runs/{options.name}",
+        "CHECKPOINT_DIR": f"checkpoints/{name}",
+        "RUN_DIR": f"runs/{name}",
         "LIMIT_QUESTIONS": options.limit_questions,
     }
+    split = "test" if "test" in held else "validation"
+    if split == "validation":
+        print("this cache has no test split: the evaluations use validation, which also chose the checkpoints")
     for notebook in NOTEBOOKS:
-        run_notebook(notebook, parameters | (DEMO_STAGES.get(notebook, {}) if demo else {}))
+        own = {"SPLIT": split} if notebook.startswith("eval") else DEMO_STAGES[notebook] if demo else {}
+        run_notebook(notebook, parameters | own)
     print((ROOT / parameters["RUN_DIR"] / "results.csv").read_text())
     print(f"notebooks, figures and predictions: {parameters['RUN_DIR']}; checkpoints: {parameters['CHECKPOINT_DIR']}")
     return 0
+
+
+def prepare_cache(cache: Path, demo: bool, source: str | None, model: str | None) -> int:
+    """Make the cache, or verify one that was made before on a node with internet; returns the exit status."""
+    if demo:
+        return generate_race_cache(["--source", "demo", "--out", str(cache), "--force"])
+    if not (cache / "manifest.json").exists():
+        made_from = ["--source", source or "ehovy/race", "--model", model or "albert-base-v2"]
+        return generate_race_cache([*made_from, "--out", str(cache)])
+    manifest = read_manifest(cache)
+    for asked, part in ((source, "source"), (model, "model")):
+        if asked not in (None, manifest[part]["name"]):
+            print(
+                f"error: {cache} was made from {part} {manifest[part]['name']}, not {asked}; move it", file=sys.stderr
+            )
+            return 1
+    return generate_race_cache(["--verify", str(cache)])
 
 
 def run_notebook(notebook: str, parameters: dict) -> None:

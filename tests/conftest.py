@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,6 @@ TEST_DATA = Path(os.environ.get("RACE_TEST_DATA", ROOT.parent / "shared" / "data
 ALBERT = TEST_DATA / "albert-base-v2"
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.2} | NO_DROPOUT
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

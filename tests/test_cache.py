@@ -289,3 +289,7 @@ def test_another_format_is_refused(corpus, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
     with pytest.raises(CacheError, match=r"manifest.json: format 0, expected 1"):
         read_manifest(tmp_path / "cache")
+    with pytest.raises(CacheError, match="format 0"):
+        build_cache(str(corpus), "demo", tmp_path / "cache")
+    build_cache(str(corpus), "demo", tmp_path / "cache", force=True)
+    assert verify_cache(tmp_path / "cache") == []

@@ -1,28 +1,81 @@
-"""The headless chain: what it makes, and what it takes as made."""
+"""The headless chain: what it makes, what it takes as made, and when it stops before hours are spent."""
+
+import json
+
+import pytest
 
 import run_chain
 
 
-def test_a_cache_that_is_there_is_verified_and_used(monkeypatch, tmp_path):
-    """On a node without internet `make race` must not ask the hub for a cache made before."""
+@pytest.fixture
+def chain(monkeypatch, tmp_path):
+    """run(arguments) -> (exit status, commands of the cache, notebooks with parameters), with neither really run."""
     commands, notebooks = [], []
     monkeypatch.setattr(run_chain, "ROOT", tmp_path)
-    monkeypatch.setattr(run_chain, "generate_race_cache", lambda arguments: commands.append(arguments) or 0)
-    monkeypatch.setattr(run_chain, "run_notebook", lambda name, parameters: notebooks.append((name, parameters)))
-    (tmp_path / "runs" / "race").mkdir(parents=True)
-    (tmp_path / "runs" / "race" / "results.csv").write_text("stage\n")
-    assert run_chain.main(["race"]) == 0
-    (tmp_path / "cache" / "race").mkdir(parents=True)
-    (tmp_path / "cache" / "race" / "manifest.json").write_text("{}")
-    assert run_chain.main(["race", "--limit-questions", "9"]) == 0
-    assert commands[0][-4:] == ["--source", "ehovy/race", "--model", "albert-base-v2"]
-    assert commands[1] == ["--verify", str(tmp_path / "cache" / "race")]
-    assert [name for name, _ in notebooks[:5]] == list(run_chain.NOTEBOOKS)
-    assert "LEARNING_RATE" not in notebooks[0][1] and notebooks[5][1]["LIMIT_QUESTIONS"] == 9
+
+    def generate(arguments: list[str]) -> int:
+        commands.append(arguments)
+        if "--out" in arguments:
+            write_cache(tmp_path, ["train", "validation", "test"])
+        return 0
+
+    def run_notebook(name: str, parameters: dict) -> None:
+        notebooks.append((name, parameters))
+        run_dir = tmp_path / parameters["RUN_DIR"]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "results.csv").write_text("stage\n")
+
+    monkeypatch.setattr(run_chain, "generate_race_cache", generate)
+    monkeypatch.setattr(run_chain, "run_notebook", run_notebook)
+    return lambda *arguments: (run_chain.main(list(arguments)), commands, notebooks)
 
 
-def test_a_cache_that_fails_ends_the_chain(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_chain, "ROOT", tmp_path)
+def write_cache(root, splits: list[str]) -> None:
+    manifest = {"format": 1, "source": {"name": "ehovy/race"}, "model": {"name": "albert-base-v2"}}
+    for name in ("race", "demo"):
+        (root / "cache" / name).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(manifest | {"splits": dict.fromkeys(splits)})
+        (root / "cache" / name / "manifest.json").write_text(text)
+
+
+def test_race_runs_the_recipe_on_the_hub(chain):
+    status, commands, notebooks = chain("race")
+    assert status == 0 and commands[0][:4] == ["--source", "ehovy/race", "--model", "albert-base-v2"]
+    assert [name for name, _ in notebooks] == list(run_chain.NOTEBOOKS)
+    assert not any("LEARNING_RATE" in parameters for _, parameters in notebooks)
+    assert notebooks[0][1]["RUN_DIR"] == "runs/race" and notebooks[3][1]["SPLIT"] == "test"
+
+
+def test_a_cache_that_is_there_is_verified_and_used(chain, tmp_path):
+    """On a node without internet `make race` must not ask the hub for a cache made before."""
+    write_cache(tmp_path, ["train", "validation", "test"])
+    status, commands, _ = chain("race")
+    assert status == 0 and commands == [["--verify", str(tmp_path / "cache" / "race")]]
+
+
+def test_another_source_than_the_cache_has_is_refused(chain, tmp_path, capsys):
+    write_cache(tmp_path, ["train", "validation", "test"])
+    status, _, notebooks = chain("race", "--source", "my/race")
+    assert status == 1 and notebooks == []
+    assert "was made from source ehovy/race, not my/race" in capsys.readouterr().err
+
+
+def test_missing_splits_are_met_before_the_training(chain, tmp_path, capsys):
+    write_cache(tmp_path, ["train", "test"])
+    assert chain("race")[0] == 1 and "no validation split" in capsys.readouterr().err
+    write_cache(tmp_path, ["train", "validation"])
+    status, _, notebooks = chain("race")
+    assert status == 0 and notebooks[-1][1]["SPLIT"] == "validation"
+
+
+def test_a_trial_run_is_kept_apart(chain):
+    _, _, notebooks = chain("race", "--limit-questions", "9")
+    places = {notebooks[0][1][name] for name in ("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR")}
+    assert places == {"cache/race", "checkpoints/race-trial", "runs/race-trial"}
+    assert all(parameters["LIMIT_QUESTIONS"] == 9 for _, parameters in notebooks)
+
+
+def test_a_cache_that_fails_ends_the_chain(chain, monkeypatch):
     monkeypatch.setattr(run_chain, "generate_race_cache", lambda _: 1)
-    monkeypatch.setattr(run_chain, "run_notebook", lambda *_: (_ for _ in ()).throw(AssertionError))
-    assert run_chain.main(["demo"]) == 1
+    status, _, notebooks = chain("demo")
+    assert status == 1 and notebooks == []

@@ -11,6 +11,7 @@ from race_evaluation import (
     PROBABILITIES,
     RESULT_COLUMNS,
     accuracy_table,
+    chosen_checkpoints,
     comparison,
     confusion,
     predict,
@@ -43,7 +44,7 @@ def checkpoint(cache, tmp_path_factory):
 
 
 def test_accuracy_and_wilson_interval_by_hand():
-    """6 of 10: the closed form of Wilson's interval at z = 1.959964."""
+    """7 of 10: the closed form of Wilson's interval at z = 1.959964."""
     table = accuracy_table(
         made("ABCDABCDAB", "ABCDABDAAC"[:10], ["middle"] * 4 + ["high"] * 6), "e1", "a/b.ckpt", "test"
     )
@@ -127,6 +128,13 @@ def test_other_peoples_numbers_appear_on_their_split_only():
     assert reported_accuracy([table(4934, "test")] * 2) == {"e1": 0.671, "e2": 0.680, "e3": 0.720}
     assert reported_accuracy([table(4934, "test"), table(500, "test")]) == {}
     assert reported_accuracy([table(4934, "train")]) == {}
+
+
+def test_checkpoints_of_one_name_are_refused(tmp_path):
+    with pytest.raises(StageError, match=r"two checkpoints are called x.ckpt"):
+        chosen_checkpoints(["a/x.ckpt", "b/x.ckpt"], tmp_path)
+    with pytest.raises(StageError, match="holds no checkpoints"):
+        chosen_checkpoints(None, tmp_path)
 
 
 def test_another_tokenizer_is_refused(cache, tmp_path):

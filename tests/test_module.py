@@ -97,10 +97,11 @@ def test_sequences_do_not_see_each_other(albert_config, items):
     assert torch.allclose(module(collate(many))[:2], module(collate(few)), atol=1e-6)
 
 
-def test_segments_and_positions_reach_the_model(albert_config, items):
+@pytest.mark.parametrize("name", ["input_ids", "token_type_ids", "position_ids"])
+def test_every_input_reaches_the_model(albert_config, items, name):
     module = RaceModule(config=albert_config).eval()
     batch, other = collate(items(2)), collate(items(2))
-    other.token_type_ids = torch.zeros_like(other.token_type_ids)
+    setattr(other, name, torch.ones_like(getattr(other, name)))
     assert not torch.allclose(module(batch), module(other), atol=1e-4)
 
 

@@ -93,6 +93,7 @@ BAD = {
     "empty option": (RECORD | {"options": [RECORD["options"][0], ["a", " ", "c", "d"]]}, "question 1, option B: empty"),
     "empty question": (RECORD | {"questions": ["", "Tom has _ ."]}, "question 0: empty"),
     "empty article": (RECORD | {"article": "\n"}, "article: empty"),
+    "surrogate": (RECORD | {"article": "a\ud800b"}, "article: holds half a surrogate pair at character 1"),
     "NUL": (RECORD | {"article": "a\0b"}, "article: holds a NUL character"),
 }
 

@@ -10,9 +10,9 @@ import torch
 from race_data import RaceDataModule
 from race_module import RaceModule
 from race_training import (
-    LearningRateInForce,
     StageError,
     StageReport,
+    StartInForce,
     best_checkpoint,
     decoded_question,
     read_lineage,
@@ -101,6 +101,55 @@ def test_a_checkpoint_from_elsewhere_is_ranked_by_its_name(tmp_path):
     assert len(stage_checkpoints(tmp_path, "e1")) == 2
 
 
+def test_a_half_written_checkpoint_is_passed_over_and_named(chain, tmp_path, capsys):
+    good = best_checkpoint(chain / "checkpoints", "e1")
+    (tmp_path / good.name).write_bytes(good.read_bytes())
+    half = tmp_path / "e1-albert-race-epoch=09-val_loss_epoch=0.01.ckpt"
+    half.write_bytes(good.read_bytes()[:5000])
+    assert best_checkpoint(tmp_path, "e1").name == good.name
+    assert f"passed over: {half}: not a whole checkpoint" in capsys.readouterr().out
+
+
+def test_a_stage_that_diverged_says_so(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "e1-albert-race-epoch=00-val_loss_epoch=nan.ckpt")
+    with pytest.raises(StageError, match="it diverged"):
+        best_checkpoint(tmp_path, "e1")
+
+
+def test_training_again_without_a_fresh_model_is_refused(cache, tmp_path):
+    """The training cell run twice would go on from trained weights and still say that it starts from the base."""
+    module = train("e1", cache, tmp_path, 1e-2)
+    trainer = stage_trainer("e1", tmp_path / "run", tmp_path / "checkpoints", 1)
+    with pytest.raises(StageError, match="run the model's cell again"):
+        trainer.fit(module, RaceDataModule(cache, batch_size=16, limit_questions=48))
+
+
+def test_every_epoch_has_an_order_of_its_own(cache):
+    """Lightning tells the sampler the epoch: two epochs of a real fit see the same questions in two orders."""
+    seen: list[list[int]] = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, *_):
+            seen.append([])
+
+        def on_train_batch_start(self, trainer, module, batch, *_):
+            seen[-1] += [int(sum(batch.lengths[4 * i : 4 * i + 4])) for i in range(len(batch))]
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=2, limit_val_batches=0, callbacks=Watch(), **options)
+    trainer.fit(start_stage("e1", cache), RaceDataModule(cache, batch_size=16, limit_questions=48))
+    assert len(seen) == 2 and seen[0] != seen[1] and sorted(seen[0]) == sorted(seen[1])
+
+
+def test_curves_can_be_drawn_before_the_first_validation(chain):
+    from race_figures import training_curves
+
+    log = read_log(chain / "run", "e1")
+    early = log[log["train_loss_step"].notna()].dropna(axis=1, how="all")
+    figure = training_curves(early, "e1")
+    assert "not validated yet" in figure.axes[0].get_title(loc="left")
+
+
 def test_log_on_disk(chain):
     log = read_log(chain / "run", "e1")
     columns = {"train_loss_step", "val_loss_epoch", "val_acc", "train_acc", "tokens_per_second", "epoch", "step"}
@@ -149,7 +198,7 @@ def test_a_wrong_learning_rate_in_force_stops_the_stage(cache, tmp_path):
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=LearningRateInForce(),
+        callbacks=StartInForce(),
     )
     with pytest.raises(StageError, match="learning rate in force"):
         trainer.fit(module, RaceDataModule(cache, limit_questions=8))
@@ -160,7 +209,7 @@ def test_a_second_run_of_a_stage_overwrites_nothing(cache, tmp_path, capsys):
         train("e1", cache, tmp_path, 1e-2)
     assert len(list((tmp_path / "checkpoints").glob("e1-*.ckpt"))) == 1
     assert len(list((tmp_path / "checkpoints" / "earlier").glob("e1-*/e1-*.ckpt"))) == 1
-    assert "of an earlier run of e1 are now in" in capsys.readouterr().out
+    assert "of an earlier run, from e1 on, are now in" in capsys.readouterr().out
 
 
 def test_early_stopping_ends_a_stage(cache, tmp_path):
@@ -218,3 +267,13 @@ def test_a_cache_without_weights_needs_a_base_model(corpus, cache, tmp_path):
     with pytest.raises(StageError, match="keeps no weights"):
         start_stage("e1", tmp_path / "cache")
     assert start_stage("e1", tmp_path / "cache", base_model=cache / "model")
+
+
+def test_a_base_model_with_another_tokenizer_is_refused(cache, tmp_path):
+    from transformers import AlbertTokenizer
+
+    pieces = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]", "▁", "a"]
+    AlbertTokenizer(vocab=[(piece, 0.0) for piece in pieces]).save_pretrained(tmp_path)
+    RaceModule(model=cache / "model").model.save_pretrained(tmp_path)
+    with pytest.raises(StageError, match="another tokenizer than the cache"):
+        start_stage("e1", cache, base_model=tmp_path)
