@@ -35,9 +35,10 @@ class PackedBatch:
         """The longest sequence, in tokens."""
         return max(self.lengths)
 
-    def to(self, device, non_blocking: bool = False) -> "PackedBatch":
-        """The batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device) -> "PackedBatch":
+        """The batch with its tensors on `device`; a copy to a GPU is not waited for."""
+        to_gpu = torch.device(device).type == "cuda"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> "PackedBatch":
         """The batch in page-locked memory, so that its copy to a GPU does not block."""

@@ -79,7 +79,7 @@ def predict(
         tqdm(total=len(dataset), desc=f"scoring {split}", unit=" questions") as bar,
     ):
         for batch in loader:
-            for part in batch.to(device, non_blocking=True).micro_batches(budget):
+            for part in batch.to(device).micro_batches(budget):
                 probabilities.append(module(part).double().softmax(1))
             bar.update(len(batch))
     table = np.empty((len(dataset), len(LETTERS)))

@@ -123,10 +123,6 @@ class RaceModule(pl.LightningModule):
         if self.token_budget is None:
             self.token_budget = default_token_budget(self.model, self.trainer.strategy.root_device)
 
-    def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
-        """Copy without waiting; Lightning itself does so for plain tensors only."""
-        return batch.to(device, non_blocking=True)
-
     def on_train_epoch_start(self) -> None:
         """Time between epochs (validation, saving) does not count as training."""
         self._step_ended = None
