@@ -15,6 +15,7 @@ from race_training import (
     StartInForce,
     best_checkpoint,
     decoded_question,
+    default_precision,
     read_lineage,
     read_log,
     stage_checkpoints,
@@ -239,6 +240,26 @@ def test_effective_batch_does_not_depend_on_the_token_budget(cache):
 
     whole, parts = step(1 << 20), step(600)
     assert all(torch.allclose(whole[name], parts[name], rtol=0, atol=1e-9) for name in whole)
+
+
+@pytest.mark.parametrize("short", [0, 128])
+def test_half_precision_trains(cache, tmp_path, monkeypatch, short):
+    """bf16 autocast, as on a GPU: both ways of attention take it, and the weights stay float32."""
+    monkeypatch.setattr("race_module.SHORT", short)
+    module = train("e1", cache, tmp_path, 1e-3, precision="bf16-mixed")
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    losses = read_log(tmp_path / "run", "e1")["train_loss_step"].dropna()
+    assert len(losses) == 3 and losses.between(1.2, 1.6).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [(None, "32-true"), ((7, 0), "16-mixed"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")],
+)
+def test_precision_by_device(monkeypatch, capability, precision):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert default_precision() == precision
 
 
 def test_decoded_question_shows_text_options_and_segments(cache):
