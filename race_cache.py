@@ -370,19 +370,36 @@ def check_encoding(encode: Encoder, passages: list[Passage], max_qa_len: int, co
 
 def keep_model(model: str, folder: Path):
     """Copy tokenizer, configuration and any weights of `model` to `folder`; returns (tokenizer, has_weights)."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     if model == "demo":
         from demo.model import write_model
 
         write_model(folder)
-        return AutoTokenizer.from_pretrained(folder), True
+        return load_tokenizer(folder), True
     if not Path(model).is_dir() and re.match(r"[./~]|.*/.*/", model):
         raise CacheError(f"--model {model}: no such folder")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     tokenizer.save_pretrained(folder)
     AutoConfig.from_pretrained(model).save_pretrained(folder)
     return tokenizer, _keep_weights(model, folder)
+
+
+def load_tokenizer(model: str | Path):
+    """The tokenizer of a hub name or folder; raises CacheError where there is none.
+
+    For a folder without tokenizer files transformers makes one that knows special tokens only, to which every word is
+    unknown.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{model}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise CacheError(f"{model} has no tokenizer files (tokenizer.json or spiece.model); add those of its model")
+    return tokenizer
 
 
 def _keep_weights(model: str, folder: Path) -> bool:

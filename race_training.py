@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from race_cache import file_hash, read_manifest, tokenizer_hash
+from race_cache import CacheError, file_hash, load_tokenizer, read_manifest, tokenizer_hash
 from race_data import RaceDataset
 from race_module import RaceModule
 
@@ -119,11 +119,9 @@ def start_stage(
 
 def _check_tokenizer(base_model: str | Path, manifest: dict) -> None:
     """A base model that brings a tokenizer of its own must bring the cache's; ids mean nothing to another model."""
-    from transformers import AutoTokenizer
-
     try:
-        own = tokenizer_hash(AutoTokenizer.from_pretrained(base_model))
-    except (OSError, ValueError):
+        own = tokenizer_hash(load_tokenizer(base_model))
+    except CacheError:
         return  # weights only: the size of the vocabulary is checked below
     if own != manifest["tokenizer"]["sha256"]:
         raise StageError(f"{base_model} has another tokenizer than the cache: make a cache with --model {base_model}")

@@ -169,6 +169,18 @@ def test_tokenizer_with_other_pairs_is_refused(corpus, cache, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_tokenizer_is_refused(corpus, cache, tmp_path):
+    """transformers would make a tokenizer to which every word is unknown."""
+    from transformers import AutoModelForMultipleChoice
+
+    AutoModelForMultipleChoice.from_pretrained(cache / "model").save_pretrained(tmp_path / "weights")
+    with pytest.raises(CacheError, match="has no tokenizer files"):
+        build_cache(str(corpus), str(tmp_path / "weights"), tmp_path / "out")
+    with pytest.raises(CacheError, match="its tokenizer cannot be loaded"):
+        build_cache(str(corpus), "nobody/nothing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_storage_is_small(real_cache):
     """At most 1 KiB of token storage a question."""
     for counts in read_manifest(real_cache)["splits"].values():

@@ -288,6 +288,8 @@ def test_a_cache_without_weights_needs_a_base_model(corpus, cache, tmp_path):
     with pytest.raises(StageError, match="keeps no weights"):
         start_stage("e1", tmp_path / "cache")
     assert start_stage("e1", tmp_path / "cache", base_model=cache / "model")
+    RaceModule(model=cache / "model").model.save_pretrained(tmp_path / "weights")
+    assert start_stage("e1", tmp_path / "cache", base_model=tmp_path / "weights"), "weights without a tokenizer will do"
 
 
 def test_a_base_model_with_another_tokenizer_is_refused(cache, tmp_path):
