@@ -158,7 +158,6 @@ def stage_trainer(
     """
     _quiet()
     checkpoint_dir, logs = Path(checkpoint_dir), Path(run_dir) / "logs"
-    _set_aside(checkpoint_dir, stage)
     callbacks = [
         ModelCheckpoint(
             checkpoint_dir,
@@ -168,6 +167,7 @@ def stage_trainer(
             save_weights_only=True,
         ),
         StartInForce(),
+        EarlierRunAside(checkpoint_dir, stage),  # after the checks: a stage that is refused moves nothing
         StageReport(),
         TQDMProgressBar(),
     ]
@@ -199,18 +199,6 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _set_aside(checkpoint_dir: Path, stage: str) -> None:
-    """Move what an earlier run of the stage left, and the stages built on it: they must not pass for this run's."""
-    later = STAGES[STAGES.index(stage) :]
-    files = [file for each in later for file in sorted(checkpoint_dir.glob(f"{each}-*.ckpt"))]
-    if files:
-        aside = checkpoint_dir / "earlier" / f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
-        aside.mkdir(parents=True)
-        for file in files:
-            shutil.move(file, aside / file.name)
-        print(f"{len(files)} checkpoint(s) of an earlier run, from {stage} on, are now in {aside}")
-
-
 class StartInForce(pl.Callback):
     """Stops a stage before its first step if learning rate or weights are not those that the stage starts with."""
 
@@ -222,6 +210,24 @@ class StartInForce(pl.Callback):
         start = module.lineage.get("weights_start")
         if start is not None and start != weights_hash(module.model):
             raise StageError("the weights have been trained since the model was made: run the model's cell again first")
+
+
+class EarlierRunAside(pl.Callback):
+    """Moves what an earlier run of a stage left, and the stages built on it: they must not pass for this run's."""
+
+    def __init__(self, checkpoint_dir: Path, stage: str):
+        self.checkpoint_dir, self.stage = checkpoint_dir, stage
+
+    def on_train_start(self, trainer: pl.Trainer, module: RaceModule) -> None:
+        """Move the checkpoints to a folder of their own below `earlier`."""
+        later = STAGES[STAGES.index(self.stage) :]
+        files = [file for each in later for file in sorted(self.checkpoint_dir.glob(f"{each}-*.ckpt"))]
+        if files:
+            aside = self.checkpoint_dir / "earlier" / f"{self.stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+            aside.mkdir(parents=True)
+            for file in files:
+                shutil.move(file, aside / file.name)
+            print(f"{len(files)} checkpoint(s) of an earlier run, from {self.stage} on, are now in {aside}")
 
 
 class StageReport(pl.Callback):

@@ -120,9 +120,11 @@ def test_a_stage_that_diverged_says_so(tmp_path):
 def test_training_again_without_a_fresh_model_is_refused(cache, tmp_path):
     """The training cell run twice would go on from trained weights and still say that it starts from the base."""
     module = train("e1", cache, tmp_path, 1e-2)
+    finished = best_checkpoint(tmp_path / "checkpoints", "e1")
     trainer = stage_trainer("e1", tmp_path / "run", tmp_path / "checkpoints", 1)
     with pytest.raises(StageError, match="run the model's cell again"):
         trainer.fit(module, RaceDataModule(cache, batch_size=16, limit_questions=48))
+    assert best_checkpoint(tmp_path / "checkpoints", "e1") == finished, "the finished run stays where it was"
 
 
 def test_every_epoch_has_an_order_of_its_own(cache):
