@@ -26,7 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(problems) or f"{options.verify}: every file agrees with the manifest")
             return 1 if problems else 0
         manifest = build_cache(
-            options.source, options.model, options.out, options.max_qa_len, options.workers, options.force
+            options.source,
+            options.model,
+            options.out,
+            options.max_qa_len,
+            options.workers,
+            options.force,
+            options.skip_bad,
         )
     except (CacheError, SourceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,6 +55,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)"
     )
     parser.add_argument("--force", action="store_true", help="replace a cache of other content")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out bad questions and passages, and list them in the cache"
+    )
     parser.add_argument("--verify", metavar="CACHE", help="re-read a cache and check every file against its manifest")
     options = parser.parse_args(arguments)
     if options.source == "demo":
@@ -75,7 +84,9 @@ def summary(manifest: dict, out: str | Path) -> str:
     questions = sum(counts["questions"] for counts in manifest["splits"].values())
     size = sum(file["bytes"] for file in manifest["files"].values())
     lines.append(f"  articles in more than one split: {manifest['articles_in_more_than_one_split']:,}")
-    lines += [f"  {note}" for note in manifest["notes"]]
+    lines += [f"  {note}" for note in manifest["notes"][:20]]
+    if len(manifest["notes"]) > 20:
+        lines.append(f"  … and {len(manifest['notes']) - 20} more, listed in {out}/left-out.txt")
     if not manifest["model"]["weights"]:
         lines.append(
             f"  {manifest['model']['name']} has no weights: training from this cache needs BASE_MODEL set in ex01"

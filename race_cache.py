@@ -1,12 +1,12 @@
 """The token cache: passages encoded once, written as Arrow files beside their text, and described by a manifest."""
 
+import functools
 import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,41 +16,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from race_encoding import (
+    MAX_LEN,
+    SPECIALS,
+    CacheError,
+    Encoder,
+    check_encoding,
+    keep_last,
+    question_option,
+)
+from race_files import file_hash, file_identity, flush, folder_aside
 from race_sources import LABELS, LEVELS, SPLITS, Passage, read_source
 
-FORMAT = 1
-MAX_LEN = 512  # tokens in one sequence; the share of truncated sequences is counted against it
-SPECIALS = 3  # [CLS] article [SEP] question+option [SEP]
-CHUNK = 8192  # texts tokenised at a time: bounds memory
-# Where whitespace for Arrow and for the tokenizer may differ, or where a mark could join a space: tokenised whole.
-UNSAFE_TO_SPLIT = r"[\x1c-\x1f]|(^|[\s\p{Z}\x{85}])[\p{M}\x{200c}\x{200d}]"
-LOCAL_NORMALIZERS = {
-    "Replace",
-    "NFC",
-    "NFD",
-    "NFKC",
-    "NFKD",
-    "StripAccents",
-    "Lowercase",
-    "Precompiled",
-    "BertNormalizer",
-}
-
-
-class CacheError(ValueError):
-    """A cache that cannot be made, opened or trusted; the message names the file and what to do."""
-
+FORMAT = 2
+LEFT_OUT = "left-out.txt"
+NO_HASH = "0" * 64
+FAMILIES = ("albert", "bert")  # that RaceModule runs
 
 # -------------------------------------------------------------------------------------------------- building
 
 
 def build_cache(
-    source: str, model: str, out: str | Path, max_qa_len: int = 128, workers: int = 1, force: bool = False
+    source: str,
+    model: str,
+    out: str | Path,
+    max_qa_len: int = 128,
+    workers: int = 1,
+    force: bool = False,
+    skip_bad: bool = False,
 ) -> dict:
     """Encode `source` with the tokenizer of `model` (hub name or folder) into the folder `out`; returns the manifest.
 
     The cache is written beside `out` and renamed when it is complete. A cache of the same content that is there
-    already is kept; another one is replaced only with `force`. Raises SourceError or CacheError.
+    already is kept; another one is replaced only with `force`. With `skip_bad` what is bad in the source is left out
+    and listed in `out`/left-out.txt. Raises SourceError or CacheError.
     """
     started = time.perf_counter()
     out = Path(out)
@@ -58,21 +57,25 @@ def build_cache(
         raise CacheError(f"--max-qa-len {max_qa_len}: expected 1 to {MAX_LEN - SPECIALS} tokens")
     if out.exists() and not (out / "manifest.json").is_file():
         raise CacheError(f"{out} exists and is not a cache; choose another --out")
-    splits, notes = read_source(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
-        manifest = _write_cache(folder, source, splits, model, max_qa_len, workers)
-        manifest |= {"notes": notes, "seconds": round(time.perf_counter() - started, 2)}
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        _sync(folder)
+    splits, left_out = read_source(source, skip_bad)
+    with folder_aside(out) as temporary:
+        folder = temporary / out.name
+        manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len, workers)
+        manifest |= {"seconds": round(time.perf_counter() - started, 2)}
+        _write_manifest(folder / "manifest.json", manifest)
+        for path in (*folder.rglob("*"), folder):
+            flush(path)
         return _move_into_place(folder, out, manifest, force)
 
 
-def _write_cache(folder: Path, source: str, splits: dict, model: str, max_qa_len: int, workers: int) -> dict:
+def _write_cache(
+    folder: Path, source: str, splits: dict, left_out: list[str], model: str, max_qa_len: int, workers: int
+) -> dict:
     from importlib.metadata import version
 
     folder.mkdir()
+    if left_out:
+        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in left_out), encoding="utf-8")
     tokenizer, has_weights = keep_model(model, folder / "model")
     manifest = {
         "format": FORMAT,
@@ -88,6 +91,7 @@ def _write_cache(folder: Path, source: str, splits: dict, model: str, max_qa_len
         "model": {"name": model, "weights": has_weights},
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "pyarrow", "numpy")},
         "max_qa_len": max_qa_len,
+        "notes": left_out,
         "splits": {},
     }
     encode = Encoder(tokenizer, workers)
@@ -124,7 +128,7 @@ def _write_split(folder: Path, split: str, passages: list[Passage], encode: "Enc
         },
         "questions": {
             "passage": pa.array(passage_of),
-            "question_index": pa.array([i for p in passages for i in range(len(p.questions))], pa.int32()),
+            "question_index": pa.array([i for p in passages for i in p.places], pa.int32()),
             "question": pa.array([question for p in passages for question in p.questions], pa.large_string()),
             "options": _groups_of_four(
                 pa.array([o for p in passages for os in p.options for o in os], pa.large_string())
@@ -158,211 +162,34 @@ def _groups_of_four(values: pa.Array) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(values, len(LABELS))
 
 
-def _sync(folder: Path) -> None:
-    """Flush every file and folder of a finished cache to disk, before the rename makes it visible."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def _write_manifest(path: Path, manifest: dict) -> None:
+    """Write the manifest with a hash of the file itself, made with zeros in the hash's own place."""
+    text = json.dumps({"sha256": NO_HASH} | manifest, indent=1, ensure_ascii=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(text.replace(NO_HASH, digest, 1), encoding="utf-8")
 
 
 def _move_into_place(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
-    if out.exists() and not force:
-        there = read_manifest(out)
-        if there["files"] == manifest["files"]:
-            return there | {"kept": True}
-        parts = [key for key in ("source", "tokenizer", "max_qa_len") if there[key] != manifest[key]]
-        raise CacheError(
-            f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it"
-        )
-    if out.exists():
-        os.replace(out, folder.parent / "replaced")
-    os.replace(folder, out)
-    return manifest
-
-
-# -------------------------------------------------------------------------------------------------- encoding
-
-
-def question_option(question: str, option: str) -> str:
-    """The second segment: a cloze question has each blank `_` filled with the option, others are joined by a space."""
-    return question.replace("_", option) if "_" in question else f"{question} {option}"
-
-
-def keep_last(lists: pa.ListArray, count: int) -> pa.ListArray:
-    """Each list cut to its last `count` values (after ALBERT's run_race)."""
-    lengths = np.diff(lists.offsets.to_numpy())
-    if (lengths <= count).all():
-        return lists
-    kept = np.minimum(lengths, count)
-    values = lists.values.to_numpy()[_ragged_positions(lists.offsets.to_numpy()[1:] - kept, kept)]
-    return _list_array(values, kept)
-
-
-class Encoder:
-    """Texts → token ids without special tokens, each distinct word tokenised once where that is exact."""
-
-    def __init__(self, tokenizer, workers: int = 1):
-        self.tokenizer = tokenizer
-        self.dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-        self.by_word = splits_on_whitespace(tokenizer)
-        description = tokenizer.backend_tokenizer.to_str() if self.by_word else ""
-        self.lowers = '"Lowercase"' in description or '"lowercase":true' in description
-        self.marks_words = '"Metaspace"' in description
-        pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        self._starts_word = np.array([piece.startswith("▁") for piece in pieces])  # [vocabulary]
-        # such tokens are looked for before anything is split: a text that holds one is tokenised whole
-        self._unsafe = "|".join([UNSAFE_TO_SPLIT, *map(re.escape, tokenizer.get_added_vocab())])
-        self._row_of_word: dict[str, int] = {}
-        self._starts = np.zeros(0, np.int64)  # of each known word in _ids
-        self._lengths = np.zeros(0, np.int64)
-        self._ids = np.zeros(0, self.dtype)
-        os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
-
-    def __call__(self, texts: list[str], desc: str = "tokenising") -> pa.ListArray:
-        """[N] texts → ListArray [N] of ids."""
-        values, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int64)]
-        with tqdm(total=len(texts), desc=desc, unit=" texts", delay=2, leave=False) as bar:
-            for start in range(0, len(texts), CHUNK):
-                chunk = texts[start : start + CHUNK]
-                ids, length = self._by_word(chunk) if self.by_word else self._whole(chunk)
-                values.append(ids)
-                lengths.append(length)
-                bar.update(len(chunk))
-        return _list_array(np.concatenate(values), np.concatenate(lengths))
-
-    def _whole(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        if not texts:
-            return np.zeros(0, self.dtype), np.zeros(0, np.int64)
-        if getattr(self.tokenizer, "is_fast", False):
-            backend = self.tokenizer.backend_tokenizer
-            backend.no_truncation()  # which a tokenizer's file may ask for, or a call have left behind
-            backend.no_padding()
-            encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        else:
-            encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return np.fromiter(itertools.chain.from_iterable(encoded), self.dtype, lengths.sum()), lengths
-
-    def _by_word(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        array = pa.array(texts, pa.large_string())
-        unsafe = pc.match_substring_regex(array, self._unsafe).to_numpy(zero_copy_only=False)
-        safe = array.filter(pa.array(~unsafe))
-        words = pc.utf8_split_whitespace(pc.ascii_lower(safe) if self.lowers else safe)  # fewer distinct words
-        offsets = words.offsets.to_numpy()
-        coded = words.values[offsets[0] : offsets[-1]].dictionary_encode()
-        rows = self._rows(coded.dictionary.to_pylist())[coded.indices.to_numpy()]
-        ends = np.concatenate(([0], np.cumsum(self._lengths[rows])))
-        ids = self._ids[_ragged_positions(self._starts[rows], self._lengths[rows])]
-        whole = self._whole([texts[i] for i in np.flatnonzero(unsafe)])
-        return _merge(unsafe, whole, (ids, np.diff(ends[offsets - offsets[0]])))
-
-    def _rows(self, words: list[str]) -> np.ndarray:
-        """The row of each word in the table of known words, after adding those not seen before."""
-        new = [word for word in words if word not in self._row_of_word]
-        ids, lengths = self._words(new)
-        starts = len(self._ids) + np.cumsum(lengths) - lengths
-        self._row_of_word.update(zip(new, itertools.count(len(self._starts))))
-        self._starts, self._lengths = np.append(self._starts, starts), np.append(self._lengths, lengths)
-        self._ids = np.append(self._ids, ids)
-        return np.fromiter((self._row_of_word[word] for word in words), np.int64, len(words))
-
-    def _words(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Words one by one; plain ones in lines of 256, which a tokenizer that marks word starts lets us cut again."""
-        plain = np.fromiter((word.isascii() and word.isprintable() and word != "" for word in words), bool, len(words))
-        if self.marks_words and plain.any():
-            plain_words = [words[i] for i in np.flatnonzero(plain)]
-            ids, _ = self._whole([" ".join(plain_words[i : i + 256]) for i in range(0, len(plain_words), 256)])
-            starts = np.flatnonzero(self._starts_word[ids])
-            if len(starts) == len(plain_words) and starts[0] == 0:
-                others = self._whole([words[i] for i in np.flatnonzero(~plain)])
-                return _merge(plain, (ids, np.diff(np.append(starts, len(ids)))), others)
-        return self._whole(words)
-
-
-def _merge(chosen: np.ndarray, a: tuple, b: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """Two ragged arrays (ids, lengths), put together so that the rows of `a` lie where `chosen` [N] is true."""
-    lengths = np.empty(len(chosen), np.int64)
-    lengths[chosen], lengths[~chosen] = a[1], b[1]
-    starts = np.cumsum(lengths) - lengths
-    ids = np.empty(lengths.sum(), a[0].dtype)
-    ids[_ragged_positions(starts[chosen], a[1])] = a[0]
-    ids[_ragged_positions(starts[~chosen], b[1])] = b[0]
-    return ids, lengths
-
-
-def splits_on_whitespace(tokenizer) -> bool:
-    """Whether tokenising word by word is exact: whitespace separates, and the normaliser looks at no neighbours."""
-    if not getattr(tokenizer, "is_fast", False):
-        return False
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    normalizer = description["normalizer"] or {"type": "Sequence", "normalizers": []}
-    normalizers = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
-    if any(part["type"] not in LOCAL_NORMALIZERS or _sees_whitespace(part) for part in normalizers):
-        return False
-    pre = description["pre_tokenizer"] or {"type": ""}
-    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    if steps[0]["type"] == "BertPreTokenizer":
-        return len(steps) == 1
-    metaspace = all(step["type"] == "Metaspace" and step["prepend_scheme"] == "always" for step in steps[1:])
-    return steps[0]["type"] == "WhitespaceSplit" and metaspace
-
-
-def _sees_whitespace(normalizer: dict) -> bool:
-    """A replacement whose pattern could match across words (regular expressions are not looked into)."""
-    if normalizer["type"] != "Replace":
-        return False
-    pattern = normalizer["pattern"].get("String")
-    return pattern is None or any(character.isspace() for character in pattern)
-
-
-def _ragged_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[N] starts and lengths → the positions of all their elements, one run after the other."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise CacheError(f"{offsets[-1]} tokens in one split: more than the 2³¹ that the cache format holds")
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
-
-
-def check_encoding(encode: Encoder, passages: list[Passage], max_qa_len: int, count: int = 48) -> None:
-    """Compare a spread of questions, and the longest, with the tokenizer's own encoding of a pair.
-
-    Raises CacheError where they differ, as where pairs are not [CLS] A [SEP] B [SEP] with segments 0 and 1.
-    """
-    tokenizer = encode.tokenizer
-    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
-        raise CacheError(
-            f"{tokenizer.name_or_path}: the tokenizer has no [CLS] or no [SEP]; choose an ALBERT or BERT model"
-        )
-    longest = max(passages, key=lambda passage: len(passage.article))
-    sample = [*passages[:: max(1, len(passages) // count)], longest]
-    texts = [question_option(p.questions[0], p.options[0][p.labels[0]]) for p in sample]
-    theirs = tokenizer(
-        [passage.article for passage in sample],
-        texts,
-        truncation="longest_first",  # never fails; what it would cut from the question is not compared
-        max_length=MAX_LEN,
-        return_token_type_ids=True,
-        verbose=False,
-    )
-    cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
-    article_ids, qa_ids = encode([passage.article for passage in sample]).to_pylist(), encode(texts).to_pylist()
-    for i, (passage, article, qa) in enumerate(zip(sample, article_ids, qa_ids, strict=True)):
-        if len(qa) > min(max_qa_len, MAX_LEN // 4):
-            continue
-        first = cls + article[: MAX_LEN - SPECIALS - len(qa)] + sep
-        expected = first + qa + sep, [0] * len(first) + [1] * (len(qa) + 1)
-        if expected != (theirs["input_ids"][i], theirs["token_type_ids"][i]):
+    """Rename the finished cache; one that another process has put there meanwhile is met like one from before."""
+    for attempt in itertools.count():
+        if out.exists() and not force:
+            there = read_manifest(out)
+            if there["files"] == manifest["files"]:
+                return there | {"kept": True}
+            parts = [key for key in ("source", "tokenizer", "max_qa_len") if there[key] != manifest[key]]
             raise CacheError(
-                f"{tokenizer.name_or_path}: its pairs are not [CLS] A [SEP] B [SEP] with segments 0 and 1 "
-                f"(seen on {passage.example_id}); choose an ALBERT or BERT model"
+                f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it"
             )
+        try:
+            if out.exists():
+                os.replace(out, folder.parent / "replaced")  # put back on the next start, should this one end here
+            os.replace(folder, out)
+            flush(out.parent)
+            return manifest
+        except OSError:
+            if attempt == 10:
+                raise
+            shutil.rmtree(folder.parent / "replaced", ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------- the base model
@@ -380,8 +207,14 @@ def keep_model(model: str, folder: Path):
     if not Path(model).is_dir() and re.match(r"[./~]|.*/.*/", model):
         raise CacheError(f"--model {model}: no such folder")
     tokenizer = load_tokenizer(model)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{model}: its configuration cannot be loaded ({str(error).splitlines()[0]})") from error
+    if config.model_type not in FAMILIES:
+        raise CacheError(f"{model}: a model of type {config.model_type!r}; expected {' or '.join(FAMILIES)}")
     tokenizer.save_pretrained(folder)
-    AutoConfig.from_pretrained(model).save_pretrained(folder)
+    config.save_pretrained(folder)
     return tokenizer, _keep_weights(model, folder)
 
 
@@ -394,7 +227,7 @@ def load_tokenizer(model: str | Path):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CacheError(f"{model}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -413,7 +246,7 @@ def _keep_weights(model: str, folder: Path) -> bool:
             return bool(weights)
     from transformers import AutoModel
 
-    AutoModel.from_pretrained(model).save_pretrained(folder)
+    AutoModel.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
     return True
 
 
@@ -445,43 +278,80 @@ def source_fingerprint(splits: dict[str, list[Passage]]) -> str:
 
 
 def read_manifest(cache_dir: str | Path) -> dict:
-    """The manifest of a cache; raises CacheError where there is none or its format is another."""
+    """The manifest of a cache; raises CacheError where there is none, it is damaged or of another format."""
     path = Path(cache_dir) / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise CacheError(f"{path}: not found; make the cache with generate_race_cache.py --out {cache_dir}") from error
-    except (ValueError, OSError) as error:
-        raise CacheError(f"{path}: cannot be read ({error}); make the cache again with --force") from error
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read ({error.strerror}); make the cache again with --force") from error
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path}: not JSON ({error}); make the cache again with --force") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise CacheError(f"{path}: format {found!r}, expected {FORMAT}; make the cache again with --force")
+    digest = str(manifest.get("sha256")).encode()
+    if hashlib.sha256(content.replace(digest, NO_HASH.encode(), 1)).hexdigest().encode() != digest:
+        raise CacheError(f"{path}: damaged, its hash does not agree; make the cache again with --force")
     return manifest
+
+
+def check_files(cache_dir: str | Path, names: str = "") -> None:
+    """Compare the files whose names begin with `names` with the manifest; raises CacheError with all that differ.
+
+    Once a process: a file that has not been written since is not read again.
+    """
+    folder, manifest = Path(cache_dir), read_manifest(cache_dir)
+    problems = [
+        problem
+        for name, expected in manifest["files"].items()
+        if name.startswith(names) and (problem := _file_problem(folder / name, expected))
+    ]
+    if problems:
+        raise CacheError("\n".join([*problems, "make the cache again with --force, or fetch a good copy"]))
+
+
+def _file_problem(path: Path, expected: dict) -> str | None:
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path}: {path.stat().st_size} bytes, expected {expected['bytes']}"
+    try:
+        found = _known_hash(file_identity(path))
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return None if found == expected["sha256"] else f"{path}: damaged, differs from the manifest (sha256)"
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_hash(identity: tuple) -> str:
+    return file_hash(identity[0])
+
+
+def cache_identity(manifest: dict) -> dict:
+    """What a checkpoint remembers of the cache that it was trained on."""
+    return {
+        "source": manifest["source"]["name"],
+        "source_sha256": manifest["source"]["sha256"],
+        "tokenizer": manifest["tokenizer"]["sha256"],
+        "max_qa_len": manifest["max_qa_len"],
+    }
 
 
 def verify_cache(cache_dir: str | Path) -> list[str]:
     """Re-read every file of a cache and compare it with the manifest; returns what is wrong."""
     folder, manifest = Path(cache_dir), read_manifest(cache_dir)
-    problems = []
-    for name, expected in tqdm(manifest["files"].items(), desc="verifying", unit=" files", delay=2, leave=False):
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{path}: {path.stat().st_size} bytes, expected {expected['bytes']}")
-        elif file_hash(path) != expected["sha256"]:
-            problems.append(f"{path}: content differs from the manifest (sha256)")
+    _known_hash.cache_clear()  # read again what was read before
+    files = tqdm(manifest["files"].items(), desc="verifying", unit=" files", delay=2, leave=False)
+    problems = [problem for name, expected in files if (problem := _file_problem(folder / name, expected))]
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     problems += [
         f"{folder / name}: not in the manifest" for name in sorted(present - {"manifest.json", *manifest["files"]})
     ]
     return problems
-
-
-def file_hash(path: str | Path) -> str:
-    """sha256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tables(cache_dir: str | Path, split: str) -> tuple[pa.RecordBatch, pa.RecordBatch]:

@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from race_cache import SPECIALS, CacheError, read_manifest, splits_of, tables
+from race_cache import CacheError, check_files, read_manifest, splits_of, tables
+from race_encoding import SPECIALS
 from race_sources import LABELS
 
 OPTIONS = len(LABELS)
@@ -79,6 +80,9 @@ TENSORS = [field.name for field in dataclasses.fields(PackedBatch)][:-1]
 
 def collate(items: list[dict]) -> PackedBatch:
     """Questions as RaceDataset gives them → one PackedBatch."""
+    if not items:  # a process's share of a batch with fewer questions than there are processes
+        none = torch.zeros(0, dtype=torch.int32)
+        return PackedBatch(none, none, none, torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int64), [])
     sequences = [ids for item in items for ids in item["input_ids"]]
     lengths = np.fromiter(map(len, sequences), np.int32, len(sequences))
     cu_seqlens = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
@@ -176,10 +180,16 @@ def _ragged(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Batches of question indices in an order that is a pure function of (seed, epoch)."""
+    """Batches of question indices in an order that is a pure function of (seed, epoch), from batch `first` on.
 
-    def __init__(self, questions: int, batch_size: int, seed: int):
-        self.questions, self.batch_size, self.seed, self.epoch = questions, batch_size, seed, 0
+    Of several processes each gets its share of every batch, so a batch holds the same questions whatever their number.
+    """
+
+    def __init__(
+        self, questions: int, batch_size: int, seed: int, epoch: int = 0, first: int = 0, rank: int = 0, world: int = 1
+    ):
+        self.questions, self.batch_size, self.seed = questions, batch_size, seed
+        self.epoch, self.first, self.rank, self.world = epoch, first, rank, world
 
     @property
     def sampler(self) -> "ShuffledBatches":  # where Lightning looks for set_epoch
@@ -187,7 +197,8 @@ class ShuffledBatches(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of each epoch."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.first = epoch, 0
 
     def order(self) -> np.ndarray:
         """[N] the questions in this epoch's order."""
@@ -195,10 +206,11 @@ class ShuffledBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order().tolist()
-        yield from (order[i : i + self.batch_size] for i in range(0, self.questions, self.batch_size))
+        for start in range(self.first * self.batch_size, self.questions, self.batch_size):
+            yield order[start : start + self.batch_size][self.rank :: self.world]
 
     def __len__(self) -> int:
-        return -(-self.questions // self.batch_size)
+        return -(-self.questions // self.batch_size) - self.first
 
 
 def length_order(dataset: RaceDataset) -> np.ndarray:
@@ -226,6 +238,8 @@ class RaceDataModule(pl.LightningDataModule):
         problems = [f"batch_size is {batch_size}, expected 1 or more"] if batch_size < 1 else []
         if max_len < SPECIALS + 2:
             problems.append(f"max_len is {max_len}, expected {SPECIALS + 2} or more")
+        if seed < 0:
+            problems.append(f"seed is {seed}, expected 0 or more")
         if limit_questions is not None and limit_questions < 1:
             problems.append(f"limit_questions is {limit_questions}, expected None or 1 or more")
         if problems:
@@ -233,12 +247,15 @@ class RaceDataModule(pl.LightningDataModule):
         self.cache_dir, self.batch_size, self.max_len = Path(cache_dir), batch_size, max_len
         self.num_workers, self.limit_questions, self.seed = num_workers, limit_questions, seed
         self.train_dataset = self.val_dataset = self.test_dataset = None
+        self._start = (0, 0)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the splits that the cache holds."""
         if self.train_dataset or self.val_dataset or self.test_dataset:
             return
         held = splits_of(read_manifest(self.cache_dir))
+        for split in held:
+            check_files(self.cache_dir, split)
         datasets = {split: self._dataset(split) for split in held}
         self.train_dataset, self.val_dataset, self.test_dataset = map(datasets.get, ("train", "validation", "test"))
 
@@ -257,10 +274,29 @@ class RaceDataModule(pl.LightningDataModule):
         sample = np.random.default_rng(self.seed).choice(len(dataset), self.limit_questions, replace=False)
         return RaceDataset(self.cache_dir, split, self.max_len, np.sort(sample))
 
+    def start_at(self, epoch: int, batches: int) -> None:
+        """Let this epoch begin after so many batches, when a stage goes on; other epochs begin at 0."""
+        self._start = (epoch, batches)
+
+    def first_batch(self, epoch: int) -> int:
+        """The batch with which an epoch begins."""
+        return self._start[1] if epoch == self._start[0] else 0
+
+    def batches_per_epoch(self) -> int:
+        """Batches in a whole training epoch."""
+        return -(-len(self.dataset("train")) // self.batch_size)
+
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches of `batch_size` questions; the last one of an epoch may be smaller."""
-        dataset = self.dataset("train")
-        return self._loader(dataset, ShuffledBatches(len(dataset), self.batch_size, self.seed))
+        """Shuffled batches of `batch_size` questions over all processes; the last one of an epoch may be smaller."""
+        dataset, epoch = self.dataset("train"), 0 if self.trainer is None else self.trainer.current_epoch
+        position = {"epoch": epoch, "first": self.first_batch(epoch)} | dict(
+            zip(("rank", "world"), self._share(), strict=True)
+        )
+        return self._loader(dataset, ShuffledBatches(len(dataset), self.batch_size, self.seed, **position))
+
+    def _share(self) -> tuple[int, int]:
+        """(number of this process, number of processes)"""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def val_dataloader(self) -> DataLoader:
         """The validation questions, longest first."""
@@ -271,12 +307,20 @@ class RaceDataModule(pl.LightningDataModule):
         return self.ordered_loader("test")
 
     def ordered_loader(self, split: str) -> DataLoader:
-        """The questions of a split in the order that `length_order` gives."""
-        dataset = self.dataset(split)
-        order = length_order(dataset).tolist()
-        return self._loader(dataset, [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)])
+        """The questions of a split in the order that `length_order` gives, each on one process exactly."""
+        dataset, (rank, world) = self.dataset(split), self._share()
+        order = length_order(dataset)[rank::world].tolist()
+        size = -(-self.batch_size // world)
+        return self._loader(dataset, [order[i : i + size] for i in range(0, len(order), size)])
 
     def _loader(self, dataset: RaceDataset, batches) -> DataLoader:
         gpu = torch.cuda.is_available()
         workers = (2 if gpu else 0) if self.num_workers is None else self.num_workers
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=gpu)
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=gpu,
+            generator=torch.Generator(),  # workers get their seeds from it: the global random state stays as it was
+        )

@@ -9,7 +9,6 @@ import torch
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
-from race_cache import read_manifest
 from race_data import RaceDataModule, length_order
 from race_module import RaceModule, default_token_budget
 from race_sources import LEVELS
@@ -17,6 +16,7 @@ from race_training import (
     STAGES,
     StageError,
     best_checkpoint,
+    check_encoding_of,
     default_precision,
     latest_stage,
     read_lineage,
@@ -64,9 +64,7 @@ def predict(
     Columns: example_id, question_index, level, answer and prediction ("A".."D"), p_A … p_D.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = read_lineage(checkpoint).get("tokenizer")
-    if tokenizer not in (None, read_manifest(cache_dir)["tokenizer"]["sha256"]):
-        raise StageError(f"{checkpoint} was trained with another tokenizer than {cache_dir} holds; name its own cache")
+    check_encoding_of(checkpoint, read_lineage(checkpoint), cache_dir)
     data = RaceDataModule(cache_dir, batch_size, max_len, limit_questions=limit_questions, seed=seed)
     dataset, loader = data.dataset(split), data.ordered_loader(split)
     module = RaceModule.load_from_checkpoint(checkpoint).to(device).eval()

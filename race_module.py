@@ -1,6 +1,9 @@
 """RaceModule: a LightningModule around a Hugging Face encoder that runs on packed tokens."""
 
+import contextlib
 import functools
+import json
+import pickle
 import time
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleCho
 from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from race_files import DamagedFileError, check_sealed
 
 FAMILIES = ("albert", "bert")
 OPTIONS = 4
@@ -42,6 +47,12 @@ class RaceModule(pl.LightningModule):
                 "give either model= (a name or folder with weights) or config= (random weights, or those of a "
                 "checkpoint that carries no configuration of its own)"
             )
+        settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "adam_epsilon": adam_epsilon}
+        absurd = [f"{name} is {value}" for name, value in settings.items() if not 0 <= value < float("inf")]
+        if token_budget is not None and token_budget < 1:
+            absurd.append(f"token_budget is {token_budget}")
+        if absurd:
+            raise ValueError(f"{'; '.join(absurd)}; expected numbers that are not negative, and a budget of 1 or more")
         self.model = build_model(config) if model is None else load_pretrained(model)
         self.learning_rate, self.weight_decay, self.adam_epsilon = learning_rate, weight_decay, adam_epsilon
         self.token_budget = token_budget
@@ -49,6 +60,7 @@ class RaceModule(pl.LightningModule):
         self.automatic_optimization = False  # one optimizer step over several parts of a batch
         optimizer = {"learning_rate": learning_rate, "weight_decay": weight_decay, "adam_epsilon": adam_epsilon}
         self.save_hyperparameters({"config": self.model.config.to_dict()} | optimizer)
+        self._sums = {}  # of an epoch so far, by "train", "val" and "test": loss, right answers, questions
         self._step_ended = None
 
     def forward(self, batch) -> torch.Tensor:
@@ -76,11 +88,13 @@ class RaceModule(pl.LightningModule):
         return self.model.classifier(self.model.dropout(pooled)).view(-1, OPTIONS)
 
     def training_step(self, batch, batch_idx: int) -> torch.Tensor:
-        """One optimizer step on the whole batch."""
+        """One optimizer step on the whole batch; each of several processes brings its share of the questions."""
         optimizer = self.optimizers()
         optimizer.zero_grad()
         loss = self._step(batch, "train")
         optimizer.step()
+        loss = self._over_processes(loss)
+        self.log("train_loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         self.log("learning_rate", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
         now, before = time.perf_counter(), self._step_ended
         if before is not None:
@@ -97,20 +111,81 @@ class RaceModule(pl.LightningModule):
         return self._step(batch, "test")
 
     def _step(self, batch, name: str) -> torch.Tensor:
-        """The mean loss of a batch, gone through in parts that fit the device; in training each part is sent back."""
-        loss = correct = 0.0
-        for part in batch.micro_batches(self.token_budget):
-            logits = self(part)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            part_loss = F.cross_entropy(logits, part.labels, reduction="sum") / len(batch)
+        """This process's part of a batch's mean loss, in parts that fit the device; in training each is sent back."""
+        questions = torch.tensor(float(len(batch)), device=self.device)
+        if name == "train":  # processes may have unequal numbers of validation batches, so those go each by itself
+            questions = self._over_processes(questions)
+        parts = list(batch.micro_batches(self.token_budget))
+        sums = []
+        for number, part in enumerate(parts):
+            loss, correct = self._loss(part)
             if name == "train":
-                self.manual_backward(part_loss)
-            loss += part_loss.detach()
-            correct += (logits.argmax(1) == part.labels).sum()
-        weight = {"batch_size": len(batch)}
-        self.log(f"{name}_loss", loss, on_step=name != "test", on_epoch=True, prog_bar=True, **weight)
-        self.log(f"{name}_acc", correct / len(batch), on_step=False, on_epoch=True, prog_bar=name != "train", **weight)
-        return loss
+                with self._gradients_kept_here(number < len(parts) - 1):
+                    self.manual_backward(loss / questions * self._processes)  # DDP takes the mean over processes
+            sums.append(torch.stack([loss.detach(), correct]))
+        loss, correct = torch.stack(sums).sum(0)
+        self._add(name, loss, correct, len(batch))
+        return loss / questions
+
+    def _loss(self, part) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and number of right answers of some questions; a process may have none of a small batch."""
+        if not len(part):
+            nothing = sum(parameter.sum() for parameter in self.parameters()) * 0.0
+            return nothing, nothing.detach()
+        logits = self(part)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, part.labels, reduction="sum")
+        return loss, (logits.argmax(1) == part.labels).sum().to(loss.dtype)
+
+    # ---------------------------------------------------------------------------------------------- several processes
+
+    @property
+    def _processes(self) -> int:
+        return 1 if self._trainer is None else self._trainer.world_size
+
+    def _over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a value over all processes."""
+        return value if self._processes == 1 else self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+
+    def _gradients_kept_here(self, here: bool):
+        """Gradients travel between processes once a step, with the last part."""
+        apart = here and self._processes > 1
+        return self.trainer.strategy.block_backward_sync() if apart else contextlib.nullcontext()
+
+    # ---------------------------------------------------------------------------------------------- means of an epoch
+
+    def _add(self, name: str, loss: torch.Tensor, correct: torch.Tensor, questions: int) -> None:
+        new = torch.stack([loss.double(), correct.double(), torch.full_like(loss, questions, dtype=torch.float64)])
+        self._sums[name] = self._sums[name] + new if name in self._sums else new
+
+    def _log_means(self, name: str, loss_name: str) -> None:
+        """Log loss and accuracy as means over an epoch's questions, in whatever batches and processes they were."""
+        none = torch.zeros(3, dtype=torch.float64, device=self.device)
+        loss, correct, questions = self._over_processes(self._sums.pop(name, none))
+        self.log(loss_name, loss / questions, prog_bar=True, batch_size=1)
+        self.log(f"{name}_acc", correct / questions, prog_bar=name != "train", batch_size=1)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's training loss and accuracy."""
+        self._log_means("train", "train_loss_epoch")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation loss and accuracy."""
+        self._log_means("val", "val_loss_epoch")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test loss and accuracy."""
+        self._log_means("test", "test_loss")
+
+    def all_sums(self) -> list[float] | None:
+        """Loss, right answers and questions of the epoch so far, of all processes; for going on in its midst."""
+        some = self._sums.get("train")
+        return None if some is None else self._over_processes(some).tolist()
+
+    def set_sums(self, sums: list[float] | None) -> None:
+        """Go on from what `all_sums` gave (on one process; None on the others)."""
+        values = [0.0, 0.0, 0.0] if sums is None else sums
+        self._sums = {"train": torch.tensor(values, dtype=torch.float64, device=self.device)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with two parameter groups and a constant learning rate."""
@@ -130,13 +205,22 @@ class RaceModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Put the lineage and the exact metrics beside the weights; a file name only has room for two digits."""
         logged = self.trainer.callback_metrics if self._trainer is not None else {}
-        metrics = {name: float(value) for name, value in logged.items()}
-        checkpoint["race"] = self.lineage | {"metrics": metrics, "epoch": self.current_epoch}
+        metrics = {name: float(value) for name, value in logged.items() if name.startswith("val_")}
+        record = self.lineage | {"metrics": metrics, "epoch": self.current_epoch}
+        checkpoint["race"] = json.loads(json.dumps(record))  # plain values, which give the same file again after a kill
+        checkpoint.pop("loops", None)  # counters of this process's run, which an interrupted one counts otherwise
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location="cpu", **kwargs) -> "RaceModule":
-        """The weights and settings of a checkpoint; needs no network and runs no code that a file brings along."""
-        return super().load_from_checkpoint(checkpoint_path, map_location=map_location, weights_only=True, **kwargs)
+        """The weights and settings of a checkpoint; needs no network and runs no code that a file brings along.
+
+        Raises DamagedFileError where the file is not what was written, or holds more than weights and plain values.
+        """
+        check_sealed(checkpoint_path)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, map_location=map_location, weights_only=True, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise DamagedFileError(f"{checkpoint_path}: holds more than weights and plain values; refused") from error
 
 
 # -------------------------------------------------------------------------------------------------- the encoder
@@ -152,11 +236,12 @@ def build_model(config: PretrainedConfig | dict) -> nn.Module:
 
 def load_pretrained(model: str | Path) -> nn.Module:
     """A pretrained encoder (hub name or folder) with a new multiple-choice head, in float32."""
-    _check_family(AutoConfig.from_pretrained(model))
+    _check_family(AutoConfig.from_pretrained(model, trust_remote_code=False))
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ValueError(f"{model} has no weights (model.safetensors); name a model that has, or give config= instead")
-    loaded, info = AutoModelForMultipleChoice.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
     head = ("classifier.", f"{loaded.base_model_prefix}.pooler.")
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(head))
     if missing:

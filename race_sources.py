@@ -33,6 +33,7 @@ class Passage(NamedTuple):
     questions: list[str]
     options: list[list[str]]  # [questions][4]
     labels: list[int]  # [questions], 0..3
+    places: list[int]  # [questions], of each question in its record, from 0
 
 
 class SourceError(ValueError):
@@ -41,16 +42,18 @@ class SourceError(ValueError):
     def __init__(self, source: str, problems: list[str]):
         shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
         more = f"\n  … and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        super().__init__(f"{source}: {len(problems)} problem(s), nothing was written\n{shown}{more}")
+        hint = "\n  (--skip-bad goes on without what is bad, and lists it)" if len(problems) > 1 else ""
+        super().__init__(f"{source}: {len(problems)} problem(s), nothing was written\n{shown}{more}{hint}")
         self.problems = problems
 
 
-def read_source(source: str) -> tuple[dict[str, list[Passage]], list[str]]:
-    """Passages per split, in a fixed order, and notes on what was left out; splits that the source lacks are absent.
+def read_source(source: str, skip_bad: bool = False) -> tuple[dict[str, list[Passage]], list[str]]:
+    """Passages per split, in a fixed order, and a line for each thing left out; splits that a source lacks are absent.
 
     `source`: "demo", a folder or tar in the layout of RACE.tar.gz ({train,dev,test}/{middle,high}/*.txt) or of
     flat JSON files ({train,dev,test}/*.json), a folder of parquet files, or a hub id such as "ehovy/race".
-    Raises SourceError with all problems at once.
+    Raises SourceError with all problems at once; with `skip_bad` bad questions, and passages that are bad as a whole,
+    are left out instead.
     """
     path = Path(source)
     if source == "demo":
@@ -67,72 +70,80 @@ def read_source(source: str) -> tuple[dict[str, list[Passage]], list[str]]:
         records = _dataset_records(source)
     else:
         raise SourceError(source, ["no such folder, and not the form of a hub id (owner/name)"])
-    return _checked(source, records)
+    return _checked(source, records, skip_bad)
 
 
-def _checked(source: str, records: dict[str, list[tuple[str, object]]]) -> tuple[dict[str, list[Passage]], list[str]]:
+def _checked(
+    source: str, records: dict[str, list[tuple[str, object]]], skip_bad: bool
+) -> tuple[dict[str, list[Passage]], list[str]]:
     """Turn (place, record) pairs into passages; a record may be a problem already (a string)."""
     passages: dict[str, list[Passage]] = {}
     problems, notes = [], []
     for split in SPLITS:
         seen: dict[tuple[str, str], str] = {}
         for place, record in records.get(split, []):
-            found = [record] if isinstance(record, str) else record_problems(record)
-            if not found and (record["level"], record["id"]) in seen:
-                found = [f"id {record['id']!r} is taken by {seen[record['level'], record['id']]} already"]
-            if found:
-                problems += [f"{place}: {problem}" for problem in found]
+            found = [(None, record)] if isinstance(record, str) else record_problems(record)
+            whole = any(question is None for question, _ in found)
+            if not whole and (record["level"], record["id"]) in seen:
+                found.append((None, f"id {record['id']!r} is taken by {seen[record['level'], record['id']]} already"))
+                whole = True
+            problems += [f"{place}: {problem}" for _, problem in found]
+            if whole:
                 continue
             seen[record["level"], record["id"]] = place
-            if not record["questions"]:
-                notes.append(f"{place}: a passage without questions, left out")
+            bad = {question for question, _ in found}
+            kept = [i for i in range(len(record["questions"])) if i not in bad]
+            if not kept:
+                notes += [] if bad else [f"{place}: a passage without questions, left out"]
                 continue
-            labels = [LABELS[answer] for answer in record["answers"]]
+            texts = ([record[name][i] for i in kept] for name in ("questions", "options"))
+            labels = [LABELS[record["answers"][i]] for i in kept]
             passages.setdefault(split, []).append(
-                Passage(
-                    record["id"], record["level"], record["article"], record["questions"], record["options"], labels
-                )
+                Passage(record["id"], record["level"], record["article"], *texts, labels, kept)
             )
-    if not problems and not passages:
-        problems = [
+    if not passages and (skip_bad or not problems):
+        problems.append(
             "no questions found; expected {train,dev,test}/{middle,high}/*.txt, {train,dev,test}/*.json or parquet"
-        ]
-    if problems:
+        )
+    if problems and not (skip_bad and passages):
         raise SourceError(source, problems)
-    return passages, notes
+    return passages, [*(f"{problem}; left out" for problem in problems), *notes]
 
 
-def record_problems(record: object) -> list[str]:
-    """What is wrong with one RACE record (article, questions, options, answers, id), question indices from 0."""
+def record_problems(record: object) -> list[tuple[int | None, str]]:
+    """What is wrong with a RACE record (article, questions, options, answers, id): (question from 0 or None, text)."""
     if not isinstance(record, dict):
-        return [f"expected a JSON object, found {type(record).__name__}"]
+        return [(None, f"expected a JSON object, found {type(record).__name__}")]
     expected = {"article": str, "questions": list, "options": list, "answers": list, "id": str}
     problems = [
         f"'{key}' is missing" if key not in record else f"'{key}' is no {kind.__name__}"
         for key, kind in expected.items()
         if not isinstance(record.get(key), kind)
     ]
+    problems += [f"unknown key {key!r}" for key in record if key not in {*expected, "level"}]
     if problems:
-        return problems
+        return [(None, problem) for problem in problems]
     counts = {key: len(record[key]) for key in ("questions", "options", "answers")}
     if len(set(counts.values())) > 1:
-        return ["unequal numbers of " + ", ".join(f"{key} ({count})" for key, count in counts.items())]
-    problems = _text_problems("article", record["article"])
-    if not record["id"].strip():
-        problems.append("empty id")
-    for i, (question, options, answer) in enumerate(
-        zip(record["questions"], record["options"], record["answers"], strict=True)
-    ):
-        place = f"question {i}"
-        problems += _text_problems(place, question)
-        if not isinstance(answer, str) or answer not in LABELS:
-            problems.append(f"{place}: the answer is {answer!r}, not one of A, B, C, D")
-        if not isinstance(options, list) or len(options) != len(LABELS):
-            count = len(options) if isinstance(options, list) else "no list of"
-            problems.append(f"{place}: {count} options, not 4")
-            continue
-        for letter, option in zip(LABELS, options, strict=True):
-            problems += _text_problems(f"{place}, option {letter}", option)
+        numbers = ", ".join(f"{key} ({count})" for key, count in counts.items())
+        return [(None, f"unequal numbers of {numbers}")]
+    problems = _text_problems("article", record["article"]) + _text_problems("id", record["id"])
+    found: list[tuple[int | None, str]] = [(None, problem) for problem in problems]
+    questions = zip(record["questions"], record["options"], record["answers"], strict=True)
+    for i, (question, options, answer) in enumerate(questions):
+        found += [(i, problem) for problem in _question_problems(f"question {i}", question, options, answer)]
+    return found
+
+
+def _question_problems(place: str, question: object, options: object, answer: object) -> list[str]:
+    problems = _text_problems(place, question)
+    if not isinstance(answer, str) or answer not in LABELS:
+        problems.append(f"{place}: the answer is {answer!r}, not one of A, B, C, D")
+    if not isinstance(options, list) or len(options) != len(LABELS):
+        count = len(options) if isinstance(options, list) else "no list of"
+        return [*problems, f"{place}: {count} options, not 4"]
+    for letter, option in zip(LABELS, options, strict=True):
+        problems += _text_problems(f"{place}, option {letter}", option)
     return problems
 
 
@@ -213,11 +224,16 @@ def _tar_files(path: Path, source: str) -> Iterator[tuple[str, bytes]]:
 def _dataset_records(source: str) -> dict[str, list[tuple[str, object]]]:
     """One row a question (example_id, article, answer, question, options), as in ehovy/race on the hub."""
     from datasets import get_dataset_config_names, load_dataset
+    from datasets.exceptions import DatasetsError
 
-    configs = get_dataset_config_names(source)
-    if len(configs) > 1 and "all" not in configs:
-        raise SourceError(source, [f"has the configurations {', '.join(configs)}, but none named 'all'"])
-    dataset = load_dataset(source, "all" if "all" in configs else configs[0])
+    try:
+        configs = get_dataset_config_names(source)
+        if len(configs) > 1 and "all" not in configs:
+            raise SourceError(source, [f"has the configurations {', '.join(configs)}, but none named 'all'"])
+        dataset = load_dataset(source, "all" if "all" in configs else configs[0])
+    except (DatasetsError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SourceError(source, [f"cannot be loaded ({reason})"]) from error
     records: dict[str, list[tuple[str, object]]] = {}
     for name, rows in dataset.items():
         split = SPLIT_OF_FOLDER.get(name)

@@ -1,32 +1,49 @@
 """What the three stage notebooks share: where a stage starts, its trainer, its logs, its best checkpoint."""
 
+import contextlib
+import hashlib
 import logging
 import math
-import pickle
+import os
 import platform
-import re
-import shutil
+import subprocess
 import time
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
 
-from race_cache import CacheError, file_hash, load_tokenizer, read_manifest, tokenizer_hash
-from race_data import RaceDataset
+from race_cache import CacheError, cache_identity, check_files, load_tokenizer, read_manifest, tokenizer_hash
+from race_checkpoints import (
+    BEFORE,
+    STAGES,
+    SealedCheckpointIO,
+    StageError,
+    best_checkpoint,
+    latest_stage,
+    read_lineage,
+    stage_checkpoints,
+)
+from race_data import RaceDataModule, RaceDataset
+from race_files import clean, file_hash, locked
 from race_module import RaceModule
+from race_resume import KeepState, check_identity, not_finite, read_state, signals_as_before, stage_identity, state_path
 
-STAGES = ("e1", "e2", "e3")
-BEFORE = {"e2": "e1", "e3": "e2"}
+__all__ = ["best_checkpoint", "latest_stage", "read_lineage", "stage_checkpoints"]  # found here by those who look here
 
-
-class StageError(RuntimeError):
-    """A stage that cannot start or cannot be found; the message says what to run first."""
+ROOT = Path(__file__).resolve().parent
+VERSIONS = ("torch", "transformers", "pytorch-lightning", "pyarrow", "numpy")
 
 
 # -------------------------------------------------------------------------------------------------- before training
@@ -34,11 +51,9 @@ class StageError(RuntimeError):
 
 def environment() -> pd.DataFrame:
     """Versions and hardware that this run uses, one row each."""
-    from importlib.metadata import version
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     rows = {"python": platform.python_version()}
-    rows |= {name: version(name) for name in ("torch", "transformers", "pytorch-lightning", "pyarrow")}
+    rows |= {name: version(name) for name in VERSIONS}
     rows |= {"device": device, "precision": default_precision()}
     return pd.DataFrame({"": rows})
 
@@ -57,7 +72,7 @@ def decoded_question(dataset: RaceDataset, index: int = 0, width: int = 240) -> 
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(dataset.cache_dir) / "model")
+    tokenizer = AutoTokenizer.from_pretrained(Path(dataset.cache_dir) / "model", trust_remote_code=False)
     item, rows = dataset[index], []
     for option, (ids, segments) in enumerate(zip(item["input_ids"], item["token_type_ids"], strict=True)):
         first, second = (tokenizer.decode(ids[segments == segment]) for segment in (0, 1))
@@ -88,19 +103,26 @@ def start_stage(
     one of the stage before). settings: learning_rate, weight_decay, adam_epsilon, token_budget of RaceModule.
     """
     manifest = read_manifest(cache_dir)
-    lineage = {"stage": stage, "cache": manifest["source"], "tokenizer": manifest["tokenizer"]["sha256"]}
+    identity = cache_identity(manifest)
+    lineage = {"stage": stage, "cache": identity, "tokenizer": identity["tokenizer"]}
     if stage == "e1":
         if base_model is not None:
             _check_tokenizer(base_model, manifest)
+        else:
+            check_files(cache_dir, "model/")
         if base_model is None and not manifest["model"]["weights"]:
             raise StageError(f"{cache_dir} keeps no weights ({manifest['model']['name']} had none); set BASE_MODEL")
         module = RaceModule(model=base_model or Path(cache_dir) / "model", **settings)
-        lineage |= {"base": str(base_model or manifest["model"]["name"]), "base_sha256": None, "chain": []}
+        pretrained = weights_hash(module.model.base_model.embeddings, module.model.base_model.encoder)
+        lineage |= {
+            "base": str(base_model or manifest["model"]["name"]),
+            "base_sha256": pretrained,  # of its weights; of the file in later stages
+            "chain": [],
+        }
     else:
         base = Path(base_checkpoint) if base_checkpoint else best_checkpoint(checkpoint_dir, BEFORE[stage])
         before = read_lineage(base)
-        if before.get("tokenizer") not in (None, lineage["tokenizer"]):
-            raise StageError(f"{base} was trained on a cache of another tokenizer than {cache_dir}")
+        check_encoding_of(base, before, cache_dir)
         module = RaceModule.load_from_checkpoint(base, **settings)
         lineage |= {
             "base": base.name,
@@ -113,8 +135,31 @@ def start_stage(
             f"the model knows {vocabulary} tokens, the cache uses {manifest['tokenizer']['vocabulary']}: "
             "make a cache with the model's own tokenizer"
         )
-    module.lineage = lineage | {"recipe": settings, "weights_start": weights_hash(module.model)}
+    origin = {"versions": {name: version(name) for name in VERSIONS}, "commit": git_commit()}
+    module.lineage = lineage | {"recipe": settings, "weights_start": weights_hash(module.model)} | origin
     return module
+
+
+def check_encoding_of(checkpoint: str | Path, lineage: dict, cache_dir: str | Path) -> None:
+    """Raise StageError where a checkpoint was trained on another tokenizer or encoding than a cache holds."""
+    here = cache_identity(read_manifest(cache_dir))
+    there = lineage.get("cache") if isinstance(lineage.get("cache"), dict) else {}
+    if lineage.get("tokenizer") not in (None, here["tokenizer"]):
+        raise StageError(f"{checkpoint} was trained with another tokenizer than {cache_dir} holds; name its own cache")
+    if there.get("max_qa_len") not in (None, here["max_qa_len"]):
+        raise StageError(
+            f"{checkpoint} was trained with question+option cut to {there['max_qa_len']} tokens, {cache_dir} cuts to "
+            f"{here['max_qa_len']}; name its own cache"
+        )
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "-dirty" where files differ from it; None outside a git repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _check_tokenizer(base_model: str | Path, manifest: dict) -> None:
@@ -127,12 +172,10 @@ def _check_tokenizer(base_model: str | Path, manifest: dict) -> None:
         raise StageError(f"{base_model} has another tokenizer than the cache: make a cache with --model {base_model}")
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """sha256 over all weights of a model: tells whether two models are the same."""
-    import hashlib
-
+def weights_hash(*models: torch.nn.Module) -> str:
+    """sha256 over all weights of models: tells whether they are the same."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (item for model in models for item in model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -148,16 +191,28 @@ def stage_trainer(
     max_epochs: int,
     precision: str | None = None,
     early_stopping: int | None = None,
+    save_minutes: float = 10.0,
+    fresh: bool = False,
     log_every: int = 10,
 ) -> pl.Trainer:
     """The trainer of a stage: checkpoints after each epoch, CSV and TensorBoard logs, a progress bar, a report.
 
     precision: None chooses by device. early_stopping: end after so many epochs without a lower validation loss.
-    Checkpoints that an earlier run of the stage left, and those of the stages built on it, are moved to
-    `checkpoint_dir`/earlier, never overwritten.
+    save_minutes: how often the state is saved from which `train_stage` goes on. fresh: start the stage again; the
+    checkpoints of its earlier run, and of the stages built on it, are moved to `checkpoint_dir`/earlier.
     """
+    absurd = [] if max_epochs >= 1 else [f"max_epochs is {max_epochs}, expected 1 or more"]
+    if save_minutes < 0:
+        absurd.append(f"save_minutes is {save_minutes}, expected 0 or more")
+    if early_stopping is not None and early_stopping < 1:
+        absurd.append(f"early_stopping is {early_stopping}, expected None or 1 or more epochs")
+    if stage not in STAGES:
+        absurd.append(f"stage is {stage!r}, expected one of {', '.join(STAGES)}")
+    if absurd:
+        raise ValueError("; ".join(absurd))
     _quiet()
     checkpoint_dir, logs = Path(checkpoint_dir), Path(run_dir) / "logs"
+    state = None if fresh else read_state(checkpoint_dir, stage)
     callbacks = [
         ModelCheckpoint(
             checkpoint_dir,
@@ -165,26 +220,84 @@ def stage_trainer(
             monitor="val_loss_epoch",
             save_top_k=-1,
             save_weights_only=True,
+            enable_version_counter=False,  # an epoch that is ended again after a kill gives the same file again
         ),
         StartInForce(),
-        EarlierRunAside(checkpoint_dir, stage),  # after the checks: a stage that is refused moves nothing
+        EarlierRunAside(checkpoint_dir, stage, fresh),  # after the checks: a stage that is refused moves nothing
+        KeepState(state_path(checkpoint_dir, stage), save_minutes),
+        LossWatch(),
         StageReport(),
         TQDMProgressBar(),
     ]
     if early_stopping is not None:
         callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))
-    csv = CSVLogger(logs, name=stage, flush_logs_every_n_steps=log_every)
+    csv = CSVLogger(logs, stage, version=state and state["version"], flush_logs_every_n_steps=log_every)
+    steps = {"purge_step": state["steps"] + 1} if state else {}  # what was logged after the state is logged again
+    devices, nodes, environment = _processes()
     return pl.Trainer(
         max_epochs=max_epochs,
         precision=precision or default_precision(),
-        devices=1,
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=devices,
+        num_nodes=nodes,
+        strategy="auto" if devices * nodes == 1 else DDPStrategy(broadcast_buffers=False),
+        plugins=[SealedCheckpointIO(), *environment],
         callbacks=callbacks,
-        logger=[csv, TensorBoardLogger(logs, name=stage, version=f"version_{csv.version}")],
+        logger=[csv, TensorBoardLogger(logs, stage, version=f"version_{csv.version}", **steps)],
         log_every_n_steps=log_every,
         use_distributed_sampler=False,
+        reload_dataloaders_every_n_epochs=1,  # the epoch in which a stage goes on has fewer batches than the others
         enable_model_summary=False,
     )
+
+
+def _processes() -> tuple[int, int, list]:
+    """(processes on this machine, machines, their environment) as torchrun or srun started them; one otherwise."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        return devices, int(os.environ["WORLD_SIZE"]) // devices, [TorchElasticEnvironment()]
+    tasks, nodes = (int(os.environ.get(f"SLURM_STEP_NUM_{name}", 1)) for name in ("TASKS", "NODES"))
+    if tasks > 1:
+        return tasks // nodes, nodes, [SLURMEnvironment(auto_requeue=False)]
+    return 1, 1, [LightningEnvironment()]
+
+
+def train_stage(trainer: pl.Trainer, module: RaceModule, data: RaceDataModule) -> None:
+    """Train a stage, or go on where a kill or an interrupt ended it; says which, and does nothing for a finished one.
+
+    SIGTERM, SIGUSR1 and an interrupt end it at the next step with the state saved: the signal then has its usual
+    effect (exit status 143 or 138, or KeyboardInterrupt). Raises StageError where settings have changed since.
+    """
+    keeper = next(callback for callback in trainer.callbacks if isinstance(callback, KeepState))
+    stage, checkpoint_dir = keeper.path.stem, keeper.path.parent.parent
+    aside = next(callback for callback in trainer.callbacks if isinstance(callback, EarlierRunAside))
+    state = None if aside.fresh else read_state(checkpoint_dir, stage)
+    if state is not None:
+        check_identity(state, stage_identity(module, data), stage)
+        stopped_early = state["finished"] and state["stopped_early"] and trainer.early_stopping_callback is not None
+        if state["epoch"] >= trainer.max_epochs or stopped_early:
+            print(f"{stage} is finished after {state['epoch']} epochs: nothing to train (FRESH = True starts it again)")
+            return
+        position = f"epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}"
+        print(f"{stage} goes on from {position}", flush=True)
+    with _alone(keeper.path), signals_as_before(keeper):
+        trainer.fit(module, data, ckpt_path=keeper.path if state else None, weights_only=True)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep a second run away from the files of a stage, and clear away what a killed one left half written."""
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(path.with_suffix(".lock")):
+            clean(path.parent)
+            clean(path.parent.parent)
+            yield
+    except BlockingIOError as error:
+        raise StageError(f"another process is training {path.stem} in {path.parent.parent}: wait for it") from error
 
 
 def _quiet() -> None:
@@ -208,26 +321,61 @@ class StartInForce(pl.Callback):
         if rates != {module.learning_rate}:
             raise StageError(f"learning rate in force: {rates}; this stage's is {module.learning_rate}")
         start = module.lineage.get("weights_start")
-        if start is not None and start != weights_hash(module.model):
+        if trainer.global_step == 0 and start not in (None, weights_hash(module.model)):
             raise StageError("the weights have been trained since the model was made: run the model's cell again first")
 
 
 class EarlierRunAside(pl.Callback):
     """Moves what an earlier run of a stage left, and the stages built on it: they must not pass for this run's."""
 
-    def __init__(self, checkpoint_dir: Path, stage: str):
-        self.checkpoint_dir, self.stage = checkpoint_dir, stage
+    def __init__(self, checkpoint_dir: Path, stage: str, fresh: bool):
+        self.checkpoint_dir, self.stage, self.fresh = checkpoint_dir, stage, fresh
 
     def on_train_start(self, trainer: pl.Trainer, module: RaceModule) -> None:
-        """Move the checkpoints to a folder of their own below `earlier`."""
+        """Move checkpoints and states to a folder of their own below `earlier`; not where a stage goes on."""
+        if trainer.ckpt_path is not None or not trainer.is_global_zero:
+            return
         later = STAGES[STAGES.index(self.stage) :]
+        states = [state_path(self.checkpoint_dir, stage) for stage in later]
         files = [file for each in later for file in sorted(self.checkpoint_dir.glob(f"{each}-*.ckpt"))]
+        files = [*filter(Path.exists, states), *files]  # states first: a stage without one starts again
         if files:
             aside = self.checkpoint_dir / "earlier" / f"{self.stage}-{time.strftime('%Y%m%d-%H%M%S')}"
-            aside.mkdir(parents=True)
+            aside.mkdir(parents=True, exist_ok=True)
             for file in files:
-                shutil.move(file, aside / file.name)
-            print(f"{len(files)} checkpoint(s) of an earlier run, from {self.stage} on, are now in {aside}")
+                os.replace(file, aside / (f"{file.stem}-state.ckpt" if file in states else file.name))
+            print(f"{len(files)} file(s) of an earlier run, from {self.stage} on, are now in {aside}")
+
+
+class LossWatch(pl.Callback):
+    """Tells a user whose model does not learn, and stops one whose loss is no number any more.
+
+    stuck: a mean loss within 0.01 of ln 4 over so many questions is chance.
+    """
+
+    def __init__(self, stuck: int = 5000):
+        self.stuck, self.told = stuck, False
+        self._seen, self._window = np.zeros(3), np.zeros(3)  # loss, right answers, questions
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: RaceModule, *_) -> None:
+        """Look at the loss where it is logged anyway, so that a GPU is not waited for otherwise."""
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        now, before = np.array(module.all_sums()), self._seen
+        if not np.isfinite(now).all():
+            raise StageError(not_finite(trainer))
+        self._window += now - before if now[2] > before[2] else now  # the sums begin anew with each epoch
+        self._seen = now
+        if self._window[2] < self.stuck or self.told:
+            return
+        mean, self._window = self._window[0] / self._window[2], np.zeros(3)
+        if abs(mean - math.log(4)) < 0.01:
+            self.told = True
+            trainer.progress_bar_callback.print(
+                f"the loss has stayed at {mean:.3f} for about {self.stuck:,} questions; ln 4 = 1.386 is chance: the "
+                "model does not learn. What helps: a lower or higher LEARNING_RATE; pretrained weights (a model with "
+                "random ones stays here for long); dropout 0 for ALBERT v2; a batch of 16 questions or more"
+            )
 
 
 class StageReport(pl.Callback):
@@ -238,7 +386,8 @@ class StageReport(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: RaceModule) -> None:
         """Start the clock, and log short epochs more often, so that a trial run has curves too."""
-        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, trainer.num_training_batches // 20))
+        self._batches = trainer.datamodule.batches_per_epoch()
+        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self._batches // 20))
         self._started, self._first_step, self.estimate = time.perf_counter(), trainer.global_step, None
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_) -> None:
@@ -246,9 +395,9 @@ class StageReport(pl.Callback):
         seconds = time.perf_counter() - self._started
         if self.estimate is None and seconds >= self.after_seconds:
             per_step = seconds / (trainer.global_step - self._first_step)
-            total = timedelta(seconds=round(per_step * trainer.num_training_batches * trainer.max_epochs))
+            total = timedelta(seconds=round(per_step * self._batches * trainer.max_epochs))
             self.estimate = (
-                f"about {total} for {trainer.max_epochs} epochs of {trainer.num_training_batches:,} steps "
+                f"about {total} for {trainer.max_epochs} epochs of {self._batches:,} steps "
                 f"at {per_step:.2f} s a step, without validation"
             )
             trainer.progress_bar_callback.print(self.estimate)
@@ -261,55 +410,6 @@ class StageReport(pl.Callback):
                 f"epoch {trainer.current_epoch}: validation loss {metrics['val_loss_epoch']:.4f}, "
                 f"accuracy {metrics['val_acc']:.1%}"
             )
-
-
-# -------------------------------------------------------------------------------------------------- checkpoints
-
-
-def read_lineage(checkpoint: str | Path) -> dict:
-    """What a checkpoint remembers: stage, base, chain, cache, recipe, epoch, metrics. Its weights are not read."""
-    try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("race", {})
-    except FileNotFoundError as error:
-        raise StageError(f"{checkpoint}: no such checkpoint") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise StageError(f"{checkpoint}: not a whole checkpoint, or one that brings code along; remove it") from error
-
-
-def stage_checkpoints(checkpoint_dir: str | Path, stage: str) -> pd.DataFrame:
-    """The checkpoints of a stage, best first: path, epoch, val_loss_epoch (exact), val_acc."""
-    rows = []
-    for path in sorted(Path(checkpoint_dir).glob(f"{stage}-*.ckpt")):
-        named = re.search(r"epoch=(\d+)-val_loss_epoch=(\d+\.\d+|nan|inf)", path.name)
-        if named:  # all that a checkpoint from elsewhere tells
-            try:
-                lineage, epoch, loss = read_lineage(path), int(named[1]), float(named[2])
-            except StageError as error:  # as left by a job that was killed while saving
-                print(f"passed over: {error}")
-                continue
-            metrics = {"val_loss_epoch": loss, "val_acc": float("nan")} | lineage.get("metrics", {})
-            rows.append([path, lineage.get("epoch", epoch), metrics["val_loss_epoch"], metrics["val_acc"]])
-    table = pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"])
-    return table.sort_values(["val_loss_epoch", "epoch"], ignore_index=True)
-
-
-def best_checkpoint(checkpoint_dir: str | Path, stage: str) -> Path:
-    """The checkpoint of a stage with the lowest validation loss; the earlier one where two are equal."""
-    table = stage_checkpoints(checkpoint_dir, stage)
-    if table.empty:
-        notebook = f"ex0{stage[1]}.ipynb"
-        raise StageError(f"{checkpoint_dir} holds no checkpoint of stage {stage}: run {notebook} first")
-    if not math.isfinite(table["val_loss_epoch"][0]):
-        raise StageError(f"{checkpoint_dir}: no checkpoint of stage {stage} has a finite validation loss; it diverged")
-    return table["path"][0]
-
-
-def latest_stage(checkpoint_dir: str | Path) -> str:
-    """The last stage that has a checkpoint."""
-    for stage in reversed(STAGES):
-        if any(Path(checkpoint_dir).glob(f"{stage}-*.ckpt")):
-            return stage
-    raise StageError(f"{checkpoint_dir} holds no checkpoints: run ex01.ipynb first")
 
 
 def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:

@@ -7,17 +7,9 @@ import pytest
 from conftest import ALBERT
 
 import generate_race_cache
-from race_cache import (
-    CacheError,
-    Encoder,
-    build_cache,
-    keep_last,
-    question_option,
-    read_manifest,
-    splits_on_whitespace,
-    verify_cache,
-)
+from race_cache import build_cache, read_manifest, verify_cache
 from race_data import RaceDataset
+from race_encoding import CacheError, Encoder, keep_last, question_option, splits_on_whitespace
 
 
 def test_question_option():
@@ -69,7 +61,7 @@ def test_long_questions_keep_their_tail_and_articles_their_head(corpus, tmp_path
 
 
 def test_keep_last_cuts_the_head():
-    from race_cache import _list_array
+    from race_encoding import _list_array
 
     lists = _list_array(np.arange(9, dtype=np.uint16), np.array([2, 5, 0, 2]))
     assert keep_last(lists, 3).to_pylist() == [[0, 1], [4, 5, 6], [], [7, 8]]
@@ -208,7 +200,7 @@ def test_verify_finds_what_changed(corpus, tmp_path):
     problems = verify_cache(out)
     assert [p.split(": ")[1] for p in problems] == [
         "5 bytes, expected " + str(read_manifest(out)["files"]["test-questions.arrow"]["bytes"]),
-        "content differs from the manifest (sha256)",
+        "damaged, differs from the manifest (sha256)",
         "missing",
         "not in the manifest",
     ]
@@ -299,7 +291,7 @@ def test_another_format_is_refused(corpus, tmp_path):
     build_cache(str(corpus), "demo", tmp_path / "cache")
     path = tmp_path / "cache" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
-    with pytest.raises(CacheError, match=r"manifest.json: format 0, expected 1"):
+    with pytest.raises(CacheError, match=r"manifest.json: format 0, expected 2"):
         read_manifest(tmp_path / "cache")
     with pytest.raises(CacheError, match="format 0"):
         build_cache(str(corpus), "demo", tmp_path / "cache")

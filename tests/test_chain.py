@@ -1,10 +1,9 @@
 """The headless chain: what it makes, what it takes as made, and when it stops before hours are spent."""
 
-import json
-
 import pytest
 
 import run_chain
+from race_cache import FORMAT, _write_manifest
 
 
 @pytest.fixture
@@ -31,11 +30,10 @@ def chain(monkeypatch, tmp_path):
 
 
 def write_cache(root, splits: list[str]) -> None:
-    manifest = {"format": 1, "source": {"name": "ehovy/race"}, "model": {"name": "albert-base-v2"}}
+    manifest = {"format": FORMAT, "source": {"name": "ehovy/race"}, "model": {"name": "albert-base-v2"}}
     for name in ("race", "demo"):
         (root / "cache" / name).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(manifest | {"splits": dict.fromkeys(splits)})
-        (root / "cache" / name / "manifest.json").write_text(text)
+        _write_manifest(root / "cache" / name / "manifest.json", manifest | {"splits": dict.fromkeys(splits)})
 
 
 def test_race_runs_the_recipe_on_the_hub(chain):

@@ -21,6 +21,7 @@ from race_training import (
     stage_checkpoints,
     stage_trainer,
     start_stage,
+    train_stage,
     weights_hash,
 )
 
@@ -31,7 +32,7 @@ def train(stage: str, cache, folder, learning_rate: float, epochs: int = 1, **se
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = stage_trainer(stage, folder / "run", folder / "checkpoints", epochs, log_every=1, **settings)
-        trainer.fit(module, RaceDataModule(cache, batch_size=16, limit_questions=48))
+        train_stage(trainer, module, RaceDataModule(cache, batch_size=16, limit_questions=48))
     return module
 
 
@@ -108,7 +109,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_named(chain, tmp_path, cap
     half = tmp_path / "e1-albert-race-epoch=09-val_loss_epoch=0.01.ckpt"
     half.write_bytes(good.read_bytes()[:5000])
     assert best_checkpoint(tmp_path, "e1").name == good.name
-    assert f"passed over: {half}: not a whole checkpoint" in capsys.readouterr().out
+    assert f"passed over: {half}: cut off or damaged" in capsys.readouterr().out
 
 
 def test_a_stage_that_diverged_says_so(tmp_path):
@@ -117,13 +118,13 @@ def test_a_stage_that_diverged_says_so(tmp_path):
         best_checkpoint(tmp_path, "e1")
 
 
-def test_training_again_without_a_fresh_model_is_refused(cache, tmp_path):
-    """The training cell run twice would go on from trained weights and still say that it starts from the base."""
+def test_a_trained_model_is_no_start(cache, tmp_path):
+    """Training afresh from a model that has been trained would still say that it starts from the base."""
     module = train("e1", cache, tmp_path, 1e-2)
     finished = best_checkpoint(tmp_path / "checkpoints", "e1")
-    trainer = stage_trainer("e1", tmp_path / "run", tmp_path / "checkpoints", 1)
+    trainer = stage_trainer("e1", tmp_path / "run", tmp_path / "checkpoints", 1, fresh=True)
     with pytest.raises(StageError, match="run the model's cell again"):
-        trainer.fit(module, RaceDataModule(cache, batch_size=16, limit_questions=48))
+        train_stage(trainer, module, RaceDataModule(cache, batch_size=16, limit_questions=48))
     assert best_checkpoint(tmp_path / "checkpoints", "e1") == finished, "the finished run stays where it was"
 
 
@@ -207,11 +208,12 @@ def test_a_wrong_learning_rate_in_force_stops_the_stage(cache, tmp_path):
         trainer.fit(module, RaceDataModule(cache, limit_questions=8))
 
 
-def test_a_second_run_of_a_stage_overwrites_nothing(cache, tmp_path, capsys):
+def test_a_fresh_run_of_a_stage_overwrites_nothing(cache, tmp_path, capsys):
     for _ in range(2):
-        train("e1", cache, tmp_path, 1e-2)
+        train("e1", cache, tmp_path, 1e-2, fresh=True)
     assert len(list((tmp_path / "checkpoints").glob("e1-*.ckpt"))) == 1
-    assert len(list((tmp_path / "checkpoints" / "earlier").glob("e1-*/e1-*.ckpt"))) == 1
+    assert len(list((tmp_path / "checkpoints" / "earlier").glob("e1-*/e1-albert*.ckpt"))) == 1
+    assert len(list((tmp_path / "checkpoints" / "earlier").glob("e1-*/e1-state.ckpt"))) == 1
     assert "of an earlier run, from e1 on, are now in" in capsys.readouterr().out
 
 
