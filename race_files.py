@@ -1,6 +1,7 @@
 """Files that are whole or absent, and that know when they were damaged: written aside, flushed, renamed, sealed."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -103,17 +104,17 @@ def glob_escape(name: str) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process; raises BlockingIOError where another one holds it.
+    """Hold a lock that ends with the process; raises BlockingIOError where another process holds it.
 
-    A file system without locks (some network ones) gives none: then nothing is locked out.
+    POSIX's record lock, which loader workers do not inherit: they outlive a killed process for seconds. A file system
+    without locks (some network ones) gives none: then nothing is locked out.
     """
     with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(error.errno, "held by another process", str(path)) from error
         yield
 
 

@@ -177,6 +177,7 @@ def weights_hash(*models: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in (item for model in models for item in model.state_dict().items()):
         digest.update(name.encode())
+        tensor = tensor.float() if tensor.is_floating_point() else tensor  # whatever precision it trains in
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -1,0 +1,144 @@
+"""Several processes are one: the same curve and weights, each question once, and going on with another number."""
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+
+from race_checkpoints import read_checkpoint
+from race_data import RaceDataModule, ShuffledBatches
+from race_resume import read_state, state_path
+
+
+@pytest.fixture(scope="module")
+def script(cache, tmp_path_factory):
+    """script(folder) -> ex01 as a script, as `jupyter nbconvert --to script` gives it, with parameters of a test."""
+    from nbconvert import PythonExporter
+
+    text, _ = PythonExporter().from_notebook_node(nbformat.read(ROOT / "ex01.ipynb", 4))
+
+    def make(folder, **parameters):
+        settings = {"CACHE_DIR": str(cache), "CHECKPOINT_DIR": str(folder / "checkpoints"), "RUN_DIR": str(folder)}
+        settings |= {"LEARNING_RATE": 1e-3, "MAX_EPOCHS": 1, "BATCH_SIZE": 8, "PRECISION": "64-true"} | parameters
+        made = text
+        for name, value in settings.items():
+            made, count = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", made, flags=re.MULTILINE)
+            assert count == 1, name
+        path = folder / "ex01.py"
+        folder.mkdir(exist_ok=True)
+        path.write_text(made)
+        return path
+
+    return make
+
+
+def start(path, processes: int) -> subprocess.Popen:
+    command = [sys.executable, str(path)]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command[1:1] = torchrun
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    with open(path.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=path.parent)
+
+
+def run(path, processes: int) -> None:
+    status = start(path, processes).wait(240)
+    assert status == 0, path.with_suffix(".log").read_text()[-3000:]
+
+
+def left(folder):
+    """Final weights, and the loss curve, of a stage."""
+    logs = sorted((folder / "logs" / "e1").glob("*/metrics.csv"))
+    assert len(logs) == 1
+    log = pd.read_csv(logs[0]).drop(columns="tokens_per_second")
+    return read_checkpoint(state_path(folder / "checkpoints", "e1"))["state_dict"], log
+
+
+def assert_same(one, other) -> None:
+    assert one[0].keys() == other[0].keys()
+    for name, tensor in one[0].items():
+        assert torch.allclose(tensor, other[0][name], rtol=0, atol=1e-6), name
+    assert len(one[1]) == len(other[1])
+    np.testing.assert_allclose(one[1].to_numpy(float), other[1][one[1].columns].to_numpy(float), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def one_process(script, tmp_path_factory):
+    """The stage on one process, uninterrupted."""
+    folder = tmp_path_factory.mktemp("one")
+    run(script(folder), 1)
+    return left(folder)
+
+
+def test_two_processes_are_one(script, one_process, tmp_path):
+    run(script(tmp_path / "two"), 2)
+    assert_same(one_process, left(tmp_path / "two"))
+    assert len(one_process[1]["train_loss_step"].dropna()) > 10
+
+
+def test_a_killed_process_and_another_number_of_processes(script, one_process, tmp_path):
+    """One of two is killed; two go on and are ended by SIGTERM; one brings the stage to its end."""
+    folder = tmp_path / "changing"
+    path = script(folder, SAVE_MINUTES=0)
+    torchrun = start(path, 2)
+    workers = wait_for(lambda: at_batch(folder, 3) and psutil.Process(torchrun.pid).children())
+    os.kill(workers[1].pid, signal.SIGKILL)
+    assert torchrun.wait(60) != 0
+    reached = read_state(folder / "checkpoints", "e1")["batches"]
+    torchrun = start(path, 2)
+    wait_for(lambda: at_batch(folder, reached + 2))
+    torchrun.send_signal(signal.SIGTERM)
+    torchrun.wait(60)
+    state = read_state(folder / "checkpoints", "e1")
+    assert not state["finished"] and state["batches"] >= reached + 2 and len(state["random"]) == 2
+    run(path, 1)
+    assert "e1 goes on from epoch 0, batch" in path.with_suffix(".log").read_text()
+    assert read_state(folder / "checkpoints", "e1")["finished"]
+    assert_same(one_process, left(folder))
+
+
+def at_batch(folder, batch: int) -> bool:
+    state = read_state(folder / "checkpoints", "e1")
+    return state is not None and state["batches"] >= batch
+
+
+def wait_for(condition, seconds: float = 90.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_each_question_once_whatever_the_processes(world):
+    """70 questions in batches of 32: the shares make up the same batches; from a later batch on, the rest of them."""
+    whole = list(ShuffledBatches(70, 32, 0, epoch=3))
+    for first in (0, 1, 2):
+        shares = [list(ShuffledBatches(70, 32, 0, 3, first, rank, world)) for rank in range(world)]
+        assert {len(share) for share in shares} == {3 - first} == {len(ShuffledBatches(70, 32, 0, 3, first, 0, world))}
+        for batch, parts in zip(whole[first:], zip(*shares, strict=True), strict=True):
+            assert sorted(itertools.chain(*parts)) == sorted(batch)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_each_validation_question_on_one_process(cache, world, monkeypatch):
+    seen = []
+    for rank in range(world):
+        data = RaceDataModule(cache, batch_size=4)
+        monkeypatch.setattr(data, "_share", lambda rank=rank: (rank, world))
+        seen += itertools.chain(*data.val_dataloader().batch_sampler)
+    assert sorted(seen) == list(range(len(RaceDataModule(cache).dataset("validation"))))
