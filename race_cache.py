@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from race_encoding import (
@@ -60,7 +61,10 @@ def build_cache(
     splits, left_out = read_source(source, skip_bad)
     with folder_aside(out) as temporary:
         folder = temporary / out.name
-        manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len, workers)
+        try:
+            manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len, workers)
+        except SafetensorError as error:
+            raise CacheError(f"{out}: the weights of {model} cannot be read or written ({error})") from error
         manifest |= {"seconds": round(time.perf_counter() - started, 2)}
         _write_manifest(folder / "manifest.json", manifest)
         for path in (*folder.rglob("*"), folder):

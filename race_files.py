@@ -138,6 +138,7 @@ class _Sealing(io.RawIOBase):
 
     def __init__(self, file):
         self.file, self.digest, self.held = file, hashlib.sha256(), b""
+        self.error: OSError | None = None  # which torch.save would hide behind a RuntimeError
 
     def writable(self) -> bool:
         return True
@@ -146,7 +147,11 @@ class _Sealing(io.RawIOBase):
         content = self.held + bytes(data)
         self.held = content[-2:]
         self.digest.update(content[:-2])
-        self.file.write(content[:-2])
+        try:
+            self.file.write(content[:-2])
+        except OSError as error:
+            self.error = error
+            raise
         return len(data)
 
     def seal(self) -> None:
@@ -161,7 +166,12 @@ def save_sealed(content: dict, path: str | Path) -> None:
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             sealing = _Sealing(file)
-            torch.save(content, sealing)
+            try:
+                torch.save(content, sealing)
+            except RuntimeError:
+                if sealing.error is None:
+                    raise
+                raise sealing.error from None
             sealing.seal()
 
     write_whole(path, write)

@@ -231,7 +231,9 @@ def _dataset_records(source: str) -> dict[str, list[tuple[str, object]]]:
         if len(configs) > 1 and "all" not in configs:
             raise SourceError(source, [f"has the configurations {', '.join(configs)}, but none named 'all'"])
         dataset = load_dataset(source, "all" if "all" in configs else configs[0])
-    except (DatasetsError, OSError) as error:
+    except SourceError:
+        raise
+    except (DatasetsError, OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SourceError(source, [f"cannot be loaded ({reason})"]) from error
     records: dict[str, list[tuple[str, object]]] = {}

@@ -1,6 +1,7 @@
 """What the three stage notebooks share: where a stage starts, its trainer, its logs, its best checkpoint."""
 
 import contextlib
+import errno
 import hashlib
 import logging
 import math
@@ -43,6 +44,7 @@ from race_resume import KeepState, check_identity, not_finite, read_state, signa
 __all__ = ["best_checkpoint", "latest_stage", "read_lineage", "stage_checkpoints"]  # found here by those who look here
 
 ROOT = Path(__file__).resolve().parent
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 VERSIONS = ("torch", "transformers", "pytorch-lightning", "pyarrow", "numpy")
 
 
@@ -281,8 +283,15 @@ def train_stage(trainer: pl.Trainer, module: RaceModule, data: RaceDataModule) -
             return
         position = f"epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}"
         print(f"{stage} goes on from {position}", flush=True)
-    with _alone(keeper.path), signals_as_before(keeper):
-        trainer.fit(module, data, ckpt_path=keeper.path if state else None, weights_only=True)
+    try:
+        with _alone(keeper.path), signals_as_before(keeper):
+            trainer.fit(module, data, ckpt_path=keeper.path if state else None, weights_only=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise StageError(
+            f"the disk is full ({error}): nothing that was finished is lost; make room and run this again to go on"
+        ) from error
 
 
 @contextlib.contextmanager

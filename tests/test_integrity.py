@@ -1,0 +1,390 @@
+"""Files are whole or refused by name; a full disk, a kill or a second process costs nothing; no file runs code."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+from kill import die, in_a_process
+from test_resume import At, stage, state
+
+import generate_race_cache
+import race_files
+from race_cache import CacheError, _write_manifest, build_cache, check_files, read_manifest, verify_cache
+from race_checkpoints import StageError, best_checkpoint, read_checkpoint, read_lineage
+from race_data import RaceDataModule
+from race_evaluation import predict, score
+from race_files import DamagedFileError, check_sealed, file_hash, save_sealed, write_whole
+from race_module import RaceModule
+from race_training import start_stage
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    """A folder in which e1 has been trained for two short epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    stage(folder, cache)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------- damage
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """One bit flipped, or the end cut off."""
+    if rng.random() < 0.2:
+        return content[: rng.randrange(len(content))]
+    place = rng.randrange(len(content) - 400, len(content)) if rng.random() < 0.1 else rng.randrange(len(content))
+    changed = bytearray(content)
+    changed[place] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def test_every_damaged_cache_file_is_refused_by_name(cache, tmp_path):
+    """500 flips and truncations over all files that training opens."""
+    folder, rng = tmp_path / "cache", random.Random(0)
+    shutil.copytree(cache, folder)
+    names = ["manifest.json", *read_manifest(folder)["files"]]
+    for _ in range(500):
+        path = folder / rng.choice(names)
+        content = path.read_bytes()
+        path.write_bytes(damaged(content, rng))
+        with pytest.raises(CacheError) as error:
+            RaceDataModule(folder).setup()
+            start_stage("e1", folder)
+        assert str(path) in str(error.value)
+        path.write_bytes(content)
+    RaceDataModule(folder).setup()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "state"])
+def test_every_damaged_checkpoint_is_refused_by_name(trained, tmp_path, kind):
+    """500 flips and truncations over a checkpoint and a state, each read in every way in which it is read."""
+    source = best_checkpoint(trained / "checkpoints", "e1")
+    source = trained / "checkpoints" / "resume" / "e1.ckpt" if kind == "state" else source
+    path, content, rng = tmp_path / source.name, source.read_bytes(), random.Random(1)
+    for _ in range(250):
+        path.write_bytes(damaged(content, rng))
+        for read, refusal in ((read_lineage, StageError), (RaceModule.load_from_checkpoint, DamagedFileError)):
+            with pytest.raises(refusal) as error:
+                read(path)
+            assert str(path) in str(error.value)
+    path.write_bytes(content)
+    RaceModule.load_from_checkpoint(path)
+
+
+def test_a_checkpoint_from_elsewhere_is_taken_if_it_is_whole(tmp_path):
+    """Without a seal, by the checksums of the zip archive that torch.save writes."""
+    torch.save({"state_dict": {"a": torch.arange(1000)}}, tmp_path / "theirs.ckpt")
+    assert read_lineage(tmp_path / "theirs.ckpt") == {}
+    content = bytearray((tmp_path / "theirs.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "theirs.ckpt").write_bytes(content)
+    with pytest.raises(StageError, match=r"theirs.ckpt: damaged"):
+        read_lineage(tmp_path / "theirs.ckpt")
+    (tmp_path / "theirs.ckpt").write_text("hello")
+    with pytest.raises(StageError, match="cut off or damaged"):
+        read_lineage(tmp_path / "theirs.ckpt")
+
+
+def test_a_sealed_file_is_an_ordinary_checkpoint(trained):
+    path = best_checkpoint(trained / "checkpoints", "e1")
+    assert set(torch.load(path, weights_only=True)["race"]) >= {"stage", "base", "cache", "versions", "commit"}
+    assert (path.stat().st_mode & 0o777) == 0o666 & ~race_files._umask()
+
+
+def test_a_damaged_cache_found_while_open(cache, tmp_path):
+    """The check is made again when a file has been written since."""
+    shutil.copytree(cache, tmp_path / "cache")
+    check_files(tmp_path / "cache")
+    path = tmp_path / "cache" / "test-questions.arrow"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(CacheError, match=r"test-questions.arrow: damaged"):
+        check_files(tmp_path / "cache")
+
+
+def test_lineage_goes_back_to_the_base(trained, cache):
+    lineage = read_lineage(best_checkpoint(trained / "checkpoints", "e1"))
+    manifest = read_manifest(cache)
+    assert lineage["cache"]["source_sha256"] == manifest["source"]["sha256"]
+    assert lineage["tokenizer"] == manifest["tokenizer"]["sha256"]
+    assert lineage["versions"]["torch"] == torch.__version__ and len(lineage["base_sha256"]) == 64
+
+
+def test_another_encoding_is_refused(trained, corpus, tmp_path):
+    build_cache(str(corpus), "demo", tmp_path / "short", max_qa_len=9)
+    with pytest.raises(StageError, match="cut to 128 tokens, .* cuts to 9"):
+        predict(best_checkpoint(trained / "checkpoints", "e1"), tmp_path / "short")
+    with pytest.raises(StageError, match="cut to 128 tokens"):
+        start_stage("e2", tmp_path / "short", checkpoint_dir=trained / "checkpoints")
+
+
+# -------------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MB; skips where this user may not mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("no small file system can be mounted here (not root)")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder, leave: int = 0) -> None:
+    """Leave no room but `leave` bytes."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            file.truncate(max(0, file.tell() - leave))
+
+
+def test_full_disk_while_writing_a_file(small_disk):
+    for name, write in (
+        ("results.csv", lambda path: path.write_text("y" * 50_000)),
+        ("figure.png", lambda path: path.write_bytes(b"y" * 50_000)),
+    ):
+        write_whole(small_disk / name, lambda path: path.write_text("old"))
+        fill(small_disk, 8192)
+        with pytest.raises(OSError, match=f"the file before it is untouched.*{name}") as error:
+            write_whole(small_disk / name, write)
+        assert error.value.errno == errno.ENOSPC and (small_disk / name).read_text() == "old"
+        (small_disk / "filler").unlink()
+    assert sorted(path.name for path in small_disk.iterdir()) == ["figure.png", "results.csv"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_full_disk_while_making_a_cache(corpus, small_disk, capsys, force):
+    out = small_disk / "cache"
+    arguments = ["--source", str(corpus), "--model", "demo", "--out", str(out)]
+    if force:
+        assert generate_race_cache.main(arguments) == 0
+        arguments += ["--force", "--max-qa-len", "9"]
+    fill(small_disk, 300_000)
+    assert generate_race_cache.main(arguments) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    (small_disk / "filler").unlink()
+    assert [path.name for path in small_disk.iterdir()] == (["cache"] if force else [])
+    assert not force or (verify_cache(out) == [] and read_manifest(out)["max_qa_len"] == 128)
+
+
+def test_full_disk_while_training(cache, small_disk, tmp_path):
+    """A save that fails ends the stage in words; with room again it goes on from the last good state, exactly."""
+    stage(tmp_path / "whole", cache)
+    with pytest.raises(StageError, match="the disk is full.*make room"):
+        stage(small_disk, cache, At(5, lambda *_: fill(small_disk, 4096)), minutes=0.0)
+    kept = state(small_disk)["resume"]
+    assert kept["batches"] in (4, 5)
+    (small_disk / "filler").unlink()
+    stage(small_disk, cache)
+    one, other = state(tmp_path / "whole"), state(small_disk)
+    assert all(torch.equal(tensor, other["state_dict"][name]) for name, tensor in one["state_dict"].items())
+    assert one["resume"]["steps"] == other["resume"]["steps"] and not list(small_disk.rglob(".*.tmp"))
+
+
+def test_full_disk_while_saving_an_epoch(cache, small_disk):
+    with pytest.raises(StageError, match="the disk is full"):
+        stage(small_disk, cache, At(7, lambda *_: fill(small_disk, 4096)))
+    assert state(small_disk)["resume"]["epoch"] == 0 and not list((small_disk / "checkpoints").glob("*.ckpt"))
+    (small_disk / "filler").unlink()
+    stage(small_disk, cache, epochs=1)
+    assert len(list((small_disk / "checkpoints").glob("e1-*.ckpt"))) == 1
+
+
+def test_full_disk_while_saving_predictions(trained, cache, small_disk):
+    checkpoint = best_checkpoint(trained / "checkpoints", "e1")
+    score(checkpoint, cache, "test", small_disk, device="cpu")
+    before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        score(checkpoint, cache, "validation", small_disk, device="cpu")
+    (small_disk / "filler").unlink()
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_make_the_same_cache_at_once(corpus, tmp_path):
+    for arguments in ([], ["--force"]):
+        command = ["--source", str(corpus), "--model", "demo", "--out", str(tmp_path / "out" / "cache"), *arguments]
+        makers = [in_a_process(lambda command=command: os._exit(generate_race_cache.main(command))) for _ in range(3)]
+        for maker in makers:
+            maker.join(60)
+        assert [maker.exitcode for maker in makers] == [0, 0, 0]
+        assert verify_cache(tmp_path / "out" / "cache") == []
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["cache"]
+
+
+def test_a_killed_maker_leaves_the_cache_before(corpus, tmp_path):
+    """Killed at random moments while it replaces a cache: one whole cache is there after the next start."""
+    out, rng = tmp_path / "out" / "cache", random.Random(0)
+    build_cache(str(corpus), "demo", out)
+    for number in range(8):
+        maker = in_a_process(lambda: build_cache(str(corpus), "demo", out, max_qa_len=9, force=True))
+        maker.join(rng.uniform(0.05, 0.6))
+        maker.kill()
+        maker.join(10)
+        if out.exists():
+            assert verify_cache(out) == []
+        if number % 2:
+            build_cache(str(corpus), "demo", out, force=True)
+            assert [path.name for path in out.parent.iterdir()] == ["cache"]
+
+
+def test_a_cache_moved_away_for_a_new_one_comes_back(corpus, tmp_path):
+    """Killed between the two renames: the old cache is put back on the next start."""
+    out = tmp_path / "out" / "cache"
+    build_cache(str(corpus), "demo", out)
+
+    def killed() -> None:
+        replace, count = os.replace, [0]
+
+        def second_time(*arguments):
+            count[0] += 1
+            if count[0] == 2:
+                die()
+            replace(*arguments)
+
+        os.replace = second_time
+        build_cache(str(corpus), "demo", out, max_qa_len=9, force=True)
+
+    process = in_a_process(killed)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and not out.exists()
+    assert build_cache(str(corpus), "demo", out)["kept"]
+    assert verify_cache(out) == [] and [path.name for path in out.parent.iterdir()] == ["cache"]
+
+
+def test_results_of_two_processes_do_not_mix(tmp_path):
+    """Many writers of one file: always one of their contents, never a mixture, and nothing left over."""
+    contents = [letter * 200_000 for letter in "abc"]
+    for _ in range(3):
+        writers = [
+            in_a_process(lambda text=text: write_whole(tmp_path / "x", lambda p: p.write_text(text)))
+            for text in contents
+        ]
+        for writer in writers:
+            writer.join(30)
+        assert [writer.exitcode for writer in writers] == [0, 0, 0]
+        assert (tmp_path / "x").read_text() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+# -------------------------------------------------------------------------------------------------- code in files
+
+
+class Payload:
+    """Pickled, it makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_payload_in_a_checkpoint_or_state_runs_nothing(trained, cache, tmp_path):
+    """With a valid seal, as from somebody who knows how."""
+    good = read_checkpoint(best_checkpoint(trained / "checkpoints", "e1"))
+    (tmp_path / "checkpoints" / "resume").mkdir(parents=True)
+    for path in (tmp_path / "x.ckpt", tmp_path / "checkpoints" / "resume" / "e1.ckpt"):
+        save_sealed(good | {"callbacks": Payload(tmp_path / "owned")}, path)
+        check_sealed(path)
+        with pytest.raises(StageError, match=f"{path}: holds more than weights and plain values"):
+            read_lineage(path)
+        with pytest.raises(DamagedFileError, match="refused"):
+            RaceModule.load_from_checkpoint(path)
+    with pytest.raises(StageError, match="could run code"):
+        predict(tmp_path / "x.ckpt", cache)
+    with pytest.raises(StageError, match="could run code"):
+        stage(tmp_path, cache)
+    assert not (tmp_path / "owned").exists()
+
+
+def malicious_model(folder, cache, tmp_path):
+    """A model folder whose configuration asks for code of its own, and whose weights are a pickle."""
+    shutil.copytree(cache / "model", folder)
+    code = f"open({str(tmp_path / 'owned')!r}, 'w')\nclass Evil: pass\n"
+    (folder / "evil.py").write_text(code)
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        auto = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForMultipleChoice"), "evil.Evil")
+        content["auto_map"] = auto | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+        (folder / name).write_text(json.dumps(content))
+
+
+def test_remote_code_of_a_model_never_runs(corpus, cache, tmp_path):
+    malicious_model(tmp_path / "model", cache, tmp_path)
+    build_cache(str(corpus), str(tmp_path / "model"), tmp_path / "cache")
+    start_stage("e1", tmp_path / "cache")
+    start_stage("e1", cache, base_model=tmp_path / "model")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_payload_cache_runs_nothing(corpus, cache, tmp_path):
+    """Code in the model of a cache whose manifest agrees with it; and pickled weights in place of safetensors."""
+    folder = tmp_path / "cache"
+    shutil.copytree(cache, folder)
+    shutil.rmtree(folder / "model")
+    malicious_model(folder / "model", cache, tmp_path)
+    reseal(folder)
+    start_stage("e1", folder)
+    (folder / "model" / "model.safetensors").unlink()
+    torch.save({"albert.pooler.bias": Payload(tmp_path / "owned")}, folder / "model" / "pytorch_model.bin")
+    reseal(folder)
+    with pytest.raises(Exception, match=r"(?i)weights_only|pickle|unsafe|load"):
+        start_stage("e1", folder)
+    with pytest.raises(Exception, match=r"(?i)weights_only|pickle|unsafe|load"):
+        build_cache(str(corpus), str(folder / "model"), tmp_path / "other")
+    assert not (tmp_path / "owned").exists() and not (tmp_path / "other").exists()
+
+
+def reseal(folder) -> None:
+    """Make the manifest agree with the files, as an attacker would."""
+    manifest = {key: value for key, value in read_manifest(folder).items() if key != "sha256"}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    manifest["files"] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
+    }
+    _write_manifest(folder / "manifest.json", manifest)
+    assert verify_cache(folder) == []
+
+
+def test_paths_in_a_tar_lead_nowhere(tmp_path):
+    """Members that would climb out, absolute ones and links: read as text or passed over, never written."""
+    import io
+    import tarfile
+
+    record = {"article": "Tom.", "questions": ["Who?"], "options": [["a", "b", "c", "d"]], "answers": ["A"], "id": "1"}
+    with tarfile.open(tmp_path / "race.tar", "w") as tar:
+        for name in ("../../train/evil.txt", "/train/evil2.txt", "RACE/train/good.txt"):
+            content = json.dumps(record | {"id": name}).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("RACE/train/link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    manifest = build_cache(str(tmp_path / "race.tar"), "demo", tmp_path / "out" / "cache")
+    assert manifest["splits"]["train"]["passages"] == 3
+    assert not list(tmp_path.rglob("evil*")) and not (tmp_path.parent / "train").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "race.tar"]
+
+
+def test_a_file_is_read_once_a_process(cache, monkeypatch):
+    import race_cache
+
+    check_files(cache)
+    monkeypatch.setattr(race_cache, "file_hash", lambda path: pytest.fail(f"{path} is read again"))
+    check_files(cache)
