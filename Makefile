@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo race test bench lint format clean
+.PHONY: help install demo race test test-kill bench audit lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,14 @@ race: $(VENV)/run.stamp ## the whole chain on RACE with albert-base-v2, on a GPU
 
 test: $(VENV)/dev.stamp lint ## lint, unit tests, and all five notebooks on a small demo
 	$(BIN)/python -m pytest
+
+test-kill: $(VENV)/dev.stamp ## over a hundred kills of a small chain, compared byte for byte (about half an hour)
+	$(BIN)/python -m pytest -m kill -s
+
+audit: $(VENV)/dev.stamp ## look all installed versions up in the database of known vulnerabilities (needs the network)
+	test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
+	  $(VENV)-audit/bin/pip install --quiet pip-audit==2.10.1; }
+	PIPAPI_PYTHON_LOCATION=$(abspath $(BIN))/python $(VENV)-audit/bin/pip-audit
 
 bench: $(VENV)/run.stamp ## measure cache and training step against what a user would otherwise run (about 15 minutes)
 	$(BIN)/python -m bench.cache

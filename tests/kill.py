@@ -26,6 +26,9 @@ def run_chain(folder: Path, cache: Path, workers: int = 0, minutes: float = MINU
     """Three stages with dropout, so that the random state matters."""
     warnings.simplefilter("ignore")
     race_training.git_commit = lambda: None  # somebody may be editing the code while the tests run
+    if torch.cuda.is_available():
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
     for stage, rate, epochs in RECIPE:
         pl.seed_everything(0, verbose=False)
         module = start_stage(stage, cache, checkpoint_dir=folder / "checkpoints", learning_rate=rate)

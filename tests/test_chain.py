@@ -1,9 +1,15 @@
 """The headless chain: what it makes, what it takes as made, and when it stops before hours are spent."""
 
+import os
+import signal
+import time
+
 import pytest
+from kill import in_a_process
 
 import run_chain
 from race_cache import FORMAT, _write_manifest
+from race_resume import read_state
 
 
 @pytest.fixture
@@ -18,11 +24,12 @@ def chain(monkeypatch, tmp_path):
             write_cache(tmp_path, ["train", "validation", "test"])
         return 0
 
-    def run_notebook(name: str, parameters: dict) -> None:
+    def run_notebook(name: str, parameters: dict) -> int:
         notebooks.append((name, parameters))
         run_dir = tmp_path / parameters["RUN_DIR"]
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "results.csv").write_text("stage\n")
+        return 0
 
     monkeypatch.setattr(run_chain, "generate_race_cache", generate)
     monkeypatch.setattr(run_chain, "run_notebook", run_notebook)
@@ -77,3 +84,33 @@ def test_a_cache_that_fails_ends_the_chain(chain, monkeypatch):
     monkeypatch.setattr(run_chain, "generate_race_cache", lambda _: 1)
     status, _, notebooks = chain("demo")
     assert status == 1 and notebooks == []
+
+
+def test_a_stopped_notebook_ends_the_chain(chain, monkeypatch):
+    monkeypatch.setattr(run_chain, "run_notebook", lambda name, _: run_chain.STOPPED if name == "ex02" else 0)
+    assert chain("demo")[0] == 75
+
+
+def test_fresh_reaches_the_stages(chain):
+    _, _, notebooks = chain("race", "--fresh")
+    assert [parameters.get("FRESH") for _, parameters in notebooks] == [True, True, True, None, None]
+
+
+def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, tmp_path):
+    """SIGTERM reaches the notebook's own process, which saves and ends; exit status 75 says: run again."""
+    places = {"CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "RUN_DIR": str(tmp_path / "run")}
+    parameters = {"CACHE_DIR": str(cache), "MAX_EPOCHS": 40, "LEARNING_RATE": 1e-4, "BATCH_SIZE": 8} | places
+    process = in_a_process(lambda: os._exit(run_chain.run_notebook("ex01", parameters)))
+    end = time.monotonic() + 120
+    while not (state := read_state(tmp_path / "checkpoints", "e1")) and time.monotonic() < end:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == run_chain.STOPPED
+    state = read_state(tmp_path / "checkpoints", "e1")
+    assert not state["finished"]
+    parameters["MAX_EPOCHS"] = state["epoch"] + 1
+    process = in_a_process(lambda: os._exit(run_chain.run_notebook("ex01", parameters)))
+    process.join(200)
+    assert process.exitcode == 0 and read_state(tmp_path / "checkpoints", "e1")["finished"]
+    assert "e1 goes on from epoch" in (tmp_path / "run" / "ex01.ipynb").read_text()

@@ -1,0 +1,16 @@
+#!/bin/bash
+# The chain on two nodes of four GPUs: the batch stays 32 questions, each GPU gets an eighth of it.
+#   sbatch slurm/several_nodes.sh
+#SBATCH --job-name=race
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4      # one process a GPU
+#SBATCH --gres=gpu:4
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=32G
+#SBATCH --time=04:00:00
+#SBATCH --signal=USR1@180        # to the processes of srun, three minutes ahead: a step and a save take seconds
+#SBATCH --requeue                # also after a node failed or was taken away
+#SBATCH --open-mode=append
+#SBATCH --output=runs/slurm-%j.log
+
+source "${SLURM_SUBMIT_DIR:-.}/slurm/chain.sh"
