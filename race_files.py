@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    clean(path.parent, path.name, older_than=3600.0)
     descriptor, name = tempfile.mkstemp(MARK, f".{path.name[:100]}.", path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -81,14 +83,17 @@ def folder_aside(out: Path) -> Iterator[Path]:
         yield temporary
 
 
-def clean(folder: Path, name: str = "") -> None:
-    """Remove unfinished files and folders, of `name` or of all, that no living process holds.
+def clean(folder: Path, name: str = "", older_than: float = 0.0) -> None:
+    """Remove unfinished files of some age (seconds), and unfinished folders that no living process holds.
 
-    A folder that was moved away to make room for a new one, which then never came, is put back.
+    name: of what they were to become; all by default. A folder that was moved away to make room for a new one, which
+    then never came, is put back.
     """
     for left in folder.glob(f".{glob_escape(name)}*{MARK}"):
         if left.is_file():
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime >= older_than:
+                    left.unlink()
             continue
         with contextlib.suppress(BlockingIOError, FileNotFoundError), locked(left / "lock"):
             out = folder / left.name[1 : -len(MARK)].rpartition(".")[0]

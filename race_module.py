@@ -98,7 +98,8 @@ class RaceModule(pl.LightningModule):
         self.log("learning_rate", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
         now, before = time.perf_counter(), self._step_ended
         if before is not None:
-            self.log("tokens_per_second", sum(batch.lengths) / (now - before), on_step=True, on_epoch=False)
+            tokens = self._over_processes(torch.tensor(float(sum(batch.lengths)), device=self.device))
+            self.log("tokens_per_second", tokens / (now - before), on_step=True, on_epoch=False)
         self._step_ended = now
         return loss
 

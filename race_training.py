@@ -318,6 +318,7 @@ def _quiet() -> None:
         ".*number of training batches.*",
         ".*LeafSpec.*",
         ".*not empty.*",
+        ".*sync_dist.*",  # means are summed over processes before they are logged
     ):
         warnings.filterwarnings("ignore", message=message)
 
