@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 def over_seeds(runs: list[str | Path]) -> pd.DataFrame:
     """One row for each stage, split and level in the results.csv of these run folders, one folder a seed.
 
-    Columns: stage, split, level, questions, n (seeds), seeds, mean, std (sample, n − 1), ci_low, ci_high (95 % t
-    interval; empty for one seed), lowest, highest. Raises SeedError.
+    Columns: stage, split, level, questions and questions_most (fewest and most of any seed), n (seeds), seeds, mean,
+    std (sample, n − 1), ci_low, ci_high (95 % t interval; empty for one seed), lowest, highest. Raises SeedError.
     """
     tables, problems = [], []
     for run in map(Path, runs):
@@ -59,7 +59,7 @@ def over_seeds(runs: list[str | Path]) -> pd.DataFrame:
     if twice := sorted({str(seed) for seed, several in _names(runs).items() if several > 1}):
         problems.append(f"two run folders of seed {', '.join(twice)}: name each seed once")
     for keys, group in table.groupby(KEYS, sort=False):
-        if group["questions"].nunique() > 1:
+        if keys[2] == "all" and group["questions"].nunique() > 1:  # samples of one size may differ by level
             counts = ", ".join(f"{row.questions} (seed {row.seed})" for row in group.itertuples())
             problems.append(f"{' '.join(keys)}: the seeds answered different numbers of questions: {counts}")
     if problems:
@@ -110,7 +110,8 @@ def _row(group: pd.DataFrame) -> dict:
     mean, std = accuracy.mean(), accuracy.std(ddof=1)
     half = t.ppf(0.975, n - 1) * std / n**0.5 if n > 1 else float("nan")
     return {
-        "questions": group["questions"].iloc[0],
+        "questions": group["questions"].min(),
+        "questions_most": group["questions"].max(),
         "n": n,
         "seeds": " ".join(group["seed"]),
         "mean": mean,
@@ -131,10 +132,15 @@ def report(table: pd.DataFrame) -> str:
     for row in table.itertuples():
         spread = f"{100 * row.std:.2f} points" if row.n > 1 else "–"
         interval = f"{row.ci_low:.1%} – {row.ci_high:.1%}" if row.n > 1 else "none: one seed"
-        cells = [row.stage, row.split, row.level, f"{row.questions:,}", f"{row.n} ({row.seeds})", f"{row.mean:.1%}"]
+        asked = f"{row.questions:,}" + (f"–{row.questions_most:,}" if row.questions_most > row.questions else "")
+        cells = [row.stage, row.split, row.level, asked, f"{row.n} ({row.seeds})", f"{row.mean:.1%}"]
         lines.append(f"| {' | '.join([*cells, spread, interval])} |")
     if table["n"].nunique() > 1:
         lines.append("\nNot every seed has every row: the seeds that a mean is made of stand beside it.")
+    if (table["questions"] < table["questions_most"]).any():
+        lines.append("\nThe seeds answered different questions: the spread holds the choice of questions too.")
+    if (table["ci_low"] < 0).any() or (table["ci_high"] > 1).any():
+        lines.append("\nAn interval beyond 0 or 100 %: so few seeds, so far apart, say next to nothing.")
     return "\n".join([*lines, "", WHAT_IS_COVERED])
 
 

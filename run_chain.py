@@ -99,6 +99,8 @@ def run_seeds(options: argparse.Namespace, split: str) -> int:
             print(error, file=sys.stderr)
     if runs:
         out = ROOT / "runs" / f"{run_name(options)}-over-seeds" / "results.csv"
+        if options.limit_questions is not None:
+            print("a trial run: each seed has drawn its own questions, and the spread holds that too")
         if report_over_seeds([*map(str, runs), "--out", str(out)]):
             return 1
     if failed:
@@ -152,7 +154,7 @@ def run_notebook(notebook: str, parameters: dict) -> None:
 
     executed = ROOT / parameters["RUN_DIR"] / f"{notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    print(f"\n── {notebook}", flush=True)
+    print(f"\n── {parameters['RUN_DIR']}: {notebook}", flush=True)
     started = time.perf_counter()
     try:
         papermill.execute_notebook(

@@ -79,6 +79,28 @@ def test_what_cannot_be_put_together_is_refused_all_at_once(tmp_path):
     assert "two run folders of seed 2" in said and "race-seed9/results.csv: not found" in said
 
 
+def test_samples_of_other_levels_are_told(tmp_path):
+    """In a trial run each seed draws its own sample, with more or fewer questions of a level."""
+    runs = []
+    for seed, middle in ((1, 28), (2, 30)):
+        rows = [
+            ["e1", "x.ckpt", "test", "all", 48, 24, 0.5, 0, 1],
+            ["e1", "x.ckpt", "test", "middle", middle, 14, 14 / middle, 0, 1],
+        ]
+        (tmp_path / f"race-seed{seed}").mkdir()
+        runs.append(tmp_path / f"race-seed{seed}")
+        pd.DataFrame(rows, columns=RESULT_COLUMNS).to_csv(runs[-1] / "results.csv", index=False)
+    said = report(over_seeds(runs))
+    assert "| e1 | test | all | 48 |" in said and "| e1 | test | middle | 28–30 |" in said
+    assert "The seeds answered different questions" in said and "beyond 0 or 100" not in said
+
+
+def test_an_interval_that_says_nothing_is_called_so(tmp_path):
+    """20 and 90 %: half width 12.7062 · 35 points."""
+    runs = [write_results(tmp_path, s, {("e1", "test", "all"): a}) for s, a in ((1, 0.2), (2, 0.9))]
+    assert "An interval beyond 0 or 100 %" in report(over_seeds(runs))
+
+
 def test_two_checkpoints_of_a_stage_are_refused(tmp_path):
     run = write_results(tmp_path, 1, {("e1", "test", "all"): 0.6})
     table = pd.read_csv(f"{run}/results.csv")
