@@ -217,7 +217,7 @@ def _hub_id(oldest: dict) -> str | None:
 
 def _public(name: str) -> str:
     """A source or model as others may know it: a hub id, or the last part of a path of this machine."""
-    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else Path(name).name
+    return name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).exists() else Path(name).name
 
 
 # -------------------------------------------------------------------------------------------------- writing

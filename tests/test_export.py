@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForMultipleChoice, BertTokenizer
 from race_card import model_card
 from race_data import RaceDataModule, RaceDataset, collate
 from race_evaluation import RESULT_COLUMNS
-from race_export import ExportError, ancestry, export_checkpoint, main
+from race_export import ExportError, _hub_id, _is_race, _public, ancestry, export_checkpoint, main
 from race_module import RaceModule
 from race_training import best_checkpoint, stage_trainer, start_stage
 
@@ -235,6 +235,28 @@ def test_card_of_a_model_of_race():
     assert (result.dataset_type, result.dataset_name, result.metric_value) == ("ehovy/race", "RACE", 0.67)
     assert result.metric_name == "accuracy on 500 of 4,934 questions, 95 % interval 62.8% to 71.0%"
     assert result.source_url is None  # the repository is not known
+
+
+def test_race_is_told_by_its_name_or_by_its_numbers():
+    def told(name: str, test: int, trained_on: str | None = None) -> bool:
+        source = {"name": name, "sha256": "1"}
+        manifest = {"source": source, "splits": {"train": {"questions": 87866}, "test": {"questions": test}}}
+        return _is_race(manifest, source | ({"name": trained_on, "sha256": "2"} if trained_on else {}))
+
+    assert told("ehovy/race", 10) and told("/data/RACE.tar.gz", 4934)
+    assert not told("/data/RACE.tar.gz", 4933) and not told("demo", 1112)
+    assert not told("/data/RACE.tar.gz", 4934, trained_on="/data/other")  # the cache is not what it was trained on
+
+
+def test_paths_of_this_machine_stay_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    names = ("albert-base-v2", "albert/albert-base-v2", "/home/ada/RACE.tar.gz", "models/mine", "./mine")
+    assert [_public(name) for name in names] == [*names[:2], "RACE.tar.gz", "mine", "mine"]
+    assert _hub_id({"base": "albert-base-v2"}) == "albert-base-v2"
+    for base in ("demo", "/home/ada/albert", "models/mine", None):
+        assert _hub_id({"base": base}) is None
+    assert _hub_id({"base": "e1.ckpt", "base_sha256": "1"}) is None
 
 
 def test_lineage_ends_where_a_base_is_missing_or_another(chain, tmp_path):
