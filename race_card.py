@@ -75,6 +75,8 @@ def _scores_text(facts: dict, scores) -> str:
         f"| {row.split} | {row.level} | {_asked(row, facts)} | {row.accuracy:.1%} | {_interval(row)} |"
         for row in scores.itertuples()
     ]
+    precisions = sorted(set(scores["precision"])) if "precision" in scores else []
+    scored = f"Scored in {', '.join(precisions)}; the weights here are float32. " if precisions else ""
     return "\n".join(
         [
             "## Accuracy",
@@ -83,7 +85,7 @@ def _scores_text(facts: dict, scores) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            "Own evaluation; the rows are in `results.csv`. The intervals are Wilson's and cover the choice of the "
+            f"Own evaluation; the rows are in `results.csv`. {scored}The intervals are Wilson's: they cover the choice of "
             "questions, not that of the training seed. Guessing gives 25 %. The validation split chose the checkpoint.",
         ]
     )

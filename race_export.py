@@ -153,8 +153,10 @@ def ancestry(checkpoint: str | Path) -> list[dict]:
 
 
 def _scores(results: Path, checkpoint: Path, manifest: dict):
-    """The rows of results.csv that belong to a checkpoint."""
+    """The rows of results.csv that belong to a checkpoint: by its name, and by its hash where they tell it."""
     import pandas as pd
+
+    from race_cache import file_hash
 
     table = pd.read_csv(results)
     if missing := [name for name in RESULTS_NEEDED if name not in table]:
@@ -162,6 +164,8 @@ def _scores(results: Path, checkpoint: Path, manifest: dict):
     table = table[table["checkpoint"] == checkpoint.name].reset_index(drop=True)
     if table.empty:
         raise ExportError(f"{results} has no row of {checkpoint.name}; score it with eval_test_dataset_race.ipynb")
+    if "checkpoint_sha256" in table and set(table["checkpoint_sha256"]) != {file_hash(checkpoint)}:
+        raise ExportError(f"{results} has scores of another file called {checkpoint.name}; score this one first")
     for row in table.itertuples():
         held = manifest["splits"].get(row.split, {"questions": 0})["questions"]
         if row.questions > held:

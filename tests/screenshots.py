@@ -4,7 +4,6 @@ PYTHONPATH=. python tests/screenshots.py    (make screenshots)
 """
 
 import argparse
-import io
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ SHOTS = {  # notebook: (what stands in the cell whose output is kept, name of th
     "eval_test_dataset_race": ("error_browser(", "errors"),
     "eval_test_dataset_race_2": ('f"chain-{SPLIT}"', "chain"),
 }
-COLOURS = 64  # of a picture: enough for text and figures, and a small file
+MARGIN = 8  # pixels
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,21 +62,15 @@ def picture(browser, address: str, token: str, name: str, out: Path) -> bool:
         output = cells.first.locator(".jp-OutputArea-output").first
         if output.locator("details").count():
             output.locator("details summary").first.click()
+        figure = output.locator("img")
+        box = (figure if figure.count() else output).first.bounding_box()
+        clip = {side: box[side] - MARGIN for side in "xy"} | {s: box[s] + 2 * MARGIN for s in ("width", "height")}
         path = out / f"{title}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(small(output.screenshot()))
+        page.screenshot(path=path, clip=clip)
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
     page.close()
     return True
-
-
-def small(png: bytes) -> bytes:
-    """The same picture in few colours."""
-    from PIL import Image
-
-    smaller = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(COLOURS).save(smaller, "PNG", optimize=True)
-    return smaller.getvalue()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import BertConfig, BertForMultipleChoice, BertTokenizer
 
+from race_cache import file_hash
 from race_card import model_card
 from race_data import RaceDataModule, RaceDataset, collate
 from race_evaluation import RESULT_COLUMNS
@@ -197,6 +198,18 @@ def test_card_with_results(cache, chain, tmp_path):
     )
     assert "| test | middle | 41 | 61.0% | 45.7% to 74.3% |" in card.text
     assert pd.read_csv(folder / "results.csv")["correct"].tolist() == [40, 25, 15]
+
+
+def test_scores_of_another_file_of_that_name_are_refused(cache, chain, tmp_path):
+    """Where results tell a checkpoint's hash, the name alone does not do; a stage that is run again repeats names."""
+    results = results_csv(tmp_path, chain[1])
+    own = {"checkpoint_sha256": file_hash(chain[1]), "precision": "bf16-mixed"}
+    pd.read_csv(results).assign(**own).to_csv(results, index=False)
+    folder = export_checkpoint(chain[1], tmp_path / "e2", cache, results)
+    assert "Scored in bf16-mixed; the weights here are float32." in (folder / "README.md").read_text()
+    pd.read_csv(results).assign(checkpoint_sha256="0" * 64).to_csv(results, index=False)
+    with pytest.raises(ExportError, match="scores of another file called e2-albert-race"):
+        export_checkpoint(chain[1], tmp_path / "other", cache, results)
 
 
 def test_card_says_what_the_model_is_and_is_not(cache, chain, tmp_path):
