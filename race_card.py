@@ -85,8 +85,8 @@ def _scores_text(facts: dict, scores) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"Own evaluation; the rows are in `results.csv`. {scored}The intervals are Wilson's: they cover the choice of "
-            "questions, not that of the training seed. Guessing gives 25 %. The validation split chose the checkpoint.",
+            f"Own evaluation; the rows are in `results.csv`. {scored}The intervals are Wilson's and cover the "
+            "questions, not the training seed. Guessing gives 25 %. The validation split chose the checkpoint.",
         ]
     )
 
