@@ -14,7 +14,7 @@ def model_card(facts: dict, scores, name: str):
         **(licence if race else {}),
         library_name="transformers",
         pipeline_tag="multiple-choice",
-        tags=["race", "reading-comprehension", facts["model_type"]],
+        tags=["reading-comprehension", facts["model_type"], *(["race"] if race else [])],
         datasets=["ehovy/race"] if race else None,
         metrics=["accuracy"],
         base_model=facts["base_model"],

@@ -19,7 +19,7 @@ SHOTS = {  # notebook: (what stands in the cell whose output is kept, name of th
     "eval_test_dataset_race": ("error_browser(", "errors"),
     "eval_test_dataset_race_2": ('f"chain-{SPLIT}"', "chain"),
 }
-MARGIN = 8  # pixels
+MARGIN, ABOVE = 8, 3  # pixels around a picture; more above would show the code's frame
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +64,8 @@ def picture(browser, address: str, token: str, name: str, out: Path) -> bool:
             output.locator("details summary").first.click()
         figure = output.locator("img")
         box = (figure if figure.count() else output).first.bounding_box()
-        clip = {side: box[side] - MARGIN for side in "xy"} | {s: box[s] + 2 * MARGIN for s in ("width", "height")}
+        clip = {"x": box["x"] - MARGIN, "y": box["y"] - ABOVE}
+        clip |= {"width": box["width"] + 2 * MARGIN, "height": box["height"] + ABOVE + MARGIN}
         path = out / f"{title}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=path, clip=clip)
