@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo race test test-kill bench audit lint format clean
+.PHONY: help install demo race test test-browser test-kill screenshots bench audit lint format clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(VENV)/run.stamp: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -39,6 +39,12 @@ audit: $(VENV)/dev.stamp ## look all installed versions up in the database of kn
 	  $(VENV)-audit/bin/pip install --quiet pip-audit==2.10.1; }
 	PIPAPI_PYTHON_LOCATION=$(abspath $(BIN))/python $(VENV)-audit/bin/pip-audit
 
+test-browser: $(VENV)/dev.stamp ## all five notebooks in JupyterLab, in a headless chromium; pictures in runs/browser
+	$(BIN)/python -m pytest tests/browser.py
+
+screenshots: $(VENV)/dev.stamp ## remake the pictures of the README from the demo, in a headless chromium
+	PYTHONPATH=. $(BIN)/python tests/screenshots.py
+
 bench: $(VENV)/run.stamp ## measure cache and training step against what a user would otherwise run (about 15 minutes)
 	$(BIN)/python -m bench.cache
 	$(BIN)/python -m bench.train_step --rounds 2
@@ -54,4 +60,4 @@ format: $(VENV)/dev.stamp ## let ruff and nbstripout mend what lint complains ab
 	$(BIN)/nbstripout *.ipynb
 
 clean: ## remove what running has made: the demo's cache, checkpoints and runs
-	rm -rf cache/demo checkpoints/demo runs/demo
+	rm -rf cache/demo checkpoints/demo checkpoints/demo-* runs/demo runs/demo-* runs/browser

@@ -1,0 +1,78 @@
+"""Remake the pictures of the README: the demo in JupyterLab, run in a browser, cropped to what matters.
+
+PYTHONPATH=. python tests/screenshots.py    (make screenshots)
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from lab import CHROMIUM_FLAGS, ROOT, WIDTH, chromium, jupyter_lab, run_all_cells, with_parameters
+
+from demo import STAGES
+from race_cache import build_cache
+from run_chain import NOTEBOOKS
+
+SHOTS = {  # notebook: (what stands in the cell whose output is kept, name of the picture)
+    "ex01": ("training_curves(", "training"),
+    "eval_test_dataset_race": ("error_browser(", "errors"),
+    "eval_test_dataset_race_2": ('f"chain-{SPLIT}"', "chain"),
+}
+MARGIN, ABOVE = 8, 3  # pixels around a picture; more above would show the code's frame
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the five notebooks and write docs/*.png; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Remake the pictures of the README from the demo.")
+    parser.add_argument("--limit-questions", type=int, help="try it on so many questions of each split")
+    parser.add_argument("--out", default=ROOT / "docs", type=Path, help="where to (default docs)")
+    options = parser.parse_args(arguments)
+    if chromium() is None:
+        print("error: no chromium: install it (apt-get install chromium) or name one in $CHROMIUM", file=sys.stderr)
+        return 1
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, notebooks = Path(temporary) / "lab", Path(temporary) / "notebooks"
+        folder.mkdir()
+        build_cache("demo", "demo", notebooks / "cache" / "demo")
+        places = {"CACHE_DIR": "cache/demo", "CHECKPOINT_DIR": "checkpoints/demo", "RUN_DIR": "runs/demo"}
+        for name in NOTEBOOKS:
+            parameters = places | STAGES.get(name, {}) | {"LIMIT_QUESTIONS": options.limit_questions}
+            with_parameters(ROOT / f"{name}.ipynb", notebooks / f"{name}.ipynb", parameters)
+        with jupyter_lab(folder, notebooks) as (address, token), sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
+            missing = [name for name in NOTEBOOKS if not picture(browser, address, token, name, options.out)]
+            browser.close()
+    for name in missing:
+        print(f"error: {name}.ipynb has no cell with {SHOTS[name][0]}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def picture(browser, address: str, token: str, name: str, out: Path) -> bool:
+    """Run a notebook and keep the output of its cell, if one is wanted; returns whether the cell was there."""
+    page = browser.new_page(viewport={"width": WIDTH, "height": 900})
+    run_all_cells(page, address, token, f"{name}.ipynb", seconds=600)
+    if name in SHOTS:
+        wanted, title = SHOTS[name]
+        cells = page.locator(".jp-CodeCell").filter(has_text=wanted)
+        if cells.count() == 0:
+            return False
+        output = cells.first.locator(".jp-OutputArea-output").first
+        if output.locator("details").count():
+            output.locator("details summary").first.click()
+        figure = output.locator("img")
+        box = (figure if figure.count() else output).first.bounding_box()
+        clip = {"x": box["x"] - MARGIN, "y": box["y"] - ABOVE}
+        clip |= {"width": box["width"] + 2 * MARGIN, "height": box["height"] + ABOVE + MARGIN}
+        path = out / f"{title}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=path, clip=clip)
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+    page.close()
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
