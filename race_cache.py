@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import time
@@ -26,7 +25,7 @@ from race_encoding import (
     keep_last,
     question_option,
 )
-from race_files import file_hash, file_identity, flush, folder_aside
+from race_files import file_hash, file_identity, flush, folder_aside, move_in
 from race_sources import LABELS, LEVELS, SPLITS, Passage, read_source
 
 FORMAT = 2
@@ -185,15 +184,11 @@ def _move_into_place(folder: Path, out: Path, manifest: dict, force: bool) -> di
                 f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it"
             )
         try:
-            if out.exists():
-                os.replace(out, folder.parent / "replaced")  # put back on the next start, should this one end here
-            os.replace(folder, out)
-            flush(out.parent)
+            move_in(folder, out)
             return manifest
-        except OSError:
+        except OSError:  # another process was faster
             if attempt == 10:
                 raise
-            shutil.rmtree(folder.parent / "replaced", ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------- the base model
@@ -250,7 +245,10 @@ def _keep_weights(model: str, folder: Path) -> bool:
             return bool(weights)
     from transformers import AutoModel
 
-    AutoModel.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
+    try:
+        AutoModel.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CacheError(f"{model}: its weights cannot be loaded safely ({str(error).splitlines()[0]})") from error
     return True
 
 

@@ -1,6 +1,7 @@
 """The cached data loader: questions of a token cache as packed batches, in which padding never exists."""
 
 import dataclasses
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,6 +214,12 @@ class ShuffledBatches(Sampler[list[int]]):
         return -(-self.questions // self.batch_size) - self.first
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to a whole group of processes must not kill loader workers in the midst of a step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def length_order(dataset: RaceDataset) -> np.ndarray:
     """[N] question indices, longest first: a memory peak shows up at once, and like lengths go together."""
     return np.argsort(-dataset.lengths().sum(1), kind="stable")
@@ -321,6 +328,7 @@ class RaceDataModule(pl.LightningDataModule):
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=workers,
+            worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=gpu,
             generator=torch.Generator(),  # workers get their seeds from it: the global random state stays as it was
         )

@@ -5,7 +5,6 @@ python race_export.py checkpoints/race/e3-….ckpt export/race-e3 --cache cache/
 
 import argparse
 import json
-import os
 import re
 import sys
 from importlib.metadata import version
@@ -62,7 +61,7 @@ def export_checkpoint(
     Raises ExportError.
     """
     from race_card import model_card
-    from race_files import flush, folder_aside
+    from race_files import flush, folder_aside, move_in
 
     checkpoint, out = Path(checkpoint), Path(out_dir)
     module, tokenizer, facts, scores = _read(checkpoint, out, Path(cache_dir), results, repo, force)
@@ -78,10 +77,7 @@ def export_checkpoint(
         (folder / "export.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
         for path in (*folder.rglob("*"), folder):
             flush(path)
-        if out.exists():
-            os.replace(out, temporary / "replaced")  # put back on the next start, should this one end here
-        os.replace(folder, out)
-        flush(out.parent)
+        move_in(folder, out)
     return out
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 SEAL = b"race-sha256:"  # in the comment of a checkpoint's zip archive, followed by the hash of all before the comment
 SEAL_LENGTH = len(SEAL) + 64
+DAY = 86400.0  # seconds; without locks, an unfinished folder of that age is nobody's
 MARK = ".tmp"  # a name ".….tmp" is unfinished work
 
 
@@ -83,23 +84,41 @@ def folder_aside(out: Path) -> Iterator[Path]:
         yield temporary
 
 
+def move_in(folder: Path, out: Path) -> None:
+    """Rename a finished folder to `out`; what is there moves beside `folder` first, and back should that fail."""
+    aside = folder.parent / "replaced"
+    try:
+        if out.exists():
+            os.replace(out, aside)
+        os.replace(folder, out)
+    except BaseException:
+        if aside.exists() and not out.exists():
+            os.replace(aside, out)
+        raise
+    flush(out.parent)
+
+
 def clean(folder: Path, name: str = "", older_than: float = 0.0) -> None:
     """Remove unfinished files of some age (seconds), and unfinished folders that no living process holds.
 
-    name: of what they were to become; all by default. A folder that was moved away to make room for a new one, which
-    then never came, is put back.
+    name: how that begins which they were to become. A folder that was moved away to make room for a new one, which then
+    never came, is put back.
     """
     for left in folder.glob(f".{glob_escape(name)}*{MARK}"):
-        if left.is_file():
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - left.stat().st_mtime >= older_than:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            age = time.time() - left.stat().st_mtime
+            if left.is_file():
+                if age >= older_than:
                     left.unlink()
-            continue
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), locked(left / "lock"):
-            out = folder / left.name[1 : -len(MARK)].rpartition(".")[0]
-            if (left / "replaced").exists() and not out.exists():
-                os.replace(left / "replaced", out)
-            shutil.rmtree(left, ignore_errors=True)
+                continue
+            with locked(left / "lock") as surely:
+                if not surely and age < DAY:
+                    continue
+                out = folder / left.name[1 : -len(MARK)].rpartition(".")[0]
+                if (left / "replaced").exists() and not out.exists():
+                    os.replace(left / "replaced", out)
+                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True)  # a network file system keeps a file that is open
 
 
 def glob_escape(name: str) -> str:
@@ -108,19 +127,21 @@ def glob_escape(name: str) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[bool]:
     """Hold a lock that ends with the process; raises BlockingIOError where another process holds it.
 
-    POSIX's record lock, which loader workers do not inherit: they outlive a killed process for seconds. A file system
-    without locks (some network ones) gives none: then nothing is locked out.
+    POSIX's record lock, which loader workers do not inherit: they outlive a killed process for seconds. Gives False
+    where the file system has no locks (some network ones).
     """
     with open(path, "w") as file:
+        surely = True
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise BlockingIOError(error.errno, "held by another process", str(path)) from error
-        yield
+            surely = False
+        yield surely
 
 
 # -------------------------------------------------------------------------------------------------- integrity

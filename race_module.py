@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import pickle
 import time
@@ -242,7 +243,10 @@ def load_pretrained(model: str | Path) -> nn.Module:
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ValueError(f"{model} has no weights (model.safetensors); name a model that has, or give config= instead")
     settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
-    loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
+    try:
+        loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"{model}: its weights cannot be loaded safely ({str(error).splitlines()[0]})") from error
     head = ("classifier.", f"{loaded.base_model_prefix}.pooler.")
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(head))
     if missing:
@@ -295,6 +299,16 @@ def last_layer_at_cls(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Te
         return layer.feed_forward_chunk(layer.attention.output(context, cls))
     context = attention.LayerNorm(cls + attention.output_dropout(attention.dense(context)))
     return layer.full_layer_layer_norm(layer.ff_chunk(context) + context)
+
+
+def weights_hash(*models: nn.Module) -> str:
+    """sha256 over all weights of models: tells whether they are the same."""
+    digest = hashlib.sha256()
+    for name, tensor in (item for model in models for item in model.state_dict().items()):
+        digest.update(name.encode())
+        tensor = tensor.float() if tensor.is_floating_point() else tensor  # whatever precision it trains in
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------- attention

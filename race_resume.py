@@ -22,6 +22,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from race_checkpoints import StageError, read_checkpoint
 from race_files import write_whole
@@ -51,7 +52,7 @@ class KeepState(pl.Callback):
         self.path, self.seconds = path, minutes * 60
         self.signal: int | None = None
         self.position = (0, 0)  # epoch, batches done in it
-        self.finished = self.goes_on = False
+        self.finished = False
         self._pending: dict | None = None
 
     # ---------------------------------------------------------------------------------------------- when to write
@@ -70,7 +71,7 @@ class KeepState(pl.Callback):
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+        os.write(2, f"{signal.Signals(number).name}: saving after this step\n".encode())  # print is not for handlers
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch, batch_idx: int) -> None:
         """Between two steps: all rows of the log are written, no gradient is half done."""
@@ -91,7 +92,8 @@ class KeepState(pl.Callback):
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_) -> None:
         """The state before the epoch's last step is on disk: a signal need not wait for the end of the validation."""
-        if self.signal is not None and not trainer.sanity_checking:
+        alone = trainer.world_size == 1  # several processes stop together, at the next step
+        if self.signal is not None and alone and not trainer.sanity_checking:
             raise StageStoppedError
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -126,16 +128,18 @@ class KeepState(pl.Callback):
             "sums": self._sums,
             "steps": trainer.global_step,
             "version": csv.version,
-            "log": log.read_text() if log.exists() else "",
+            "log": log.read_bytes().decode() if log.exists() else "",
         }
 
     # ---------------------------------------------------------------------------------------------- reading
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         """Set position, counters, running sums and log; the random states follow right before the first step."""
-        self._pending, self.goes_on = checkpoint["resume"], True
-        state = self._pending
+        self._pending = state = checkpoint["resume"]
+        here = {key: module.lineage[key] for key in ("versions", "commit")}
         module.lineage = {key: value for key, value in checkpoint["race"].items() if key not in ("metrics", "epoch")}
+        if here not in [{key: module.lineage[key] for key in here}, *module.lineage.get("went_on_with", [])]:
+            module.lineage["went_on_with"] = [*module.lineage.get("went_on_with", []), here]
         steps, loop = checkpoint["global_step"], trainer.fit_loop
         trainer.num_sanity_val_steps = 0
         for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
@@ -150,8 +154,10 @@ class KeepState(pl.Callback):
 
     def _restore_random_states(self) -> None:
         states, rank = self._pending["random"], _rank()
-        if rank < len(states):  # else there are more processes than before: theirs go on from the seed
+        if rank < len(states):
             set_random_state(states[rank])
+        else:
+            print(f"process {rank} is new: its random state begins with the seed", flush=True)
         self._pending = None
 
 
@@ -163,7 +169,7 @@ def _continue_log(csv: CSVLogger, text: str) -> None:
     """Put the log back to what it was at the state: no row twice, none missing."""
     writer = csv.experiment  # which begins by removing the file
     if text:
-        write_whole(writer.metrics_file_path, lambda path: path.write_text(text))
+        write_whole(writer.metrics_file_path, lambda path: path.write_bytes(text.encode()))
         writer.metrics_keys = text.splitlines()[0].split(",")
 
 
@@ -180,9 +186,9 @@ def not_finite(trainer: pl.Trainer) -> str:
 
 
 def random_state() -> dict:
-    """The states of python's, numpy's and torch's generators, on CPU and all CUDA devices, as plain values."""
+    """The states of python's, numpy's and torch's generators, on CPU and this process's GPU, as plain values."""
     kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *rest],
@@ -197,8 +203,8 @@ def set_random_state(state: dict) -> None:
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _gathered(value: dict, processes: int) -> list[dict]:
@@ -255,20 +261,26 @@ def signals_as_before(keeper: KeepState) -> Iterator[None]:
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
     except ValueError:
         handlers = {}
-    stopped = False
     try:
         yield
     except StageStoppedError:
-        stopped = True
+        pass
+    except SIGTERMException:  # Lightning's own answer to a SIGTERM before the first step: nothing to save yet
+        keeper.signal = signal.SIGTERM
     finally:
         with contextlib.suppress(ValueError):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    if not stopped:
-        return
+    if keeper.signal is not None or not keeper.finished:
+        _end(keeper)
+
+
+def _end(keeper: KeepState) -> None:
+    """Have the effect of the signal that ended training, or that came with its last step."""
     epoch, batches = keeper.position
     name = "another process" if keeper.signal is None else signal.Signals(keeper.signal).name
-    print(f"stopped by {name} at epoch {epoch}, batch {batches}: run this again to go on", flush=True)
+    if _rank() == 0:
+        print(f"stopped by {name} at epoch {epoch}, batch {batches}: run this again to go on", flush=True)
     sys.stderr.flush()
     if keeper.signal in (None, signal.SIGINT):
         raise KeyboardInterrupt("saved; run this cell again to go on")

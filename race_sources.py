@@ -1,9 +1,12 @@
 """RACE sources: a hub id, a folder or tar of RACE files, or the demo, read into passages and checked."""
 
 import json
+import lzma
+import os
 import re
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -202,21 +205,58 @@ def _natural(name: str) -> list:
 
 
 def _folder_files(folder: Path) -> Iterator[tuple[str, bytes | str]]:
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    for name in sorted(filter(_is_race_file, names), key=_natural):
+    names: list[tuple[str, str | None]] = []
+    seen = set()
+
+    def unreadable(error: OSError) -> None:
+        place = Path(error.filename).relative_to(folder).as_posix()
+        if _split_and_level(f"{place}/")[0] is not None:
+            names.append((place, f"cannot be read ({error.strerror})"))
+
+    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        identity = os.stat(place).st_dev, os.stat(place).st_ino
+        if identity in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(identity)
+        relative = Path(place).relative_to(folder)
+        names += [((relative / name).as_posix(), None) for name in [*files, *folders]]
+    for name, problem in sorted(names, key=lambda pair: _natural(pair[0])):
+        if problem is not None:
+            yield _printable(name), problem
+        elif _is_race_file(name):
+            try:
+                yield _printable(name), (folder / name).read_bytes()
+            except OSError as error:
+                yield _printable(name), f"cannot be read ({error.strerror})"
+
+
+def _printable(name: str) -> str:
+    """A file's name, with bytes that are not UTF-8 written as \\udcXX."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+class _WholeTar(tarfile.TarInfo):
+    """A member whose header is damaged or missing is an error, and not the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
         try:
-            yield name, (folder / name).read_bytes()
-        except OSError as error:
-            yield name, f"cannot be read ({error.strerror})"
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:
+            raise tarfile.ReadError(f"damaged or cut off after {tar.offset:,} bytes: {error}") from error
 
 
 def _tar_files(path: Path, source: str) -> Iterator[tuple[str, bytes]]:
     """Members are read in memory and never unpacked, so no path in them can lead anywhere."""
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, tarinfo=_WholeTar) as tar:
             members = tqdm(tar, desc=f"unpacking {source}", unit=" files", delay=2, leave=False)
-            files = [(m.name, tar.extractfile(m).read()) for m in members if m.isfile() and _is_race_file(m.name)]
-    except (tarfile.TarError, OSError, EOFError) as error:
+            chosen = (member for member in members if member.isfile() and _is_race_file(member.name))
+            files = [(_printable(member.name), tar.extractfile(member).read()) for member in chosen]
+            while tar.fileobj.read(1 << 20):  # to the end, where a packed archive has its checksum
+                pass
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise SourceError(source, [f"not a folder, and not a tar file that can be read ({error})"]) from error
     yield from sorted(files, key=lambda file: _natural(file[0]))
 

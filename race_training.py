@@ -2,20 +2,15 @@
 
 import contextlib
 import errno
-import hashlib
 import logging
-import math
 import os
 import platform
 import subprocess
-import time
 import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
@@ -26,6 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
 from race_cache import CacheError, cache_identity, check_files, load_tokenizer, read_manifest, tokenizer_hash
+from race_callbacks import EarlierRunAside, LossWatch, StageReport, StartInForce
 from race_checkpoints import (
     BEFORE,
     STAGES,
@@ -38,10 +34,16 @@ from race_checkpoints import (
 )
 from race_data import RaceDataModule, RaceDataset
 from race_files import clean, file_hash, locked
-from race_module import RaceModule
-from race_resume import KeepState, check_identity, not_finite, read_state, signals_as_before, stage_identity, state_path
+from race_module import RaceModule, weights_hash
+from race_resume import KeepState, check_identity, read_state, signals_as_before, stage_identity, state_path
 
-__all__ = ["best_checkpoint", "latest_stage", "read_lineage", "stage_checkpoints"]  # found here by those who look here
+__all__ = [
+    "best_checkpoint",
+    "latest_stage",
+    "read_lineage",
+    "stage_checkpoints",
+    "weights_hash",
+]  # found here by those who look here
 
 ROOT = Path(__file__).resolve().parent
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -174,16 +176,6 @@ def _check_tokenizer(base_model: str | Path, manifest: dict) -> None:
         raise StageError(f"{base_model} has another tokenizer than the cache: make a cache with --model {base_model}")
 
 
-def weights_hash(*models: torch.nn.Module) -> str:
-    """sha256 over all weights of models: tells whether they are the same."""
-    digest = hashlib.sha256()
-    for name, tensor in (item for model in models for item in model.state_dict().items()):
-        digest.update(name.encode())
-        tensor = tensor.float() if tensor.is_floating_point() else tensor  # whatever precision it trains in
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 # -------------------------------------------------------------------------------------------------- training
 
 
@@ -197,12 +189,14 @@ def stage_trainer(
     save_minutes: float = 10.0,
     fresh: bool = False,
     log_every: int = 10,
+    stuck_questions: int = 5000,
 ) -> pl.Trainer:
     """The trainer of a stage: checkpoints after each epoch, CSV and TensorBoard logs, a progress bar, a report.
 
     precision: None chooses by device. early_stopping: end after so many epochs without a lower validation loss.
     save_minutes: how often the state is saved from which `train_stage` goes on. fresh: start the stage again; the
     checkpoints of its earlier run, and of the stages built on it, are moved to `checkpoint_dir`/earlier.
+    stuck_questions: after so many with a mean loss of ln 4 the user is told that the model does not learn.
     """
     absurd = [] if max_epochs >= 1 else [f"max_epochs is {max_epochs}, expected 1 or more"]
     if save_minutes < 0:
@@ -228,14 +222,14 @@ def stage_trainer(
         StartInForce(),
         EarlierRunAside(checkpoint_dir, stage, fresh),  # after the checks: a stage that is refused moves nothing
         KeepState(state_path(checkpoint_dir, stage), save_minutes),
-        LossWatch(),
+        LossWatch(stuck_questions),
         StageReport(),
         TQDMProgressBar(),
     ]
     if early_stopping is not None:
         callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))
     csv = CSVLogger(logs, stage, version=state and state["version"], flush_logs_every_n_steps=log_every)
-    steps = {"purge_step": state["steps"] + 1} if state else {}  # what was logged after the state is logged again
+    steps = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
     devices, nodes, environment = _processes()
     return pl.Trainer(
         max_epochs=max_epochs,
@@ -275,14 +269,23 @@ def train_stage(trainer: pl.Trainer, module: RaceModule, data: RaceDataModule) -
     stage, checkpoint_dir = keeper.path.stem, keeper.path.parent.parent
     aside = next(callback for callback in trainer.callbacks if isinstance(callback, EarlierRunAside))
     state = None if aside.fresh else read_state(checkpoint_dir, stage)
+    data.start_at(0, 0)
+    module.lineage["recipe"] = module.lineage.get("recipe", {}) | {
+        "batch_size": data.batch_size,
+        "max_len": data.max_len,
+        "seed": data.seed,
+        "limit_questions": data.limit_questions,
+        "precision": trainer.precision,
+        "processes": trainer.world_size,
+    }
     if state is not None:
         check_identity(state, stage_identity(module, data), stage)
         stopped_early = state["finished"] and state["stopped_early"] and trainer.early_stopping_callback is not None
         if state["epoch"] >= trainer.max_epochs or stopped_early:
-            print(f"{stage} is finished after {state['epoch']} epochs: nothing to train (FRESH = True starts it again)")
+            say(f"{stage} is finished after {state['epoch']} epochs: nothing to train (FRESH = True starts it again)")
             return
         position = f"epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}"
-        print(f"{stage} goes on from {position}", flush=True)
+        say(f"{stage} goes on from {position}")
     try:
         with _alone(keeper.path), signals_as_before(keeper):
             trainer.fit(module, data, ckpt_path=keeper.path if state else None, weights_only=True)
@@ -294,6 +297,12 @@ def train_stage(trainer: pl.Trainer, module: RaceModule, data: RaceDataModule) -
         ) from error
 
 
+def say(line: str) -> None:
+    """Print a line once, however many processes there are."""
+    if rank_zero_only.rank == 0:
+        print(line, flush=True)
+
+
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Keep a second run away from the files of a stage, and clear away what a killed one left half written."""
@@ -301,13 +310,14 @@ def _alone(path: Path) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(path.with_suffix(".lock")):
-            clean(path.parent)
-            clean(path.parent.parent)
-            yield
-    except BlockingIOError as error:
-        raise StageError(f"another process is training {path.stem} in {path.parent.parent}: wait for it") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path.with_suffix(".lock")))
+        except BlockingIOError as error:
+            raise StageError(f"another process is training {path.stem} in {path.parent.parent}: wait for it") from error
+        clean(path.parent, path.name)
+        clean(path.parent.parent, f"{path.stem}-")
+        yield
 
 
 def _quiet() -> None:
@@ -321,106 +331,6 @@ def _quiet() -> None:
         ".*sync_dist.*",  # means are summed over processes before they are logged
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-class StartInForce(pl.Callback):
-    """Stops a stage before its first step if learning rate or weights are not those that the stage starts with."""
-
-    def on_train_start(self, trainer: pl.Trainer, module: RaceModule) -> None:
-        """Compare every parameter group and all weights with what the stage was given."""
-        rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
-        if rates != {module.learning_rate}:
-            raise StageError(f"learning rate in force: {rates}; this stage's is {module.learning_rate}")
-        start = module.lineage.get("weights_start")
-        if trainer.global_step == 0 and start not in (None, weights_hash(module.model)):
-            raise StageError("the weights have been trained since the model was made: run the model's cell again first")
-
-
-class EarlierRunAside(pl.Callback):
-    """Moves what an earlier run of a stage left, and the stages built on it: they must not pass for this run's."""
-
-    def __init__(self, checkpoint_dir: Path, stage: str, fresh: bool):
-        self.checkpoint_dir, self.stage, self.fresh = checkpoint_dir, stage, fresh
-
-    def on_train_start(self, trainer: pl.Trainer, module: RaceModule) -> None:
-        """Move checkpoints and states to a folder of their own below `earlier`; not where a stage goes on."""
-        if trainer.ckpt_path is not None or not trainer.is_global_zero:
-            return
-        later = STAGES[STAGES.index(self.stage) :]
-        states = [state_path(self.checkpoint_dir, stage) for stage in later]
-        files = [file for each in later for file in sorted(self.checkpoint_dir.glob(f"{each}-*.ckpt"))]
-        files = [*filter(Path.exists, states), *files]  # states first: a stage without one starts again
-        if files:
-            aside = self.checkpoint_dir / "earlier" / f"{self.stage}-{time.strftime('%Y%m%d-%H%M%S')}"
-            aside.mkdir(parents=True, exist_ok=True)
-            for file in files:
-                os.replace(file, aside / (f"{file.stem}-state.ckpt" if file in states else file.name))
-            print(f"{len(files)} file(s) of an earlier run, from {self.stage} on, are now in {aside}")
-
-
-class LossWatch(pl.Callback):
-    """Tells a user whose model does not learn, and stops one whose loss is no number any more.
-
-    stuck: a mean loss within 0.01 of ln 4 over so many questions is chance.
-    """
-
-    def __init__(self, stuck: int = 5000):
-        self.stuck, self.told = stuck, False
-        self._seen, self._window = np.zeros(3), np.zeros(3)  # loss, right answers, questions
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: RaceModule, *_) -> None:
-        """Look at the loss where it is logged anyway, so that a GPU is not waited for otherwise."""
-        if trainer.global_step % trainer.log_every_n_steps:
-            return
-        now, before = np.array(module.all_sums()), self._seen
-        if not np.isfinite(now).all():
-            raise StageError(not_finite(trainer))
-        self._window += now - before if now[2] > before[2] else now  # the sums begin anew with each epoch
-        self._seen = now
-        if self._window[2] < self.stuck or self.told:
-            return
-        mean, self._window = self._window[0] / self._window[2], np.zeros(3)
-        if abs(mean - math.log(4)) < 0.01:
-            self.told = True
-            trainer.progress_bar_callback.print(
-                f"the loss has stayed at {mean:.3f} for about {self.stuck:,} questions; ln 4 = 1.386 is chance: the "
-                "model does not learn. What helps: a lower or higher LEARNING_RATE; pretrained weights (a model with "
-                "random ones stays here for long); dropout 0 for ALBERT v2; a batch of 16 questions or more"
-            )
-
-
-class StageReport(pl.Callback):
-    """One line after each epoch, and after the first minute of training how long the stage will take."""
-
-    def __init__(self, after_seconds: float = 60.0):
-        self.after_seconds, self.estimate = after_seconds, None
-
-    def on_train_start(self, trainer: pl.Trainer, module: RaceModule) -> None:
-        """Start the clock, and log short epochs more often, so that a trial run has curves too."""
-        self._batches = trainer.datamodule.batches_per_epoch()
-        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self._batches // 20))
-        self._started, self._first_step, self.estimate = time.perf_counter(), trainer.global_step, None
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_) -> None:
-        """Give the estimate, once."""
-        seconds = time.perf_counter() - self._started
-        if self.estimate is None and seconds >= self.after_seconds:
-            per_step = seconds / (trainer.global_step - self._first_step)
-            total = timedelta(seconds=round(per_step * self._batches * trainer.max_epochs))
-            self.estimate = (
-                f"about {total} for {trainer.max_epochs} epochs of {self._batches:,} steps "
-                f"at {per_step:.2f} s a step, without validation"
-            )
-            trainer.progress_bar_callback.print(self.estimate)
-
-    def on_validation_end(self, trainer: pl.Trainer, module: RaceModule) -> None:
-        """Report an epoch's validation."""
-        metrics = trainer.callback_metrics
-        if not trainer.sanity_checking and "val_acc" in metrics:
-            trainer.progress_bar_callback.print(
-                f"epoch {trainer.current_epoch}: validation loss {metrics['val_loss_epoch']:.4f}, "
-                f"accuracy {metrics['val_acc']:.1%}"
-            )
 
 
 def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -170,36 +171,49 @@ def run_notebook(notebook: str, parameters: dict) -> int:
     executed.parent.mkdir(parents=True, exist_ok=True)
     print(f"\n── {parameters['RUN_DIR']}: {notebook}", flush=True)
     started = time.perf_counter()
-    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        papermill.execute_notebook(
-            ROOT / f"{notebook}.ipynb",
-            executed,
-            parameters,
-            cwd=ROOT,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            autosave_cell_every=30,
-        )
-    except papermill.exceptions.PapermillExecutionError as error:
-        place = f"{notebook}, cell {error.exec_count}"
-        sys.exit(f"error: {place}: {error.ename}: {error.evalue}\nwhat was executed is in {executed}")
-    except DeadKernelError:
+    with signals_for_the_notebook() as received:
+        try:
+            papermill.execute_notebook(
+                ROOT / f"{notebook}.ipynb",
+                executed,
+                parameters,
+                cwd=ROOT,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                autosave_cell_every=30,
+            )
+        except papermill.exceptions.PapermillExecutionError as error:
+            place = f"{notebook}, cell {error.exec_count}"
+            sys.exit(f"error: {place}: {error.ename}: {error.evalue}\nwhat was executed is in {executed}")
+        except (DeadKernelError, KeyboardInterrupt):
+            if not received:
+                sys.exit(f"error: {notebook}: its process died (out of memory?)\nwhat was executed is in {executed}")
+    if received:
         print(f"── {notebook} was stopped: run this again to go on", flush=True)
         return STOPPED
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     print(f"── {notebook} done in {time.perf_counter() - started:.0f} s", flush=True)
     return 0
 
 
-def pass_on(number: int, frame) -> None:
-    """Let the notebook's process save its state and end; what else was running here ends with it."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any("ipykernel" in part for part in child.cmdline()):
-                child.send_signal(signal.SIGTERM)
+@contextlib.contextmanager
+def signals_for_the_notebook() -> Iterator[list[int]]:
+    """Pass signals on to the notebook's process, which saves its state and ends; gives those received."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame) -> None:
+        received.append(number)
+        kernels = [child for child in psutil.Process().children() if "ipykernel" in " ".join(child.cmdline())]
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGTERM)
+        if not kernels:
+            raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,40 @@
 # Sourced by the batch files beside it. A stage that is finished trains nothing, so a job begins at the top each time.
 
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
-RUN=${RUN:-runs/race}
+RUN=runs/race # as in the notebooks' parameters
 BIN=${BIN:-.venv/bin}
 export PYTHONPATH=$PWD MPLBACKEND=agg PYTHONUNBUFFERED=1
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-4}
 mkdir -p "$RUN/scripts"
 
-for stage in ex01 ex02 ex03; do
-  "$BIN/jupyter" nbconvert --to script --log-level WARN --output-dir "$RUN/scripts" "$stage.ipynb" || exit 1
-  srun "$BIN/python" "$RUN/scripts/$stage.py"
-  status=$?
-  if [ "$status" -ge 128 ]; then # ended by a signal: the state is saved
-    echo "$stage was stopped (status $status): back into the queue, to go on from its state"
+stopped=
+trap 'stopped=1; [ -n "$step" ] && kill -USR1 "$step"' USR1
+
+run() { # one step; srun passes the signal on to its processes, and ends all when one has ended badly
+  if [ -z "$stopped" ]; then
+    srun --kill-on-bad-exit=1 "$@" &
+    step=$!
+    while kill -0 "$step" 2>/dev/null; do
+      wait "$step"
+      status=$?
+    done
+    step=
+  fi
+  if [ -n "$stopped" ] || [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then
+    echo "stopped with the state saved: back into the queue, to go on from it"
     scontrol requeue "$SLURM_JOB_ID"
     exit
   elif [ "$status" -ne 0 ]; then
-    echo "$stage failed (status $status)"
+    echo "failed (status $status): srun $*"
     exit "$status"
   fi
-done
+}
 
+for stage in ex01 ex02 ex03; do
+  "$BIN/jupyter" nbconvert --to script --log-level WARN --output-dir "$RUN/scripts" "$stage.ipynb" || exit 1
+  run "$BIN/python" "$RUN/scripts/$stage.py"
+done
 for notebook in eval_test_dataset_race eval_test_dataset_race_2; do
-  srun --nodes=1 --ntasks=1 "$BIN/papermill" "$notebook.ipynb" "$RUN/$notebook.ipynb" --no-progress-bar || exit 1
+  run --nodes=1 --ntasks=1 "$BIN/papermill" "$notebook.ipynb" "$RUN/$notebook.ipynb" --no-progress-bar
 done
 cat "$RUN/results.csv"

@@ -8,7 +8,7 @@
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=32G
 #SBATCH --time=04:00:00
-#SBATCH --signal=USR1@180        # to the processes of srun, three minutes ahead: a step and a save take seconds
+#SBATCH --signal=B:USR1@180      # three minutes ahead of the limit: a step and a save take seconds
 #SBATCH --requeue                # also after a node failed or was taken away
 #SBATCH --open-mode=append
 #SBATCH --output=runs/slurm-%j.log

@@ -1,8 +1,11 @@
 """Every bad input is named with its place, nothing is left behind; and no input crashes the readers."""
 
+import contextlib
 import json
 import os
+import random
 import string
+import tarfile
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -109,6 +112,50 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     for name, problem in (("nowhere", "No such file"), ("loop", "Too many levels"), ("folder", "Is a directory")):
         assert f"train/{name}.json: cannot be read ({problem}" in said
     assert "3 problem(s)" in said and not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_a_problem_and_linked_folders_are_read(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "elsewhere", "1.txt", RECORD)
+    (tmp_path / "race" / "train").mkdir(parents=True)
+    (tmp_path / "race" / "train" / "high").symlink_to(tmp_path / "elsewhere")
+    assert read_source(str(tmp_path / "race"))[0]["train"][0].level == "high"
+    scan = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("high"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(SourceError, match=r"train/high: cannot be read \(Permission denied\)"):
+        read_source(str(tmp_path / "race"))
+
+
+def test_a_name_that_is_no_text(tmp_path, capsys):
+    """A file name that is not UTF-8: named with escapes, in the message and in the list of what was left out."""
+    write(tmp_path / "race", "train/good.json", RECORD)
+    (tmp_path / "race" / "train" / os.fsdecode(b"caf\xe9.json")).write_bytes(b"{")
+    assert generate(tmp_path / "race", tmp_path / "cache", "--skip-bad") == 0
+    assert "train/caf\\udce9.json: not JSON" in (tmp_path / "cache" / "left-out.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "xz"])
+def test_every_damaged_tar_is_refused(corpus, tmp_path, kind):
+    """Cut off anywhere, or with a damaged header: never a smaller data set without a word."""
+    rng, path = random.Random(0), tmp_path / "race.tar"
+    with tarfile.open(path, f"w:{kind}") as tar:
+        tar.add(corpus / "dev", "RACE/dev")
+    content = path.read_bytes()
+    for _ in range(60):
+        path.write_bytes(content[: rng.randrange(len(content) - (10240 if not kind else 1))])
+        with pytest.raises(SourceError, match="race.tar"):
+            read_source(str(path))
+    for _ in range(60 if kind else 0):
+        changed = bytearray(content)
+        changed[rng.randrange(20, len(content) - 20)] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        with contextlib.suppress(SourceError):  # or, where a bit of the packing means nothing, the same passages
+            assert sum(len(p.questions) for p in read_source(str(path))[0]["validation"]) > 0
 
 
 def test_folders_of_nothing_and_of_something_else(tmp_path, capsys):

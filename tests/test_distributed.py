@@ -100,7 +100,7 @@ def test_a_killed_process_and_another_number_of_processes(script, one_process, t
     torchrun = start(path, 2)
     wait_for(lambda: at_batch(folder, reached + 2))
     torchrun.send_signal(signal.SIGTERM)
-    torchrun.wait(60)
+    assert torchrun.wait(60) != 0
     state = read_state(folder / "checkpoints", "e1")
     assert not state["finished"] and state["batches"] >= reached + 2 and len(state["random"]) == 2
     run(path, 1)

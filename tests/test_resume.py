@@ -14,11 +14,12 @@ import pytorch_lightning as pl
 import torch
 from kill import die, in_a_process, killed_chain, remains, run_chain
 
+from race_callbacks import LossWatch
 from race_checkpoints import StageError, best_checkpoint, read_checkpoint
 from race_data import RaceDataModule
 from race_files import locked
 from race_resume import KeepState, random_state, read_state, set_random_state, state_path
-from race_training import LossWatch, read_log, stage_trainer, start_stage, train_stage
+from race_training import read_log, stage_trainer, start_stage, train_stage
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +64,27 @@ def test_a_hundred_kills(whole, cache, tmp_path, workers):
     print(f"{hit} kills over {chains} chains with {workers} loader workers")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_ends(whole, cache, tmp_path, number):
-    """Sent in the midst of training: gone within 30 s by that very signal, nothing lost, the next run goes on."""
-    process = in_a_process(run_chain, tmp_path, cache, 0, 60.0)
+@pytest.mark.parametrize(
+    ("number", "workers", "group"),
+    [(signal.SIGTERM, 0, False), (signal.SIGUSR1, 0, False), (signal.SIGTERM, 2, True), (signal.SIGUSR1, 2, True)],
+)
+def test_a_signal_saves_and_ends(whole, cache, tmp_path, number, workers, group):
+    """In the midst of training, to the process or to its group with the loader workers: gone within 30 s by that very
+    signal, nothing lost, and the next run goes on."""
+
+    def in_a_group() -> None:
+        os.setpgid(0, 0)
+        run_chain(tmp_path, cache, workers, 60.0)
+
+    process = in_a_process(in_a_group)
     end = time.monotonic() + 60
     while not list(tmp_path.rglob("e1*.ckpt")) and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.3)  # some steps more
-    os.kill(process.pid, number)
+    (os.killpg if group else os.kill)(process.pid, number)
     process.join(30)
     assert process.exitcode == -number
-    process = in_a_process(run_chain, tmp_path, cache, 0, 60.0)
+    process = in_a_process(run_chain, tmp_path, cache, workers, 60.0)
     process.join(240)
     assert process.exitcode == 0
     assert_equal(remains(tmp_path), whole)
@@ -228,6 +238,44 @@ def test_fresh_starts_again(begun, cache, tmp_path, capsys):
     assert list((tmp_path / "copy" / "checkpoints" / "earlier").glob("e1-*/e1-state.ckpt"))
 
 
+def test_a_fresh_run_after_going_on_sees_every_question(cache, tmp_path):
+    """In one kernel, with the same data module: the place where the begun stage went on is forgotten."""
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path, cache, At(3, lambda *_: os.kill(os.getpid(), signal.SIGINT)))
+    data = RaceDataModule(cache, batch_size=8, limit_questions=64)
+    for fresh in (False, True):
+        pl.seed_everything(0, verbose=False)
+        module = start_stage("e1", cache, learning_rate=1e-3)
+        trainer = stage_trainer("e1", tmp_path / "run", tmp_path / "checkpoints", 1, fresh=fresh)
+        train_stage(trainer, module, data)
+        assert trainer.global_step == 8
+    assert len(list((tmp_path / "checkpoints" / "earlier").glob("*/e1-state.ckpt"))) == 1
+
+
+def test_tensorboard_shows_each_step_once(cache, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def late(trainer, module):  # some steps after the last save
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stage(tmp_path, cache, At(14, late), minutes=60.0)
+    stage(tmp_path, cache)
+    events = EventAccumulator(str(next((tmp_path / "run" / "logs" / "e1").iterdir()))).Reload()
+    steps = [event.step for event in events.Scalars("train_loss_step")]
+    assert steps == sorted(set(steps)) and len(steps) == 16
+
+
+def test_one_file_an_epoch_stays(cache, tmp_path):
+    """An epoch that is ended again with another loss, as a GPU may give it, leaves one checkpoint to choose from."""
+    stage(tmp_path, cache, epochs=1)
+    stray = tmp_path / "checkpoints" / "e1-albert-race-epoch=01-val_loss_epoch=0.01.ckpt"
+    stray.write_bytes(next((tmp_path / "checkpoints").glob("e1-*epoch=00*")).read_bytes())
+    stage(tmp_path, cache, epochs=2)
+    assert len(list((tmp_path / "checkpoints").glob("e1-*.ckpt"))) == 2 and not stray.exists()
+    assert len(list((tmp_path / "checkpoints" / "earlier").rglob(stray.name))) == 1
+
+
 def test_two_runs_of_one_stage_do_not_mix(begun, cache, tmp_path):
     def hold() -> None:
         with locked(begun / "checkpoints" / "resume" / "e1.lock"):
@@ -316,6 +364,18 @@ def test_weights_that_are_no_numbers_are_never_saved(cache, tmp_path):
     with pytest.raises(StageError, match="NaN or infinite"):
         stage(tmp_path, cache, At(4, poison))
     assert all(tensor.isfinite().all() for tensor in state(tmp_path)["state_dict"].values())
+
+
+def test_nan_in_validation_leaves_no_checkpoint_behind(cache, tmp_path):
+    class Poison(pl.Callback):
+        def on_validation_epoch_start(self, trainer, module):
+            if not trainer.sanity_checking:
+                with torch.no_grad():
+                    next(module.parameters()).fill_(math.nan)
+
+    with pytest.raises(StageError, match="NaN or infinite"):
+        stage(tmp_path, cache, Poison())
+    assert not list((tmp_path / "checkpoints").glob("e1-*.ckpt"))
 
 
 def test_a_loss_that_stays_at_chance_is_told_once(cache, tmp_path, capsys):

@@ -9,6 +9,19 @@ from conftest import ROOT
 FILES = ("one_gpu", "one_node", "several_nodes")
 
 
+SRUN = """
+echo "srun $*" >> calls
+s=$(head -1 statuses); sed -i 1d statuses
+if [ "$s" = usr1 ]; then  # the batch shell gets its signal while a step runs, and passes it on
+  trap 'echo "step got USR1" >> calls; exit 138' USR1
+  kill -USR1 "$PPID"
+  for i in $(seq 100); do sleep 0.1; done
+  exit 1
+fi
+exit "${s:-0}"
+"""
+
+
 @pytest.fixture
 def job(tmp_path):
     """job(*statuses) -> (exit status, the calls of srun and scontrol); srun gives these statuses in turn, then 0."""
@@ -18,7 +31,7 @@ def job(tmp_path):
         (tmp_path / "slurm" / path.name).write_text(path.read_text())
     (tmp_path / "runs" / "race" / "results.csv").write_text("stage\n")
     programs = {
-        "srun": 'echo "srun $*" >> calls; s=$(head -1 statuses); sed -i 1d statuses; exit "${s:-0}"\n',
+        "srun": SRUN,
         "scontrol": 'echo "scontrol $*" >> calls\n',
         "jupyter": "exit 0\n",
     }
@@ -26,7 +39,7 @@ def job(tmp_path):
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}")
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def run(*statuses: int, file: str = "one_gpu"):
+    def run(*statuses, file: str = "one_gpu"):
         (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
         own = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42", "BIN": "bin"}
         environment = os.environ | own | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
@@ -41,7 +54,7 @@ def test_a_job_that_is_not_stopped_does_everything(job, file):
     status, calls = job(file=file)
     assert status == 0 and [call.split()[-1].rsplit("/")[-1] for call in calls[:3]] == ["ex01.py", "ex02.py", "ex03.py"]
     assert ["eval_test_dataset_race" in call for call in calls[3:]] == [True, True]
-    assert all(call.startswith("srun --nodes=1 --ntasks=1 ") for call in calls[3:])
+    assert all("--nodes=1 --ntasks=1 " in call for call in calls[3:])
 
 
 @pytest.mark.parametrize("signal_status", [138, 143])
@@ -50,12 +63,24 @@ def test_a_stopped_stage_goes_back_into_the_queue(job, signal_status):
     assert status == 0 and calls[-1] == "scontrol requeue 42" and len(calls) == 3
 
 
-def test_a_failed_stage_is_not_tried_again(job):
-    status, calls = job(1)
-    assert status == 1 and len(calls) == 1
+def test_the_signal_reaches_the_step_and_the_job_goes_back(job):
+    status, calls = job(0, "usr1")
+    assert status == 0 and calls[-2:] == ["step got USR1", "scontrol requeue 42"] and len(calls) == 4
+
+
+def test_a_stopped_evaluation_goes_back_too(job):
+    status, calls = job(0, 0, 0, 138)
+    assert status == 0 and calls[-1] == "scontrol requeue 42"
+
+
+@pytest.mark.parametrize("failure", [1, 134, 137, 139])
+def test_a_failed_stage_is_not_tried_again(job, failure):
+    """An exception, an abort, out of memory, a crash: trying again for ever would help nobody."""
+    status, calls = job(failure)
+    assert status == failure and len(calls) == 1
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_signal_comes_before_the_limit_and_to_the_processes(file):
     text = (ROOT / "slurm" / f"{file}.sh").read_text()
-    assert "#SBATCH --signal=USR1@180" in text and "#SBATCH --requeue" in text
+    assert "#SBATCH --signal=B:USR1@180" in text and "#SBATCH --requeue" in text

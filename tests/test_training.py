@@ -7,12 +7,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from race_callbacks import StageReport, StartInForce
 from race_data import RaceDataModule
 from race_module import RaceModule
 from race_training import (
     StageError,
-    StageReport,
-    StartInForce,
     best_checkpoint,
     decoded_question,
     default_precision,
@@ -103,13 +102,18 @@ def test_a_checkpoint_from_elsewhere_is_ranked_by_its_name(tmp_path):
     assert len(stage_checkpoints(tmp_path, "e1")) == 2
 
 
-def test_a_half_written_checkpoint_is_passed_over_and_named(chain, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_no_silent_second_best(chain, tmp_path, capsys):
+    """One that may have been the best stops whoever asks for the best; a worse one is named and passed over."""
     good = best_checkpoint(chain / "checkpoints", "e1")
     (tmp_path / good.name).write_bytes(good.read_bytes())
-    half = tmp_path / "e1-albert-race-epoch=09-val_loss_epoch=0.01.ckpt"
-    half.write_bytes(good.read_bytes()[:5000])
+    worse, better = (tmp_path / f"e1-albert-race-epoch=09-val_loss_epoch={loss}.ckpt" for loss in ("9.99", "0.01"))
+    worse.write_bytes(good.read_bytes()[:5000])
     assert best_checkpoint(tmp_path, "e1").name == good.name
-    assert f"passed over: {half}: cut off or damaged" in capsys.readouterr().out
+    assert len(stage_checkpoints(tmp_path, "e1")) == 1
+    assert f"passed over: {worse}: cut off or damaged" in capsys.readouterr().out
+    better.write_bytes(good.read_bytes()[:5000])
+    with pytest.raises(StageError, match="val_loss_epoch=0.01.ckpt: cut off or damaged.*remove it"):
+        best_checkpoint(tmp_path, "e1")
 
 
 def test_a_stage_that_diverged_says_so(tmp_path):
