@@ -20,7 +20,7 @@ def short_names(checkpoints: list[str | Path]) -> list[str]:
 
 
 def comparison(tables: list[pd.DataFrame], checkpoints: list[str | Path]) -> pd.DataFrame:
-    """One row a checkpoint: stage, base, learning rate, epochs, validation loss, accuracy with interval, and by level."""
+    """One row a checkpoint: stage, base, settings, validation loss, accuracy with interval, accuracy by level."""
     rows = []
     for table, checkpoint in zip(tables, checkpoints, strict=True):
         lineage, by_level = read_lineage(checkpoint), table.set_index("level")

@@ -110,8 +110,8 @@ def short_verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> 
     best, others = leads(predictions, pairs)
     sure = [name for name, _, beyond in others if beyond]
     unsure = [name for name, _, beyond in others if not beyond]
-    parts = [f"surely better than {' and '.join(sure)}"] if sure else []
-    parts += [f"not surely better than {' and '.join(unsure)}"] if unsure else []
+    parts = [f"beyond chance over {' and '.join(sure)}"] if sure else []
+    parts += [f"not beyond chance over {' and '.join(unsure)}"] if unsure else []
     return f"{best} is right most often" + (f": {', '.join(parts)}" if parts else "")
 
 

@@ -1,4 +1,4 @@
-"""One style for all figures, readable on light and dark pages and without colour vision; figures of training and chain."""
+"""One style for all figures, readable on light and dark and without colour vision; figures of training and chain."""
 
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def comparison_figure(
     if known:
         axes.plot(*zip(*known, strict=True), "x", color=INK, label="reported by the original authors")
     for place, accuracy in zip(places, table["accuracy"], strict=True):
-        axes.annotate(f"{accuracy:.1%}", (place, accuracy), (7, 5), textcoords="offset points", fontsize=9)
+        axes.annotate(f"{accuracy:.1%}", (place, accuracy), (-7, 5), textcoords="offset points", ha="right", fontsize=9)
     axes.axhline(CHANCE, color=INK, linestyle=":", linewidth=1)
     axes.annotate("chance", (1, CHANCE), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
     best = table.loc[table["accuracy"].idxmax()]
@@ -122,39 +122,40 @@ def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
         filled = {} if row["p_holm"] < 0.05 else {"markerfacecolor": "none"}
         axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=color, capsize=3, **filled)
         text = f"{middle:+.1f}, gained {row['gained']:,}, lost {row['lost']:,}"
-        axes.annotate(text, (middle, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(text, (high, place), (7, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(
         places, [f"{second} − {first}" for first, second in zip(pairs["first"], pairs["second"], strict=True)]
     )
     axes.set(title=title, xlabel="difference of accuracy (percentage points), 95 % interval")
     axes.set_ylim(len(pairs) - 0.5, -0.7)
-    axes.margins(x=0.15)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.35 * (right - left))  # room for the words
     return figure
 
 
 @plt.rc_context(STYLE)
 def lineage_figure(lineage: pd.DataFrame) -> Figure:
-    """Where checkpoints come from (race_chain.lineage_table): a box each, after the base that its hash or name tells."""
+    """Where checkpoints come from (race_chain.lineage_table): a box each, after its base."""
     parents = dict(zip(lineage["name"], lineage["parent"], strict=True))
     column, row_of, used = {}, {}, {}
     for name in lineage["name"]:  # a base stands in the list before what was built on it, or counts as one from outside
         column[name] = column[parents[name]] + 1 if parents[name] in column else 1
         row_of[name] = used[column[name]] = used.get(column[name], -1) + 1
     width, depth = max(column.values()) + 1, max(row_of.values()) + 1
-    figure, axes = plt.subplots(figsize=(2.5 * width, 0.5 + 1.3 * depth))
+    figure, axes = plt.subplots(figsize=(2.6 * width, 0.5 + 1.3 * depth))
     for row in lineage.to_dict("records"):
         x, y = column[row["name"]], -row_of[row["name"]]
         _box(axes, x, y, row["name"], _settings(row), BLUE)
         if row["parent"] in column:
-            start, label = (column[row["parent"]], -row_of[row["parent"]]), "checked by hash"
+            start, label = (column[row["parent"]], -row_of[row["parent"]]), "✓ hash"
         else:
             start, label = (x - 1, y), ""
             if x == 1:
                 _box(axes, 0, y, "base", [_wrapped(row["base"] or "not remembered")], INK)
         arrow = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", (x - 0.4, y), (start[0] + 0.4, start[1]), arrowprops=arrow)
-        axes.text(x - 0.5, y + 0.06, label, ha="center", va="bottom", fontsize=6)
+        axes.annotate("", (x - 0.38, y), (start[0] + 0.38, start[1]), arrowprops=arrow)
+        axes.text(x - 0.4, y + 0.05, label, ha="right", va="bottom", fontsize=7)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(-depth + 0.45, 0.55))
     axes.set_title(" → ".join(lineage["name"]) if len(column) == width - 1 else "Where these checkpoints come from")
     axes.axis("off")
@@ -174,7 +175,7 @@ def _wrapped(text: str, width: int = 22) -> str:
 
 def _box(axes, x: float, y: float, title: str, lines: list[str], color: str) -> None:
     shape = FancyBboxPatch(
-        (x - 0.38, y - 0.34), 0.76, 0.68, boxstyle="round,pad=0.02", facecolor="none", edgecolor=color
+        (x - 0.36, y - 0.34), 0.72, 0.68, boxstyle="round,pad=0.02", facecolor="none", edgecolor=color
     )
     axes.add_patch(shape)
     axes.text(
@@ -185,7 +186,7 @@ def _box(axes, x: float, y: float, title: str, lines: list[str], color: str) -> 
 
 @plt.rc_context(STYLE)
 def story_figure(story: pd.DataFrame) -> Figure:
-    """Validation loss and accuracy over the questions seen in all stages, with their learning rates (learning_story)."""
+    """Validation loss and accuracy over all stages, with their learning rates (race_chain.learning_story)."""
     figure, (loss, accuracy) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True)
     for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
         axes.plot(story["questions"], story[name], "o-", color=color, markersize=4)
@@ -195,18 +196,20 @@ def story_figure(story: pd.DataFrame) -> Figure:
         for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
             axes.axvline(end, color=INK, linewidth=1, linestyle="--")
             axes.plot(best["questions"], best[name], "o", markersize=10, markerfacecolor="none", color=color)
-        label = f"{stage}\nlearning rate {part['learning_rate'].iloc[0]:g}"
+        rate = np.format_float_scientific(part["learning_rate"].iloc[0], precision=2, trim="-", exp_digits=1)
+        label = f"{stage}\nlr {rate}"
         place = ((start + end) / 2, 0.97)
         loss.annotate(label, place, xycoords=loss.get_xaxis_transform(), ha="center", va="top", fontsize=9)
         start = end
     first, last = story.iloc[0], story.loc[story["val_loss"].idxmin()]
     ends = f"{first['val_loss']:.3f} after the first epoch to {last['val_loss']:.3f} at its lowest, in {last['stage']}"
     loss.set(title=f"Validation loss goes from {ends}", ylabel="cross-entropy (nats)")
-    loss.margins(y=0.35)
+    low, high = loss.get_ylim()
+    loss.set_ylim(low, high + 0.4 * (high - low))  # room for the names of the stages
     best = story.loc[story["val_acc"].idxmax()]
     accuracy.set(title=f"Validation accuracy is highest in {best['stage']}: {best['val_acc']:.1%}", ylabel="accuracy")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    accuracy.set_xlabel("questions trained on, all stages (ring: lowest validation loss of its stage)")
+    accuracy.set_xlabel("questions trained on, all stages (ring: lowest loss of its stage; lr: learning rate)")
     accuracy.xaxis.set_major_formatter(EngFormatter(sep=""))
     accuracy.set_xlim(0, start * 1.02)
     return figure

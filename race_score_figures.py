@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from race_figures import BLUE, CHANCE, INK, ORANGE, STYLE, whiskers
-from race_statistics import BINS, FEW, LETTERS, at_coverage, hardest_group, share
+from race_statistics import BINS, LETTERS, coverage_groups, hardest_group, share
 
 
 @plt.rc_context(STYLE)
@@ -20,13 +20,16 @@ def accuracy_figure(table: pd.DataFrame) -> Figure:
 
 @plt.rc_context(STYLE)
 def groups_figure(tables: dict[str, pd.DataFrame], accuracy: float) -> Figure:
-    """Accuracy with 95 % intervals by group, a panel for each grouping; the title names the hardest large group."""
+    """Accuracy with 95 % intervals by group, a panel for each grouping with more than one group.
+
+    The title names the group with the lowest accuracy among those with FEW questions or more.
+    """
+    tables = {name: table for name, table in tables.items() if len(table) > 1} or tables
     hard = {name: group for name, table in tables.items() if (group := hardest_group(table)) is not None}
     title = "Where it fails"
     if hard:
         name = min(hard, key=lambda grouping: hard[grouping]["accuracy"])
-        title = f"Right least often, of groups with {FEW} questions or more: {name} “{hard[name]['group']}”, "
-        title += f"{hard[name]['accuracy']:.1%}"
+        title = f"Right least often: {hard[name]['accuracy']:.1%} where {name} is “{hard[name]['group']}”"
     return _group_panels(tables, accuracy, title)
 
 
@@ -54,8 +57,8 @@ def _group_panels(tables: dict[str, pd.DataFrame], accuracy: float | None, title
         if accuracy is not None:
             axes.axvline(accuracy, color=ORANGE, linewidth=1)
     last = panels[-1, 0]
-    overall = "" if accuracy is None else f"; orange line: all questions, {accuracy:.1%}"
-    last.set_xlabel(f"accuracy, 95 % interval (questions in brackets; dotted: chance, 25 %{overall})")
+    overall = "" if accuracy is None else f"; orange: all, {accuracy:.1%}"
+    last.set_xlabel(f"accuracy, 95 % interval (in brackets: questions; dotted: chance{overall})")
     last.set_xlim(0, 1.02)
     last.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -120,8 +123,8 @@ def confidence_figure(versions: dict[str, pd.DataFrame], errors: list[float], cu
     diagram.tick_params(labelbottom=False)
     counts.set(xlabel=f"confidence (probability of the chosen option; {BINS} bins)", ylabel="questions", xlim=(0, 1.02))
     coverage.plot(curve["coverage"], curve["accuracy"], color=BLUE)
-    half = at_coverage(curve, (0.5,)).iloc[0]
-    coverage.plot(half["coverage"], half["accuracy"], "o", color=BLUE)
+    half = coverage_groups(curve, (0.5,)).iloc[0]
+    coverage.plot(half["questions"] / curve["questions"].iloc[-1], half["accuracy"], "o", color=BLUE)
     coverage.set(title=f"The surer half: {half['accuracy']:.1%} right", xlabel="coverage (share of questions answered)")
     coverage.set(ylabel="accuracy on those", xlim=(0, 1.02), ylim=(min(0.2, curve["accuracy"].min()), 1.03))
     coverage.axhline(CHANCE, color=INK, linestyle=":", linewidth=1)

@@ -11,7 +11,9 @@ from race_sources import LEVELS
 
 LETTERS = list("ABCD")
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
+GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 BINS = 10  # of equal width, for confidence
+TEMPERATURES = 0.05, 20.0  # the range that is searched
 FEW = 20  # questions; a group with fewer is shown, and never named as the best or the worst
 
 # kind of question -> (rule in words, pattern or None); the first rule that fits counts
@@ -74,7 +76,7 @@ def accuracy_by(predictions: pd.DataFrame, groups, order: list | None = None) ->
         if len(answers):
             correct = int(answers.sum())
             rows.append([group, len(answers), correct, correct / len(answers), *wilson(correct, len(answers))])
-    return pd.DataFrame(rows, columns=["group", "questions", "correct", "accuracy", "ci_low", "ci_high"])
+    return pd.DataFrame(rows, columns=GROUP_COLUMNS)
 
 
 def macro_accuracy(predictions: pd.DataFrame) -> tuple[float, float, float] | None:
@@ -123,6 +125,21 @@ def group_accuracies(predictions: pd.DataFrame) -> dict[str, pd.DataFrame]:
         seen = predictions["article_in_train"].map({True: "also in train", False: "not in train"})
         tables["article"] = accuracy_by(predictions, seen, ["not in train", "also in train"])
     return tables
+
+
+def overlap_sentence(predictions: pd.DataFrame) -> str:
+    """How many sequences are truncated and how many articles also occur in train, and accuracy without the latter."""
+    cut = int(predictions["truncated"].sum())
+    text = f"{cut:,} of {len(predictions):,} questions have a truncated sequence. "
+    if predictions["article_in_train"].isna().any():
+        return text + "Whether articles also occur in train is not known here."
+    seen = predictions["article_in_train"].to_numpy(bool)
+    text += f"{int(seen.sum()):,} have an article that also occurs in train"
+    if not seen.any() or seen.all():
+        return f"{text}."
+    row = accuracy_by(predictions[~seen], np.full((~seen).sum(), "all")).iloc[0]
+    interval = f"{share(row['ci_low'])} to {share(row['ci_high'])}"
+    return f"{text}; without them the accuracy is {share(row['accuracy'])} (95 % interval {interval})."
 
 
 def hardest_group(table: pd.DataFrame) -> pd.Series | None:
@@ -237,13 +254,13 @@ def log_loss(predictions: pd.DataFrame) -> float:
 
 
 def fit_temperature(predictions: pd.DataFrame) -> float:
-    """The temperature from 0.05 to 20 with the lowest log loss (Guo et al. 2017); above 1: the model is too sure."""
+    """The temperature in TEMPERATURES with the lowest log loss (Guo et al. 2017); above 1: the model is too sure."""
     logits, right = _log_probabilities(predictions), _right_places(predictions)
 
     def loss(log_temperature: float) -> float:
         return -_log_softmax(logits / np.exp(log_temperature))[right].mean()
 
-    found = minimize_scalar(loss, bounds=np.log((0.05, 20)), method="bounded", options={"xatol": 1e-8})
+    found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-8})
     return float(np.exp(found.x))
 
 
@@ -263,6 +280,20 @@ def calibration_table(versions: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["", "log_loss", "calibration_error", "confidence", "accuracy"])
 
 
+def calibration_sentence(table: pd.DataFrame, temperature: float | None) -> str:
+    """What `calibration_table` says: how far confidence is from accuracy, and what a fitted temperature changes."""
+    row = table.iloc[0]
+    text = f"The model is {share(row['confidence'])} sure on average and right on {share(row['accuracy'])}: "
+    text += f"a calibration error of {100 * row['calibration_error']:.1f} points."
+    if temperature is None:
+        return text
+    after = table.iloc[1]
+    text += f" At temperature {temperature:.2f}, fitted on validation, log loss goes from {row['log_loss']:.3f} to "
+    text += f"{after['log_loss']:.3f} and the calibration error to {100 * after['calibration_error']:.1f} points."
+    at_end = min(abs(np.log(temperature / end)) for end in TEMPERATURES) < 1e-3
+    return text + (" The temperature stands at the end of the range searched: do not trust it." if at_end else "")
+
+
 def coverage_curve(predictions: pd.DataFrame) -> pd.DataFrame:
     """Answering only when sure: threshold of confidence, share of questions answered (coverage), accuracy on those.
 
@@ -277,11 +308,15 @@ def coverage_curve(predictions: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns | {"correct": correct[last], "accuracy": correct[last] / answered})
 
 
-def at_coverage(curve: pd.DataFrame, shares=(1.0, 0.8, 0.6, 0.4, 0.2)) -> pd.DataFrame:
-    """The points of a coverage curve that answer at least these shares of the questions, with Wilson intervals."""
-    rows = curve.iloc[[int((curve["coverage"] >= share - 1e-12).to_numpy().argmax()) for share in shares]]
-    intervals = [wilson(row.correct, row.questions) for row in rows.itertuples()]
-    return rows.assign(ci_low=[low for low, _ in intervals], ci_high=[high for _, high in intervals])
+def coverage_groups(curve: pd.DataFrame, shares=(1.0, 0.8, 0.6, 0.5, 0.4, 0.2)) -> pd.DataFrame:
+    """Accuracy with Wilson interval where at least these shares of the questions are answered, the surest first."""
+    rows = []
+    for least in shares:
+        point = curve.iloc[int((curve["coverage"] >= least - 1e-12).to_numpy().argmax())]
+        count, correct = int(point["questions"]), int(point["correct"])
+        group = f"surest {100 * point['coverage']:.0f} %"
+        rows.append([group, count, correct, point["accuracy"], *wilson(correct, count), point["threshold"]])
+    return pd.DataFrame(rows, columns=[*GROUP_COLUMNS, "threshold"])
 
 
 def _log_probabilities(predictions: pd.DataFrame) -> np.ndarray:
