@@ -21,8 +21,8 @@ CSS = """
 .race-cards details {border-top: 1px solid #80808066; padding: .3em 0}
 .race-cards summary, .race-head {display: flex; gap: 1em; align-items: baseline}
 .race-cards summary {cursor: pointer} .race-head {opacity: .75; padding-bottom: .3em}
-.race-cards .field {flex: none; width: 5em} .race-cards .kind {flex: none; width: 9em}
-.race-cards .question {flex: auto; font-weight: normal}
+.race-cards .field {flex: none; width: 5em} .race-cards .kind {flex: none; width: 10.5em}
+.race-cards .question {flex: auto}
 .race-cards p {white-space: pre-line; max-width: 50em; margin: .6em 0}
 .race-cards .option {display: flex; gap: .6em; align-items: baseline; max-width: 50em}
 .race-cards .bar {flex: none; width: 8em} .race-cards .bar div {height: .7em}
@@ -141,8 +141,11 @@ def _card(predictions: pd.DataFrame, dataset: RaceDataset, row: int) -> str:
     data = {"answer": verdict, "level": answer["level"], "kind": answer["kind"], "confidence": bin_name}
     attributes = " ".join(f'data-{name}="{escape(value)}"' for name, value in data.items())
     fields = ("field", f"{'✓' if right else '✗'} {verdict}"), ("field", share(sure)), ("field", answer["level"])
-    fields += ("kind", answer["kind"]), ("question", text["question"])
+    fields += (("kind", answer["kind"]),)
     head = " ".join(f'<span class="{name}">{escape(content)}</span>' for name, content in fields)
+    chosen, correct = (text["options"][LETTERS.index(answer[column])] for column in ("prediction", "answer"))
+    choice = "" if right else f"<br><small>chosen: “{escape(chosen)}”, right: “{escape(correct)}”</small>"
+    head += f' <span class="question">{escape(text["question"])}{choice}</span>'
     options = "".join(
         _option(letter, option, probability, letter == answer["answer"], letter == answer["prediction"])
         for letter, option, probability in zip(LETTERS, text["options"], probabilities, strict=True)

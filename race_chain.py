@@ -22,10 +22,11 @@ def short_names(checkpoints: list[str | Path]) -> list[str]:
 def comparison(tables: list[pd.DataFrame], checkpoints: list[str | Path]) -> pd.DataFrame:
     """One row a checkpoint: stage, base, settings, validation loss, accuracy with interval, accuracy by level."""
     rows = []
-    for table, checkpoint in zip(tables, checkpoints, strict=True):
+    for name, table, checkpoint in zip(short_names(checkpoints), tables, checkpoints, strict=True):
         lineage, by_level = read_lineage(checkpoint), table.set_index("level")
         rows.append(
             {
+                "name": name,
                 "stage": table["stage"].iloc[0],
                 "checkpoint": Path(checkpoint).name,
                 "base": lineage.get("base"),
@@ -38,6 +39,23 @@ def comparison(tables: list[pd.DataFrame], checkpoints: list[str | Path]) -> pd.
             }
         )
     return pd.DataFrame(rows)
+
+
+def comparison_style(table: pd.DataFrame):
+    """The comparison for reading: shares as percentages, the interval in one column, what is not known as a dash."""
+    shown = table.drop(columns=["stage", "checkpoint", "questions", "ci_low", "ci_high"])
+    interval = [f"{low:.1%} – {high:.1%}" for low, high in zip(table["ci_low"], table["ci_high"], strict=True)]
+    shown.insert(shown.columns.get_loc("accuracy") + 1, "95 % interval", interval)
+    formats = dict.fromkeys(["accuracy", "middle", "high"], "{:.1%}")
+    formats |= {"val_loss": "{:.3f}", "learning_rate": "{:g}", "epochs": "{:.0f}"}
+    return shown.style.format(formats, na_rep="–").hide(axis="index")
+
+
+def stages_behind(checkpoints: list[str | Path]) -> list[str]:
+    """The stages that these checkpoints have gone through, as they remember them, first ones first."""
+    lineages = [read_lineage(checkpoint) for checkpoint in checkpoints]
+    stages = [stage for lineage in lineages for stage in [*lineage.get("chain", []), lineage.get("stage")] if stage]
+    return sorted(set(stages))
 
 
 def lineage_table(checkpoints: list[str | Path]) -> pd.DataFrame:

@@ -110,9 +110,21 @@ def short_verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> 
     best, others = leads(predictions, pairs)
     sure = [name for name, _, beyond in others if beyond]
     unsure = [name for name, _, beyond in others if not beyond]
-    parts = [f"beyond chance over {' and '.join(sure)}"] if sure else []
-    parts += [f"not beyond chance over {' and '.join(unsure)}"] if unsure else []
-    return f"{best} is right most often" + (f": {', '.join(parts)}" if parts else "")
+    parts = [f"{' and '.join(sure)} by more than chance"] if sure else []
+    parts += [f"{' and '.join(unsure)} by no more than chance"] if unsure else []
+    return f"{best} leads {', '.join(parts)}" if parts else f"{best}, alone"
+
+
+def pairs_style(pairs: pd.DataFrame):
+    """The comparisons for reading: the difference in points, its interval in one column."""
+    shown = pairs.rename(columns={"second": "checkpoint", "first": "against", "p_holm": "p (Holm)"})
+    shown["points"] = 100 * pairs["difference"]
+    ends = zip(100 * pairs["ci_low"], 100 * pairs["ci_high"], strict=True)
+    shown["95 % interval"] = [f"{low:+.1f} to {high:+.1f}" for low, high in ends]
+    names = ["checkpoint", "against", "gained", "lost", "both", "neither", "points", "95 % interval", "p", "p (Holm)"]
+    formats = {"points": "{:+.1f}", "p": "{:.2g}", "p (Holm)": "{:.2g}"}
+    formats |= dict.fromkeys(["gained", "lost", "both", "neither"], "{:,}")
+    return shown[names].style.format(formats).hide(axis="index")
 
 
 def ensemble(predictions: list[pd.DataFrame]) -> pd.DataFrame:

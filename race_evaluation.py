@@ -274,7 +274,9 @@ def headline(table: pd.DataFrame) -> str:
 
 def percent(table: pd.DataFrame):
     """The table for reading: shares as percentages with one digit, the interval in one column."""
-    columns = [name for name in ("group", *RESULT_COLUMNS) if name in table and name not in ("ci_low", "ci_high")]
+    columns = [
+        name for name in ("grouping", "group", *RESULT_COLUMNS) if name in table and name not in ("ci_low", "ci_high")
+    ]
     interval = [f"{low:.1%} – {high:.1%}" for low, high in zip(table["ci_low"], table["ci_high"], strict=True)]
     shown = table[columns].assign(**{"95 % interval": interval})
     return shown.style.format({"accuracy": "{:.1%}", "questions": "{:,}", "correct": "{:,}"}).hide(axis="index")

@@ -102,7 +102,7 @@ def comparison_figure(
     axes.axhline(CHANCE, color=INK, linestyle=":", linewidth=1)
     axes.annotate("chance", (1, CHANCE), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
     best = table.loc[table["accuracy"].idxmax()]
-    axes.set_xticks(places, table["name"] if "name" in table else table["stage"])
+    axes.set_xticks(places, table["name"])
     axes.margins(x=0.15)
     title = title or f"{best['stage']} is right most often: {best['accuracy']:.1%}"
     axes.set(title=title, xlabel="stage", ylabel="accuracy", ylim=(0, 1.03))
