@@ -1,6 +1,7 @@
 """Paired comparisons: several tables of predictions on the same questions, two by two and put together."""
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -85,34 +86,46 @@ def points(row: pd.Series, sign: int = 1) -> str:
     return f"{'+' if sign * row['difference'] > 0 else ''}{difference} points (95 % {low} to {high})"
 
 
-def leads(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> tuple[str, list[tuple[str, str, bool]]]:
-    """The name that is right most often, and for each other one: name, lead in points, whether it is beyond chance."""
+class Lead(NamedTuple):
+    """How far the best model is ahead of another one."""
+
+    over: str
+    points: str  # with interval and p
+    ahead: bool  # right on more questions, not on as many
+    sure: bool  # by more than chance
+
+
+def leads(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> tuple[str, list[Lead]]:
+    """The name that is right most often (the first of equals), and its lead over each other one."""
     best = max(predictions, key=lambda name: is_right(predictions[name]).mean())
-    others = []
+    found = []
     for _, row in pairs.iterrows():
         if best in (row["first"], row["second"]):
             other, sign = (row["first"], 1) if row["second"] == best else (row["second"], -1)
-            others.append((other, f"{points(row, sign)}, {p_value(row['p_holm'])}", row["p_holm"] < 0.05))
-    return best, others
+            words = f"{points(row, sign)}, {p_value(row['p_holm'])}"
+            found.append(Lead(other, words, row["gained"] != row["lost"], row["p_holm"] < 0.05))
+    return best, found
 
 
 def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
     """Which is better, by how much, and how sure that is, in words."""
-    best, others = leads(predictions, pairs)
+    best, found = leads(predictions, pairs)
     text = f"{best} is right most often: {share(is_right(predictions[best]).mean())}."
-    for other, lead, sure in others:
-        text += f" Against {other}: {lead}, {'more' if sure else 'no more'} than chance would give."
+    for lead in found:
+        text += f" Against {lead.over}: {lead.points}, {'more' if lead.sure else 'no more'} than chance would give."
     return text
 
 
 def short_verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
-    """The verdict as a title: who leads, and over whom that is beyond chance."""
-    best, others = leads(predictions, pairs)
-    sure = [name for name, _, beyond in others if beyond]
-    unsure = [name for name, _, beyond in others if not beyond]
-    parts = [f"{' and '.join(sure)} by more than chance"] if sure else []
-    parts += [f"{' and '.join(unsure)} by no more than chance"] if unsure else []
-    return f"{best} leads {', '.join(parts)}" if parts else f"{best}, alone"
+    """The verdict as a title: who leads, and over whom by more than chance."""
+    best, found = leads(predictions, pairs)
+    groups = {
+        "leads {} by more than chance": [lead.over for lead in found if lead.sure],
+        "leads {} by no more than chance": [lead.over for lead in found if lead.ahead and not lead.sure],
+        "is level with {}": [lead.over for lead in found if not lead.ahead],
+    }
+    parts = [words.format(" and ".join(names)) for words, names in groups.items() if names]
+    return f"{best} {', '.join(parts)}" if parts else f"{best}, alone"
 
 
 def pairs_style(pairs: pd.DataFrame):

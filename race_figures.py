@@ -103,7 +103,7 @@ def comparison_figure(
     axes.annotate("chance", (1, CHANCE), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
     best = table.loc[table["accuracy"].idxmax()]
     axes.set_xticks(places, table["name"])
-    axes.margins(x=0.15)
+    axes.set_xlim(-0.6, len(table) - 0.4)
     title = title or f"{best['stage']} is right most often: {best['accuracy']:.1%}"
     axes.set(title=title, xlabel="stage", ylabel="accuracy", ylim=(0, 1.03))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

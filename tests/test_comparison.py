@@ -108,17 +108,18 @@ def test_verdict_names_the_best_whatever_the_order():
     weak, strong = two(20, 30, 2, 20)
     for order in ({"weak": weak, "strong": strong}, {"strong": strong, "weak": weak}):
         pairs = compare_pairs(order)
-        best, [(other, lead, sure)] = leads(order, pairs)
-        assert (best, other, sure) == ("strong", "weak", True) and lead.startswith("+38.9 points (95 % ")
+        best, [lead] = leads(order, pairs)
+        assert (best, lead.over, lead.ahead, lead.sure) == ("strong", "weak", True, True)
+        assert lead.points.startswith("+38.9 points (95 % ")
         assert verdict(order, pairs).startswith("strong is right most often: 69.4 %. Against weak: +38.9 points")
         assert short_verdict(order, pairs) == "strong leads weak by more than chance"
     alone = {"weak": weak}
     assert verdict(alone, compare_pairs(alone)) == "weak is right most often: 30.6 %."
-    level = dict(zip(("a", "b", "c"), (weak, weak, strong), strict=True))
-    assert short_verdict(level, compare_pairs(level)) == "c leads a and b by more than chance"
-    assert short_verdict({"a": weak, "b": weak}, compare_pairs({"a": weak, "b": weak})).endswith(
-        "by no more than chance"
-    )
+    several = {"a": weak, "b": weak, "c": strong}
+    assert short_verdict(several, compare_pairs(several)) == "c leads a and b by more than chance"
+    first, second = two(10, 3, 2, 5)
+    close = {"a": first, "b": second, "c": second}
+    assert short_verdict(close, compare_pairs(close)) == "b leads a by no more than chance, is level with c"
 
 
 def test_table_for_reading_counts_points():
