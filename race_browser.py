@@ -1,10 +1,11 @@
 """The questions themselves, to read in a notebook: cards with article, options and probabilities, and filters.
 
-The cards are plain <details> elements, which every viewer shows; the filters need a script, and stay hidden where a
-viewer runs none, as JupyterLab does in a notebook that it does not trust.
+The cards are plain <details> elements, which every viewer shows. A script adds the filters: where a viewer runs none, as
+JupyterLab does not in a notebook that it does not trust, the cards are there without styles and filters.
 """
 
 import hashlib
+import json
 from html import escape
 
 import numpy as np
@@ -25,10 +26,9 @@ CSS = """
 .race-cards .question {flex: auto}
 .race-cards p {white-space: pre-line; max-width: 50em; margin: .6em 0}
 .race-cards .option {display: flex; gap: .6em; align-items: baseline; max-width: 50em}
-.race-cards .bar {flex: none; width: 8em} .race-cards .bar div {height: .7em}
+.race-cards .bar {flex: none; width: 8em} .race-cards .bar span {display: block; height: .7em}
 .race-cards .number {flex: none; width: 4em; text-align: right}
 .race-filters {display: flex; flex-wrap: wrap; gap: 1em; margin: .5em 0}
-.race-filters[hidden] {display: none}
 .race-filters select {color: inherit; background: transparent; border: 1px solid #808080}
 .race-filters option {color: #000; background: #fff}
 """
@@ -51,8 +51,8 @@ for (const root of document.querySelectorAll('[data-race-browser="NAME"]')) {
     }
     filters.querySelector("output").textContent = `${shown} of ${cards.length} shown`;
   };
+  filters.innerHTML = MENUS;
   filters.addEventListener("change", show);
-  filters.hidden = false;
   show();
 }
 """
@@ -97,8 +97,8 @@ def error_browser(
     return HTML(
         f'<style>{CSS}</style><div class="race-cards" data-race-browser="{name}">'
         f"<p>{counts} A click opens one.</p>"
-        f'{_filters(predictions)}{HEAD}<div style="max-height: 36em; overflow-y: auto">{"".join(cards)}</div></div>'
-        f"<script>{{{SCRIPT.replace('NAME', name)}}}</script>"
+        f'<div class="race-filters"></div>{HEAD}<div style="max-height: 36em; overflow-y: auto">{"".join(cards)}</div></div>'
+        f"<script>{{{SCRIPT.replace('NAME', name).replace('MENUS', json.dumps(_menus(predictions)))}}}</script>"
     )
 
 
@@ -115,7 +115,8 @@ def browsed_rows(predictions: pd.DataFrame, mistakes: int, right: int, seed: int
     return np.concatenate([wrong, good])
 
 
-def _filters(predictions: pd.DataFrame) -> str:
+def _menus(predictions: pd.DataFrame) -> str:
+    """The filters; their words are this module's own, so none of them can end the script that holds them."""
     levels = [level for level in ("middle", "high") if (predictions["level"] == level).any()]
     kinds = [kind for kind in KINDS if (predictions["kind"] == kind).any()]
     choices = {"answer": ["wrong", "right"], "level": levels, "kind": kinds, "confidence": list(SURENESS)}
@@ -123,7 +124,7 @@ def _filters(predictions: pd.DataFrame) -> str:
     for name, values in choices.items():
         options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
         menus.append(f'<label>{name} <select name="{name}"><option value="">all</option>{options}</select></label>')
-    return f'<div class="race-filters" hidden>{"".join(menus)}<output></output></div>'
+    return f"{''.join(menus)}<output></output>"
 
 
 def _card(predictions: pd.DataFrame, dataset: RaceDataset, row: int) -> str:
@@ -158,5 +159,5 @@ def _option(letter: str, option: str, probability: float, is_answer: bool, is_ch
     color = "#009E73" if is_answer else "#E69F00" if is_chosen else "#808080"
     notes = [note for note, holds in (("right answer", is_answer), ("chosen", is_chosen)) if holds]
     words = f"{letter}. {escape(option)}" + (f" — <strong>{', '.join(notes)}</strong>" if notes else "")
-    bar = f'<div class="bar"><div style="width: {100 * probability:.1f}%; background: {color}"></div></div>'
-    return f'<div class="option">{bar}<div class="number">{share(probability)}</div><div>{words}</div></div>'
+    bar = f'<span class="bar"><span style="width: {100 * probability:.1f}%; background: {color}"></span></span>'
+    return f'<div class="option">{bar} <span class="number">{share(probability)}</span> <span>{words}</span></div>'
