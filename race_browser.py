@@ -1,7 +1,7 @@
 """The questions themselves, to read in a notebook: cards with article, options and probabilities, and filters.
 
-The cards are plain <details> elements, which every viewer shows. A script adds the filters: where a viewer runs none, as
-JupyterLab does not in a notebook that it does not trust, the cards are there without styles and filters.
+The cards are plain <details> elements, which every viewer shows. A script adds the filters: where none is run, as in a
+notebook that JupyterLab does not trust, the cards are there without styles and filters.
 """
 
 import hashlib
@@ -96,8 +96,8 @@ def error_browser(
     name = hashlib.sha256("".join(cards).encode()).hexdigest()[:12]
     return HTML(
         f'<style>{CSS}</style><div class="race-cards" data-race-browser="{name}">'
-        f"<p>{counts} A click opens one.</p>"
-        f'<div class="race-filters"></div>{HEAD}<div style="max-height: 36em; overflow-y: auto">{"".join(cards)}</div></div>'
+        f'<p>{counts} A click opens one.</p><div class="race-filters"></div>{HEAD}'
+        f'<div style="max-height: 36em; overflow-y: auto">{"".join(cards)}</div></div>'
         f"<script>{{{SCRIPT.replace('NAME', name).replace('MENUS', json.dumps(_menus(predictions)))}}}</script>"
     )
 
