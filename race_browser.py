@@ -156,7 +156,7 @@ def _card(predictions: pd.DataFrame, dataset: RaceDataset, row: int) -> str:
 
 
 def _option(letter: str, option: str, probability: float, is_answer: bool, is_chosen: bool) -> str:
-    color = "#009E73" if is_answer else "#E69F00" if is_chosen else "#808080"
+    color = "#009E73" if is_answer else "#D55E00" if is_chosen else "#808080"
     notes = [note for note, holds in (("right answer", is_answer), ("chosen", is_chosen)) if holds]
     words = f"{letter}. {escape(option)}" + (f" — <strong>{', '.join(notes)}</strong>" if notes else "")
     bar = f'<span class="bar"><span style="width: {100 * probability:.1f}%; background: {color}"></span></span>'

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from race_results import write_whole
 
 INK = "#808080"  # a grey that can be read on white and on black
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"  # Okabe and Ito's colour-blind safe palette
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's colour-blind safe palette
 STYLE = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -139,8 +139,8 @@ def lineage_figure(lineage: pd.DataFrame) -> Figure:
     """Where checkpoints come from (race_chain.lineage_table): a box each, after its base."""
     parents = dict(zip(lineage["name"], lineage["parent"], strict=True))
     column, row_of, used = {}, {}, {}
-    for name in lineage["name"]:  # a base stands in the list before what was built on it, or counts as one from outside
-        column[name] = column[parents[name]] + 1 if parents[name] in column else 1
+    for name in lineage["name"]:
+        column[name] = _depth(name, parents)
         row_of[name] = used[column[name]] = used.get(column[name], -1) + 1
     width, depth = max(column.values()) + 1, max(row_of.values()) + 1
     figure, axes = plt.subplots(figsize=(2.6 * width, 0.5 + 1.3 * depth))
@@ -152,7 +152,7 @@ def lineage_figure(lineage: pd.DataFrame) -> Figure:
         else:
             start, label = (x - 1, y), ""
             if x == 1:
-                _box(axes, 0, y, "base", [_wrapped(row["base"] or "not remembered")], INK)
+                _box(axes, 0, y, "base", [_wrapped(row["base"] if pd.notna(row["base"]) else "not remembered")], INK)
         arrow = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", (x - 0.38, y), (start[0] + 0.38, start[1]), arrowprops=arrow)
         axes.text(x - 0.4, y + 0.05, label, ha="right", va="bottom", fontsize=7)
@@ -160,6 +160,11 @@ def lineage_figure(lineage: pd.DataFrame) -> Figure:
     axes.set_title(" → ".join(lineage["name"]) if len(column) == width - 1 else "Where these checkpoints come from")
     axes.axis("off")
     return figure
+
+
+def _depth(name: str, parents: dict[str, str | None]) -> int:
+    """1 for a checkpoint whose base is not among the others, else one more than its base."""
+    return 1 + _depth(parents[name], parents) if parents[name] in parents else 1
 
 
 def _settings(row: dict) -> list[str]:
