@@ -96,16 +96,18 @@ def comparison_figure(
     reported = {place: (reported or {}).get(stage) for place, stage in zip(places, table["stage"], strict=True)}
     known = [(place, accuracy) for place, accuracy in reported.items() if accuracy is not None]
     if known:
-        axes.plot(*zip(*known, strict=True), "x", color=INK, label="reported by the original authors")
-    for place, accuracy in zip(places, table["accuracy"], strict=True):
-        axes.annotate(f"{accuracy:.1%}", (place, accuracy), (-7, 5), textcoords="offset points", ha="right", fontsize=9)
+        known_places, accuracies = zip(*known, strict=True)
+        axes.plot(np.array(known_places) - 0.24, accuracies, "x", color=INK, label="reported by the original authors")
     axes.axhline(CHANCE, color=INK, linestyle=":", linewidth=1)
     axes.annotate("chance", (1, CHANCE), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
     best = table.loc[table["accuracy"].idxmax()]
-    axes.set_xticks(places, table["name"])
+    labels = [f"{name}\n{accuracy:.1%}" for name, accuracy in zip(table["name"], table["accuracy"], strict=True)]
+    axes.set_xticks(places, labels)
     axes.set_xlim(-0.6, len(table) - 0.4)
     title = title or f"{best['stage']} is right most often: {best['accuracy']:.1%}"
-    axes.set(title=title, xlabel="stage", ylabel="accuracy", ylim=(0, 1.03))
+    axes.set(title=title, xlabel="checkpoint and its accuracy", ylabel="accuracy")
+    shown = table[["accuracy", "ci_low", "ci_high", "middle", "high"]].astype(float).to_numpy()
+    axes.set_ylim(min(CHANCE, np.nanmin(shown)) - 0.05, np.nanmax(shown) + 0.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -193,19 +195,21 @@ def _box(axes, x: float, y: float, title: str, lines: list[str], color: str) -> 
 def story_figure(story: pd.DataFrame) -> Figure:
     """Validation loss and accuracy over all stages, with their learning rates (race_chain.learning_story)."""
     figure, (loss, accuracy) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True)
-    for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
-        axes.plot(story["questions"], story[name], "o-", color=color, markersize=4)
-    start = 0
+    start, before = 0, None
     for stage, part in story.groupby("stage", sort=False):
-        end, best = part["questions"].max(), part.loc[part["val_loss"].idxmin()]
+        end, first, best = part["questions"].max(), part.iloc[0], part.loc[part["val_loss"].idxmin()]
         for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
+            axes.plot(part["questions"], part[name], "o-", color=color, markersize=4)
             axes.axvline(end, color=INK, linewidth=1, linestyle="--")
             axes.plot(best["questions"], best[name], "o", markersize=10, markerfacecolor="none", color=color)
+            if before is not None:  # the weights that a stage goes on from
+                ends = [before["questions"], first["questions"]], [before[name], first[name]]
+                axes.plot(*ends, color=color, linewidth=1, linestyle=":")
         rate = np.format_float_scientific(part["learning_rate"].iloc[0], precision=2, trim="-", exp_digits=1)
         label = f"{stage}\nlr {rate}"
         place = ((start + end) / 2, 0.97)
         loss.annotate(label, place, xycoords=loss.get_xaxis_transform(), ha="center", va="top", fontsize=9)
-        start = end
+        start, before = end, best
     first, last = story.iloc[0], story.loc[story["val_loss"].idxmin()]
     ends = f"{first['val_loss']:.3f} after the first epoch to {last['val_loss']:.3f} at its lowest, in {last['stage']}"
     loss.set(title=f"Validation loss goes from {ends}", ylabel="cross-entropy (nats)")

@@ -286,13 +286,13 @@ def test_p_value_as_one_writes_it():
 
 
 def test_reliability_by_hand():
-    """0.3 lies on an edge and counts below it; bins without questions are not there."""
-    predictions = made("AAAAA", "AAABB", [0.3, 0.95, 0.91, 0.99, 0.3])
+    """0.5 lies on an edge and counts below it; bins without questions are not there."""
+    predictions = made("AAAAA", "AAABB", [0.5, 0.95, 0.91, 0.99, 0.5])
     table = reliability(predictions)
     assert table[["questions", "correct"]].to_numpy().tolist() == [[2, 1], [3, 2]]
-    assert table[["low", "high"]].to_numpy() == pytest.approx(np.array([[0.2, 0.3], [0.9, 1.0]]))
-    assert table["confidence"].tolist() == pytest.approx([0.3, 0.95])
-    assert calibration_error(predictions) == pytest.approx((2 * abs(0.5 - 0.3) + 3 * abs(2 / 3 - 0.95)) / 5)
+    assert table[["low", "high"]].to_numpy() == pytest.approx(np.array([[0.4, 0.5], [0.9, 1.0]]))
+    assert table["confidence"].tolist() == pytest.approx([0.5, 0.95])
+    assert calibration_error(predictions) == pytest.approx((2 * abs(0.5 - 0.5) + 3 * abs(2 / 3 - 0.95)) / 5)
 
 
 def test_calibration_error_is_a_loop_over_the_questions():
