@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import pickle
 import re
 import shutil
 import time

@@ -1,4 +1,4 @@
-"""The figures of the notebooks, in one style: readable on light and dark pages and without colour vision."""
+"""One style for all figures, readable on light and dark and without colour vision; figures of training and chain."""
 
 from pathlib import Path
 
@@ -6,12 +6,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from race_evaluation import LETTERS
+from race_files import write_whole
 
 INK = "#808080"  # a grey that can be read on white and on black
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"  # Okabe and Ito's colour-blind safe palette
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's colour-blind safe palette
 STYLE = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -35,9 +36,8 @@ CHANCE_LOSS, CHANCE = np.log(4), 0.25
 def save_figure(figure: Figure, run_dir: str | Path, name: str) -> Figure:
     """Keep a figure as PNG and SVG in `run_dir`/figures."""
     folder = Path(run_dir) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    write_whole(folder / f"{name}.png", lambda file: figure.savefig(file, dpi=150, format="png"))
+    write_whole(folder / f"{name}.svg", lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
     plt.close(figure)
     return figure
 
@@ -81,92 +81,150 @@ def training_curves(log: pd.DataFrame, stage: str) -> Figure:
 
 
 @plt.rc_context(STYLE)
-def accuracy_figure(table: pd.DataFrame) -> Figure:
-    """Accuracy by level with 95 % intervals, of one checkpoint (race_evaluation.accuracy_table)."""
-    figure, axes = plt.subplots(figsize=(5.2, 2.4))
-    axes.errorbar(table["accuracy"], table["level"], xerr=_whiskers(table), fmt="o", color=BLUE, capsize=3)
-    for row in table.itertuples():
-        axes.annotate(
-            f"{row.accuracy:.1%}",
-            (row.accuracy, row.level),
-            (0, 8),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-        )
-    _chance_line(axes)
-    axes.set(
-        title=f"{table['stage'][0]}: {table['accuracy'][0]:.1%} right on {table['split'][0]}",
-        xlabel="accuracy, 95 % interval",
-    )
-    axes.margins(y=0.35)
-    axes.invert_yaxis()
-    return figure
-
-
-@plt.rc_context(STYLE)
-def confusion_figure(counts: pd.DataFrame) -> Figure:
-    """Right answers against predictions, as counts (race_evaluation.confusion)."""
-    figure, axes = plt.subplots(figsize=(3.6, 3.2))
-    values = counts.to_numpy()
-    axes.imshow(values / max(1, values.max()), cmap="Blues", vmin=0, vmax=1.4)
-    for (row, column), value in np.ndenumerate(values):
-        axes.text(
-            column,
-            row,
-            f"{value:,}",
-            ha="center",
-            va="center",
-            color="white" if value > 0.65 * values.max() else "black",
-        )
-    axes.grid(False)
-    axes.set_xticks(range(4), LETTERS)
-    axes.set_yticks(range(4), LETTERS)
-    axes.set(title="Where the answers go (counts)", xlabel="prediction", ylabel="right answer")
-    return figure
-
-
-@plt.rc_context(STYLE)
-def comparison_figure(table: pd.DataFrame, reported: dict[str, float] | None = None) -> Figure:
-    """Accuracy of several checkpoints side by side (race_evaluation.comparison); `reported`: other people's numbers."""
-    figure, axes = plt.subplots(figsize=(7, 3.4))
+def comparison_figure(
+    table: pd.DataFrame, reported: dict[str, float] | None = None, title: str | None = None
+) -> Figure:
+    """Accuracy of several checkpoints side by side (race_chain.comparison); `reported`: other people's numbers."""
+    figure, axes = plt.subplots(figsize=(8, 3.6))
     places = np.arange(len(table))
     for level, color, marker, shift in (("middle", GREEN, "^", -0.12), ("high", PURPLE, "v", 0.12)):
         if table[level].notna().any():
-            axes.plot(places + shift, table[level], marker, color=color, label=level)
+            axes.plot(places + shift, table[level].astype(float), marker, color=color, label=level)
     axes.errorbar(
-        places, table["accuracy"], yerr=_whiskers(table), fmt="o-", color=BLUE, capsize=4, label="all, 95 % interval"
+        places, table["accuracy"], yerr=whiskers(table), fmt="o-", color=BLUE, capsize=4, label="all, 95 % interval"
     )
     reported = {place: (reported or {}).get(stage) for place, stage in zip(places, table["stage"], strict=True)}
     known = [(place, accuracy) for place, accuracy in reported.items() if accuracy is not None]
     if known:
-        axes.plot(*zip(*known, strict=True), "x", color=INK, label="reported by the original authors")
-    for place, accuracy in zip(places, table["accuracy"], strict=True):
-        axes.annotate(
-            f"{accuracy:.1%}", (place, accuracy), (0, 11), textcoords="offset points", ha="center", fontsize=9
-        )
+        known_places, accuracies = zip(*known, strict=True)
+        axes.plot(np.array(known_places) - 0.24, accuracies, "x", color=INK, label="reported by the original authors")
     axes.axhline(CHANCE, color=INK, linestyle=":", linewidth=1)
     axes.annotate("chance", (1, CHANCE), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
     best = table.loc[table["accuracy"].idxmax()]
-    axes.set_xticks(places, table["stage"])
-    axes.margins(x=0.15)
-    axes.set(
-        title=f"{best['stage']} is right most often: {best['accuracy']:.1%}",
-        xlabel="stage",
-        ylabel="accuracy",
-        ylim=(0, 1.03),
-    )
+    labels = [f"{name}\n{accuracy:.1%}" for name, accuracy in zip(table["name"], table["accuracy"], strict=True)]
+    axes.set_xticks(places, labels)
+    axes.set_xlim(-0.6, len(table) - 0.4)
+    title = title or f"{best['stage']} is right most often: {best['accuracy']:.1%}"
+    axes.set(title=title, xlabel="checkpoint and its accuracy", ylabel="accuracy")
+    shown = table[["accuracy", "ci_low", "ci_high", "middle", "high"]].astype(float).to_numpy()
+    axes.set_ylim(min(CHANCE, np.nanmin(shown)) - 0.05, np.nanmax(shown) + 0.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def _whiskers(table: pd.DataFrame) -> np.ndarray:
-    return np.array([table["accuracy"] - table["ci_low"], table["ci_high"] - table["accuracy"]])
+@plt.rc_context(STYLE)
+def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
+    """Differences of accuracy in points with bootstrap intervals, one row a pair (race_comparison.compare_pairs)."""
+    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.42 * len(pairs)))
+    places = np.arange(len(pairs))
+    for place, row in zip(places, pairs.to_dict("records"), strict=True):
+        middle, low, high = (100 * row[name] for name in ("difference", "ci_low", "ci_high"))
+        color = BLUE if row["p_holm"] < 0.05 else ORANGE
+        filled = {} if row["p_holm"] < 0.05 else {"markerfacecolor": "none"}
+        axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=color, capsize=3, **filled)
+        text = f"{middle:+.1f}, gained {row['gained']:,}, lost {row['lost']:,}"
+        axes.annotate(text, (high, place), (7, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(
+        places, [f"{second} − {first}" for first, second in zip(pairs["first"], pairs["second"], strict=True)]
+    )
+    axes.set(title=title, xlabel="difference of accuracy (percentage points), 95 % interval")
+    axes.set_ylim(len(pairs) - 0.5, -0.7)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.35 * (right - left))  # room for the words
+    return figure
 
 
-def _chance_line(axes) -> None:
-    axes.axvline(CHANCE, color=INK, linestyle=":", linewidth=1)
-    axes.annotate("chance", (CHANCE, 0.02), xycoords=axes.get_xaxis_transform(), ha="right", fontsize=8, rotation=90)
-    axes.set_xlim(0, 1.03)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+@plt.rc_context(STYLE)
+def lineage_figure(lineage: pd.DataFrame) -> Figure:
+    """Where checkpoints come from (race_chain.lineage_table): a box each, after its base."""
+    parents = dict(zip(lineage["name"], lineage["parent"], strict=True))
+    column, row_of, used = {}, {}, {}
+    for name in lineage["name"]:
+        column[name] = _depth(name, parents)
+        row_of[name] = used[column[name]] = used.get(column[name], -1) + 1
+    width, depth = max(column.values()) + 1, max(row_of.values()) + 1
+    figure, axes = plt.subplots(figsize=(2.6 * width, 0.5 + 1.3 * depth))
+    for row in lineage.to_dict("records"):
+        x, y = column[row["name"]], -row_of[row["name"]]
+        _box(axes, x, y, row["name"], _settings(row), BLUE)
+        if row["parent"] in column:
+            start, label = (column[row["parent"]], -row_of[row["parent"]]), "✓ hash"
+        else:
+            start, label = (x - 1, y), ""
+            if x == 1:
+                _box(axes, 0, y, "base", [_wrapped(row["base"] if pd.notna(row["base"]) else "not remembered")], INK)
+        arrow = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", (x - 0.38, y), (start[0] + 0.38, start[1]), arrowprops=arrow)
+        axes.text(x - 0.4, y + 0.05, label, ha="right", va="bottom", fontsize=7)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(-depth + 0.45, 0.55))
+    axes.set_title(" → ".join(lineage["name"]) if len(column) == width - 1 else "Where these checkpoints come from")
+    axes.axis("off")
+    return figure
+
+
+def _depth(name: str, parents: dict[str, str | None]) -> int:
+    """1 for a checkpoint whose base is not among the others, else one more than its base."""
+    return 1 + _depth(parents[name], parents) if parents[name] in parents else 1
+
+
+def _settings(row: dict) -> list[str]:
+    """What a checkpoint remembers of its training, in lines; what it does not is left out."""
+    lines = [f"learning rate {row['learning_rate']:g}"] if pd.notna(row["learning_rate"]) else []
+    lines += [f"{row['epochs']:.0f} epoch{'s' if row['epochs'] > 1 else ''}"] if pd.notna(row["epochs"]) else []
+    return lines + ([f"validation loss {row['val_loss']:.3f}"] if pd.notna(row["val_loss"]) else [])
+
+
+def _wrapped(text: str, width: int = 22) -> str:
+    return "\n".join(text[i : i + width] for i in range(0, len(text), width))
+
+
+def _box(axes, x: float, y: float, title: str, lines: list[str], color: str) -> None:
+    shape = FancyBboxPatch(
+        (x - 0.36, y - 0.34), 0.72, 0.68, boxstyle="round,pad=0.02", facecolor="none", edgecolor=color
+    )
+    axes.add_patch(shape)
+    axes.text(
+        x, y + 0.2, title if len(title) < 25 else _wrapped(title), ha="center", va="center", weight="bold", fontsize=9
+    )
+    axes.text(x, y - 0.1, "\n".join(lines), ha="center", va="center", fontsize=8)
+
+
+@plt.rc_context(STYLE)
+def story_figure(story: pd.DataFrame) -> Figure:
+    """Validation loss and accuracy over all stages, with their learning rates (race_chain.learning_story)."""
+    figure, (loss, accuracy) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True)
+    start, before = 0, None
+    for stage, part in story.groupby("stage", sort=False):
+        end, first, best = part["questions"].max(), part.iloc[0], part.loc[part["val_loss"].idxmin()]
+        for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
+            axes.plot(part["questions"], part[name], "o-", color=color, markersize=4)
+            axes.axvline(end, color=INK, linewidth=1, linestyle="--")
+            axes.plot(best["questions"], best[name], "o", markersize=10, markerfacecolor="none", color=color)
+            if before is not None:  # the weights that a stage goes on from
+                ends = [before["questions"], first["questions"]], [before[name], first[name]]
+                axes.plot(*ends, color=color, linewidth=1, linestyle=":")
+        rate = np.format_float_scientific(part["learning_rate"].iloc[0], precision=2, trim="-", exp_digits=1)
+        label = f"{stage}\nlr {rate}"
+        place = ((start + end) / 2, 0.97)
+        loss.annotate(label, place, xycoords=loss.get_xaxis_transform(), ha="center", va="top", fontsize=9)
+        start, before = end, best
+    first, last = story.iloc[0], story.loc[story["val_loss"].idxmin()]
+    ends = f"{first['val_loss']:.3f} after the first epoch to {last['val_loss']:.3f} at its lowest, in {last['stage']}"
+    loss.set(title=f"Validation loss goes from {ends}", ylabel="cross-entropy (nats)")
+    low, high = loss.get_ylim()
+    loss.set_ylim(low, high + 0.4 * (high - low))  # room for the names of the stages
+    best = story.loc[story["val_acc"].idxmax()]
+    accuracy.set(title=f"Validation accuracy is highest in {best['stage']}: {best['val_acc']:.1%}", ylabel="accuracy")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    accuracy.set_xlabel("questions trained on, all stages (ring: lowest loss of its stage; lr: learning rate)")
+    accuracy.xaxis.set_major_formatter(EngFormatter(sep=""))
+    accuracy.set_xlim(0, start * 1.02)
+    return figure
+
+
+def whiskers(table: pd.DataFrame) -> np.ndarray:
+    """[2, N] how far the interval reaches below and above each accuracy."""
+    reach = np.array([table["accuracy"] - table["ci_low"], table["ci_high"] - table["accuracy"]])
+    return np.maximum(reach, 0)  # at 0 and 1 rounding may put an end a hair inside

@@ -4,13 +4,14 @@ python race_seeds.py runs/race-seed1 runs/race-seed2 runs/race-seed3
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 
 import pandas as pd
 from scipy.stats import t
+
+from race_files import write_whole
 
 KEYS = ["stage", "split", "level"]
 NEEDED = [*KEYS, "checkpoint", "questions", "accuracy"]
@@ -145,15 +146,8 @@ def report(table: pd.DataFrame) -> str:
 
 
 def save(table: pd.DataFrame, path: str | Path) -> None:
-    """Write the table as CSV: beside `path`, flushed, renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        table.to_csv(file, index=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write the table as CSV, whole or not at all."""
+    write_whole(path, lambda file: table.to_csv(file, index=False))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import psutil
 
 from demo import STAGES as DEMO_STAGES
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     if run_all(notebooks, passing_over=False) == STOPPED:
         return STOPPED
     parameters = notebooks[0][1]
-    print((ROOT / parameters["RUN_DIR"] / "results.csv").read_text())
+    print(pd.read_csv(ROOT / parameters["RUN_DIR"] / "results.csv").iloc[:, :9].to_string(index=False))
     print(f"notebooks, figures and predictions: {parameters['RUN_DIR']}; checkpoints: {parameters['CHECKPOINT_DIR']}")
     return 0
 

@@ -15,11 +15,11 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import BertConfig, BertForMultipleChoice, BertTokenizer
 
-from race_cache import file_hash
 from race_card import model_card
 from race_data import RaceDataModule, RaceDataset, collate
 from race_evaluation import RESULT_COLUMNS
 from race_export import ExportError, _hub_id, _is_race, _public, ancestry, export_checkpoint, main
+from race_files import file_hash
 from race_module import RaceModule
 from race_training import best_checkpoint, stage_trainer, start_stage
 

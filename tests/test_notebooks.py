@@ -38,9 +38,14 @@ def test_the_chain_runs_and_leaves_its_results(chain):
     assert set(results["stage"]) == {"e1", "e2", "e3"} and set(results["level"]) == {"all", "middle", "high"}
     assert (results.query("level == 'all'")["questions"] == 48).all()
     figures = {path.name for path in (chain / "run" / "figures").iterdir()}
-    for name in ("e1-training", "e2-training", "e3-training", "e3-test-accuracy", "e3-test-confusion", "chain-test"):
+    training = {f"{stage}-training" for stage in ("e1", "e2", "e3")}
+    of_e3 = {f"e3-test-{name}" for name in ("accuracy", "kinds", "groups", "confusion", "confidence", "typed")}
+    for name in training | of_e3 | {"chain-test", "chain-test-differences", "chain-lineage", "chain-story"}:
         assert {f"{name}.png", f"{name}.svg"} <= figures
-    assert len(list((chain / "run" / "predictions").glob("*.parquet"))) == 3
+    predictions = [path.name for path in (chain / "run" / "predictions").glob("*.parquet")]
+    assert sorted(name[:2] + name[name.rindex("-") :] for name in predictions) == [
+        *("e1-test.parquet", "e2-test.parquet", "e3-test.parquet", "e3-validation.parquet")
+    ]
     assert len(list((chain / "checkpoints").glob("e?-albert-race-epoch=00-val_loss_epoch=*.ckpt"))) == 3
 
 
@@ -54,6 +59,47 @@ def test_executed_notebook_shows_tables_and_figures(chain, notebook):
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert {"image/png", "text/html"} <= kinds
     assert not [output for output in outputs if output["output_type"] == "error"]
+
+
+def test_evaluations_leave_what_they_found_as_json(chain):
+    analysis = json.loads((chain / "run" / "analysis-e3-test.json").read_text())
+    assert sum(row["questions"] for row in analysis["groups"]["kind of question"]) == 48
+    assert [row["letter"] for row in analysis["letters"]] == list("ABCD") and len(analysis["calibration"]) == 2
+    assert analysis["coverage"][0]["questions"] == 48 and analysis["temperature"] > 0
+    compared = json.loads((chain / "run" / "chain-test.json").read_text())
+    assert [(row["first"], row["second"]) for row in compared["pairs"]] == [("e1", "e2"), ("e1", "e3"), ("e2", "e3")]
+    results = pd.read_csv(chain / "run" / "results.csv").query("level == 'all'").set_index("stage")["correct"]
+    assert [row["name"] for row in compared["checkpoints"]] == ["e1", "e2", "e3"]
+    assert all(
+        row["gained"] - row["lost"] == results[row["second"]] - results[row["first"]] for row in compared["pairs"]
+    )
+    best = max(results)
+    assert compared["verdict"].startswith(
+        tuple(f"{name} is right most often" for name in results[results == best].index)
+    )
+    assert compared["ensemble"][0]["questions"] == 48
+
+
+def test_the_saved_notebook_says_which_stage_is_better_and_how_sure_that_is(chain):
+    text = (chain / "run" / "eval_test_dataset_race_2.ipynb").read_text()
+    verdict = json.loads((chain / "run" / "chain-test.json").read_text())["verdict"]
+    assert json.dumps(f"**{verdict}**", ensure_ascii=False)[1:-1] in text
+    assert verdict.count("Against ") == 2 and verdict.count("points (95 % ") == 2 and "chance would give" in verdict
+
+
+def test_the_saved_notebook_holds_the_questions_themselves(chain):
+    outputs = [
+        output["data"]["text/html"]
+        for cell in nbformat.read(chain / "run" / "eval_test_dataset_race.ipynb", 4).cells
+        for output in cell.get("outputs", [])
+        if "race-cards" in output.get("data", {}).get("text/html", "")
+    ]
+    results = pd.read_csv(chain / "run" / "results.csv").query("level == 'all' and stage == 'e3'").iloc[0]
+    mistakes = results["questions"] - results["correct"]
+    assert outputs[0].count("<details") == min(10, mistakes)
+    assert f"{mistakes} of {mistakes} mistakes and {results['correct']} of {results['correct']} right" in outputs[1]
+    assert outputs[1].count("<details") == 48 and "race-filters" in outputs[1]
+    assert (chain / "run" / "eval_test_dataset_race.ipynb").stat().st_size < 2_000_000
 
 
 def test_stages_hand_on_their_best_checkpoint(chain):
