@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 FAMILIES = ("albert", "bert")
 OPTIONS = 4
-CPU_TOKEN_BUDGET = 4096
+CPU_BUFFER = 32 << 20  # bytes; glibc hands larger buffers back after each use, and touching them anew costs time
 SHORT = 128  # tokens; up to here one masked attention call is faster than one for each sequence (on CPU)
 
 
@@ -115,8 +115,7 @@ class RaceModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with two parameter groups and a constant learning rate."""
         groups = parameter_groups(self.model, self.weight_decay)
-        fused = all(parameter.is_cuda for parameter in self.parameters())
-        return torch.optim.AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=fused)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=True)
 
     def setup(self, stage: str) -> None:
         """Choose the token budget for the trainer's device, where none was given."""
@@ -243,10 +242,16 @@ def packed_attention(
     settings = {"dropout_p": dropout, "scale": scaling}
     if packing.max_seqlen <= SHORT or query.is_cuda:
         return _in_one_call(query, key, value, packing, one_row_each, **settings), None
-    lengths = packing.lengths
-    queries = query.split([1] * len(lengths) if one_row_each else lengths, 2)
-    sequences = zip(queries, key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    out = [F.scaled_dot_product_attention(q, k, v, **settings).transpose(1, 2) for q, k, v in sequences]
+    rows = [1] * len(packing.lengths) if one_row_each else packing.lengths
+    # Cut with the tokens in front, as they lie in memory: the gradient is then joined by plain copies.
+    cut = [
+        states.transpose(1, 2).split(lengths, 1)
+        for states, lengths in ((query, rows), (key, packing.lengths), (value, packing.lengths))
+    ]
+    out = [
+        F.scaled_dot_product_attention(*(states.transpose(1, 2) for states in sequence), **settings).transpose(1, 2)
+        for sequence in zip(*cut, strict=True)
+    ]
     return torch.cat(out, 1), None
 
 
@@ -303,9 +308,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def default_token_budget(model: nn.Module, device: torch.device) -> int:
-    """Tokens at once that a training step fits into the memory of `device`; on CPU a number that suits its caches."""
+    """Tokens at once: on a GPU what a training step fits into its memory; on CPU few, for its caches and allocator.
+
+    On CPU the feed-forward's activations, in float32, stay within CPU_BUFFER.
+    """
     if device.type != "cuda":
-        return CPU_TOKEN_BUDGET
+        return min(max(OPTIONS * 512, CPU_BUFFER // (4 * model.config.intermediate_size)), 8192)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return token_budget_for(model.config, parameters, torch.cuda.get_device_properties(device).total_memory)
 
