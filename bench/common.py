@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get("RACE_TEST_DATA", ROOT.parent / "shared" / "data"))
 WORK = ROOT / "cache" / "bench"
-RESULTS = ROOT / "bench" / "results"
+RESULTS = Path(os.environ.get("RACE_BENCH_RESULTS", ROOT / "bench" / "results"))
 PACKAGES = ("torch", "transformers", "tokenizers", "pytorch-lightning", "pyarrow", "numpy")
 SHAPES = {  # hidden, heads, intermediate, layers; tiny is for the tests
     "tiny": (32, 4, 64, 2),
@@ -45,9 +45,11 @@ def tokenizer_folder() -> str:
 
 
 def real_cache() -> Path:
-    """The token cache of `source()`, made on first use."""
+    """The token cache that RACE_BENCH_CACHE names, else that of `source()`, made on first use."""
     from race_cache import build_cache
 
+    if given := os.environ.get("RACE_BENCH_CACHE"):
+        return Path(given)
     folder = WORK / Path(source()).name.split(".")[0]
     if not (folder / "manifest.json").exists():
         build_cache(source(), tokenizer_folder(), folder)
@@ -55,7 +57,7 @@ def real_cache() -> Path:
 
 
 def albert_config(shape: str, cache: Path):
-    """An ALBERT configuration of this shape, for the vocabulary of this cache; without dropout, as ALBERT v2."""
+    """An ALBERT configuration of this shape, for the vocabulary of this cache; without dropout, so that sides agree."""
     from transformers import AlbertConfig
 
     from race_cache import read_manifest
@@ -67,6 +69,9 @@ def albert_config(shape: str, cache: Path):
         num_attention_heads=heads,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        classifier_dropout_prob=0.0,
     )
 
 
@@ -178,7 +183,8 @@ def report(name: str, result: dict, device: str = "cpu") -> Path:
     on = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     machine = {"device": on, "cores": os.cpu_count(), "processor": _processor(), "python": platform.python_version()}
     versions = {package: _version(package) for package in PACKAGES}
-    record = {"machine": machine, "versions": versions, "source": Path(source()).name} | result
+    text = Path(os.environ.get("RACE_BENCH_CACHE", source())).name
+    record = {"machine": machine, "versions": versions, "source": text} | result
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.json"
     temporary = path.with_suffix(".tmp")
