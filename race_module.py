@@ -321,11 +321,13 @@ def default_token_budget(model: nn.Module, device: torch.device) -> int:
 def token_budget_for(config: PretrainedConfig, parameters: int, memory: int) -> int:
     """Tokens at once for a device with `memory` bytes: four fifths of it, less weights and optimizer, by bytes a token.
 
-    Kept for the backward pass, a token and layer, in float32: its input, query, key, value, context, two layer-norm
-    inputs and one output (8 hidden), and the feed-forward before and after its activation (2 intermediate). Half
-    precision needs about half of that; the float32 count leaves room for temporary copies.
+    Kept for the backward pass, a token and layer, in float32: its input, query, key, value, context as attention gives
+    it and as joined, two layer-norm inputs and one output (9 hidden), and the feed-forward before and after its
+    activation (2 intermediate); on its way back one layer holds about as much again in gradients. Half precision needs
+    less, which leaves room for its casts.
     """
     layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)
-    per_token = 4 * layers * (8 * config.hidden_size + 2 * config.intermediate_size)
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    per_token = 4 * (layers * (9 * hidden + 2 * intermediate) + 8 * hidden + 2 * intermediate)
     fixed = 16 * parameters + (1 << 30)  # weights, gradients, two moments; context and workspace
     return int(max(OPTIONS * 512, (0.8 * memory - fixed) / per_token))
