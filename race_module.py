@@ -81,10 +81,13 @@ class RaceModule(pl.LightningModule):
         optimizer.zero_grad()
         loss = self._step(batch, "train")
         optimizer.step()
-        self.log("learning_rate", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
+        # Tensors on the host: of a plain number Lightning makes one on the device, and waits for it.
+        rate = torch.tensor(optimizer.param_groups[0]["lr"])
+        self.log("learning_rate", rate, on_step=True, on_epoch=False)
         now, before = time.perf_counter(), self._step_ended
         if before is not None:
-            self.log("tokens_per_second", sum(batch.lengths) / (now - before), on_step=True, on_epoch=False)
+            speed = torch.tensor(sum(batch.lengths) / (now - before))
+            self.log("tokens_per_second", speed, on_step=True, on_epoch=False)
         self._step_ended = now
         return loss
 
@@ -313,7 +316,7 @@ def default_token_budget(model: nn.Module, device: torch.device) -> int:
     On CPU the feed-forward's activations, in float32, stay within CPU_BUFFER.
     """
     if device.type != "cuda":
-        return min(max(OPTIONS * 512, CPU_BUFFER // (4 * model.config.intermediate_size)), 8192)
+        return min(max(OPTIONS * 512, CPU_BUFFER // (4 * model.config.intermediate_size)), 4096)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return token_budget_for(model.config, parameters, torch.cuda.get_device_properties(device).total_memory)
 

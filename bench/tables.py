@@ -81,7 +81,7 @@ def sides(name: str) -> str:
     head = [
         "",
         "questions a second",
-        "ours is faster by (parts)",
+        "ours: times (parts)",
         "share of the matrix-product rate",
         "peak memory, GB",
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import padded
 
-from bench import carried, common, evaluate, gpu_day, loader, scaling, startup, train_step
+from bench import carried, common, evaluate, gpu_day, loader, scaling, startup, tables, train_step
 from race_cache import verify_cache
 from race_data import collate
 
@@ -39,6 +39,8 @@ def in_process(monkeypatch):
 
     for module in (train_step, evaluate, scaling):
         monkeypatch.setattr(module, "processes", processes)
+    for module in (train_step, evaluate):
+        monkeypatch.setattr(module, "matrix_rate", lambda device: [1e12, 2e12, 3e12])  # takes seconds, too
 
 
 def test_each_side_has_a_process_of_its_own():
@@ -89,6 +91,7 @@ def test_train_step_and_evaluate(results, in_process):
     for name, result in (("train_step-tiny", step), ("evaluate-tiny", score)):
         assert kept(results, name)["sides"].keys() == result["sides"].keys() == set(train_step.SIDES)
         assert all(side["questions_per_second"]["median"] > 0 for side in result["sides"].values())
+        assert result["matrix_product_gflops"]["median"] == 2000.0
         assert 0 < result["sides"]["ours"]["share_of_matrix_product"] < 1
 
 
@@ -158,6 +161,17 @@ def test_slowest_imports_are_added_up_by_package():
     lines = ["import time: self [us] | cumulative | imported package", "import time:      100 |        100 | torch.nn"]
     lines += ["import time:       50 |        150 |   torch", "import time:       20 |         20 | scipy"]
     assert startup.slowest("\n".join(lines), count=1) == {"torch": pytest.approx(150e-6)}
+
+
+def test_the_page_says_what_was_measured():
+    """The tables of bench/README.md are those of the kept results; `python -m bench.tables` writes them."""
+    page = tables.PAGE.read_text()
+    assert tables.filled(page) == page and "16 questions" in page
+
+
+def test_a_page_without_a_place_for_a_table_is_named():
+    with pytest.raises(ValueError, match="no place for the table cache"):
+        tables.filled("# Measurements")
 
 
 # -------------------------------------------------------------------------------------------------- a day with a GPU
