@@ -182,6 +182,7 @@ def report(name: str, result: dict, device: str = "cpu") -> Path:
     """Print a result and keep it in bench/results/NAME.json, with the machine and the versions."""
     on = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     machine = {"device": on, "cores": os.cpu_count(), "processor": _processor(), "python": platform.python_version()}
+    machine["load"] = round(os.getloadavg()[2], 1)  # processes at work in the last 15 minutes: more than ours is noise
     versions = {package: _version(package) for package in PACKAGES}
     text = Path(os.environ.get("RACE_BENCH_CACHE", source())).name
     record = {"machine": machine, "versions": versions, "source": text} | result

@@ -29,6 +29,7 @@ from bench.common import (
 
 OURS = "ours"
 SIDES = (OURS, "padded to 512", "padded to the longest of a group")
+PROCESSES = SIDES[:2]  # both paddings share one, as in a training step
 STATE: dict = {}  # of a side's own process
 
 
@@ -45,12 +46,13 @@ def main(arguments: list[str] | None = None) -> dict:
     options.questions, options.group = options.questions or (1024 if gpu else 16), options.group or (32 if gpu else 4)
     cache = str(real_cache())
     products = []
-    with processes(SIDES, setup, cache, options) as call:
+    with processes(PROCESSES, setup, cache, options) as call:
+        run = {side: (lambda side=side: call[OURS if side == OURS else PROCESSES[1]](score, side)) for side in SIDES}
         if gpu:
-            in_turn({side: (lambda side=side: call[side](score)) for side in SIDES}, 1)
+            in_turn(run, 1)
         turns = {"matrix product": lambda: products.extend(matrix_rate(options.device)) or 0.0}
-        seconds = in_turn(turns | {side: (lambda side=side: call[side](score)) for side in SIDES}, options.rounds)
-        peaks = {side: call[side](peak_mb) for side in SIDES}
+        seconds = in_turn(turns | run, options.rounds)
+        peaks = {side: call[side](peak_mb) for side in PROCESSES}
     lengths = _data(cache, options).dataset("validation").lengths().ravel()
     median = {side: statistics.median(seconds[side]) for side in SIDES}
     result = {name: getattr(options, name) for name in ("shape", "questions", "group", "rounds")}
@@ -62,8 +64,8 @@ def main(arguments: list[str] | None = None) -> dict:
         result["sides"][side] = {
             "questions_per_second": spread([options.questions / value for value in seconds[side]]),
             "share_of_matrix_product": rate / statistics.median(products),
-            "peak_mb": peaks[side],
         }
+    result["peak_mb"] = peaks
     result["ratios"] = {side: median[side] / median[OURS] for side in SIDES[1:]}
     report("evaluate" if options.shape == "base" else f"evaluate-{options.shape}", result, options.device)
     return result
@@ -88,12 +90,12 @@ def setup(side: str, cache: str, options: argparse.Namespace) -> None:
     if side == OURS:
         weights, model = model.state_dict(), RaceModule(config=config)
         model.model.load_state_dict(weights)
-    STATE.update(side=side, model=model.to(options.device).eval(), options=options, data=_data(cache, options))
+    STATE.update(model=model.to(options.device).eval(), options=options, data=_data(cache, options))
 
 
-def score() -> float:
+def score(side: str) -> float:
     """Seconds to score the questions."""
-    return timed(_ours if STATE["side"] == OURS else _reference)
+    return timed(_ours if side == OURS else lambda: _reference(side))
 
 
 def _inference():
@@ -116,12 +118,12 @@ def _ours() -> list:
         return torch.cat(probabilities).tolist()
 
 
-def _reference() -> list:
+def _reference(side: str) -> list:
     options, dataset, probabilities = STATE["options"], STATE["data"].dataset("validation"), []
     with _inference():
         for i in range(0, len(dataset), options.group):
             items = [dataset[j] for j in range(i, min(i + options.group, len(dataset)))]
-            batch = pad(items, 512 if STATE["side"] == SIDES[1] else None)
+            batch = pad(items, 512 if side == SIDES[1] else None)
             batch = {name: tensor.to(options.device) for name, tensor in batch.items() if name != "labels"}
             probabilities.append(STATE["model"](**batch).logits.double().softmax(1))
         return torch.cat(probabilities).tolist()

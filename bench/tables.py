@@ -38,7 +38,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def machine(kept: dict) -> str:
     """The line under a table: where it was measured."""
     on, versions = kept["machine"], kept["versions"]
-    return f"\n{on['device']} ({on['processor']}), torch {versions['torch']}, text: {kept['source']}.\n"
+    cores = f"{on['cores']} cores, load {on['load']}" if "load" in on else f"{on['cores']} cores"
+    return f"\n{on['device']} ({on['processor']}, {cores}), torch {versions['torch']}, text: {kept['source']}.\n"
 
 
 def cache() -> str:
@@ -62,13 +63,12 @@ def sides(name: str) -> str:
     """A training step, or scoring."""
     if not (kept := result(name)):
         return MISSING
-    peaks = kept.get("peak_mb", {})
     rows = []
     for side, values in kept["sides"].items():
         ratio = kept["ratios"].get(side)
         times = ratio["of_steps"] if isinstance(ratio, dict) else ratio
         parts = f" ({ratio['of_parts']['min']:.2f} – {ratio['of_parts']['max']:.2f})" if isinstance(ratio, dict) else ""
-        rate, peak = values["questions_per_second"], values.get("peak_mb") or peaks[side]
+        rate, peak = values["questions_per_second"], kept["peak_mb"].get(side)
         rows.append(
             [
                 "this repository" if side == "ours" else f"Hugging Face, {side}",

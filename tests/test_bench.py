@@ -106,11 +106,11 @@ def test_all_sides_compute_the_same(results, cache, side):
     found = {}
     for name in (train_step.OURS, side):
         train_step.setup(name, str(cache), options)
-        train_step.backward(0, 6)
+        train_step.backward(0, 6, name)
         parameters = dict(train_step.STATE["model"].named_parameters())
         gradients = {key.removeprefix("model."): parameter.grad.clone() for key, parameter in parameters.items()}
         evaluate.setup(name, str(cache), options)
-        scores = evaluate._ours() if name == train_step.OURS else evaluate._reference()
+        scores = evaluate._ours() if name == train_step.OURS else evaluate._reference(name)
         found[name] = gradients, torch.tensor(scores)
     ours, theirs = found[train_step.OURS], found[side]
     assert max((ours[0][name] - theirs[0][name]).abs().max() for name in theirs[0]) < 1e-5
