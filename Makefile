@@ -1,5 +1,6 @@
 # `make help` lists the targets. Everything is installed into .venv from the pinned requirements.
 PYTHON ?= python3
+BENCH_DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := true
@@ -45,9 +46,15 @@ test-browser: $(VENV)/dev.stamp ## all five notebooks in JupyterLab, in a headle
 screenshots: $(VENV)/dev.stamp ## remake the pictures of the README from the demo, in a headless chromium
 	PYTHONPATH=. $(BIN)/python tests/screenshots.py
 
-bench: $(VENV)/run.stamp ## measure cache and training step against what a user would otherwise run (about 15 minutes)
-	$(BIN)/python -m bench.cache
-	$(BIN)/python -m bench.train_step --rounds 2
+bench: $(VENV)/run.stamp ## measure everything against what a user would otherwise run; BENCH_DEVICE=cuda on a GPU
+	$(BIN)/python -m bench.cache --rounds 1
+	$(BIN)/python -m bench.train_step --device $(BENCH_DEVICE)
+	$(BIN)/python -m bench.evaluate --device $(BENCH_DEVICE) --rounds 1
+	$(BIN)/python -m bench.loader --device $(BENCH_DEVICE)
+	$(BIN)/python -m bench.scaling --device $(BENCH_DEVICE)
+	$(BIN)/python -m bench.startup
+	$(BIN)/python -m bench.analyses
+	$(BIN)/python -m bench.tables
 
 lint: $(VENV)/dev.stamp ## ruff, and no notebook with outputs
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from race_files import DamagedFileError, check_sealed
 
 FAMILIES = ("albert", "bert")
 OPTIONS = 4
-CPU_TOKEN_BUDGET = 4096
+CPU_BUFFER = 32 << 20  # bytes; glibc hands larger buffers back after each use, and touching them anew costs time
 SHORT = 128  # tokens; up to here one masked attention call is faster than one for each sequence (on CPU)
 
 
@@ -96,10 +96,13 @@ class RaceModule(pl.LightningModule):
         optimizer.step()
         loss = self._over_processes(loss)
         self.log("train_loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
-        self.log("learning_rate", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
+        # Tensors on the host: of a plain number Lightning makes one on the device, and waits for it.
+        rate = torch.tensor(optimizer.param_groups[0]["lr"])
+        self.log("learning_rate", rate, on_step=True, on_epoch=False)
         now, before = time.perf_counter(), self._step_ended
         if before is not None:
-            tokens = self._over_processes(torch.tensor(float(sum(batch.lengths)), device=self.device))
+            tokens = torch.tensor(float(sum(batch.lengths)))
+            tokens = tokens if self._processes == 1 else self._over_processes(tokens.to(self.device))
             self.log("tokens_per_second", tokens / (now - before), on_step=True, on_epoch=False)
         self._step_ended = now
         return loss
@@ -114,9 +117,9 @@ class RaceModule(pl.LightningModule):
 
     def _step(self, batch, name: str) -> torch.Tensor:
         """This process's part of a batch's mean loss, in parts that fit the device; in training each is sent back."""
-        questions = torch.tensor(float(len(batch)), device=self.device)
-        if name == "train":  # processes may have unequal numbers of validation batches, so those go each by itself
-            questions = self._over_processes(questions)
+        questions = len(batch)
+        if name == "train" and self._processes > 1:  # of validation batches, processes may have unequal numbers
+            questions = self._over_processes(torch.tensor(float(questions), device=self.device))
         parts = list(batch.micro_batches(self.token_budget))
         sums = []
         for number, part in enumerate(parts):
@@ -192,8 +195,7 @@ class RaceModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with two parameter groups and a constant learning rate."""
         groups = parameter_groups(self.model, self.weight_decay)
-        fused = all(parameter.is_cuda for parameter in self.parameters())
-        return torch.optim.AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=fused)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=True)
 
     def setup(self, stage: str) -> None:
         """Choose the token budget for the trainer's device, where none was given."""
@@ -343,10 +345,16 @@ def packed_attention(
     settings = {"dropout_p": dropout, "scale": scaling}
     if packing.max_seqlen <= SHORT or query.is_cuda:
         return _in_one_call(query, key, value, packing, one_row_each, **settings), None
-    lengths = packing.lengths
-    queries = query.split([1] * len(lengths) if one_row_each else lengths, 2)
-    sequences = zip(queries, key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    out = [F.scaled_dot_product_attention(q, k, v, **settings).transpose(1, 2) for q, k, v in sequences]
+    rows = [1] * len(packing.lengths) if one_row_each else packing.lengths
+    # Cut with the tokens in front, as they lie in memory: the gradient is then joined by plain copies.
+    cut = [
+        states.transpose(1, 2).split(lengths, 1)
+        for states, lengths in ((query, rows), (key, packing.lengths), (value, packing.lengths))
+    ]
+    out = [
+        F.scaled_dot_product_attention(*(states.transpose(1, 2) for states in sequence), **settings).transpose(1, 2)
+        for sequence in zip(*cut, strict=True)
+    ]
     return torch.cat(out, 1), None
 
 
@@ -403,9 +411,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def default_token_budget(model: nn.Module, device: torch.device) -> int:
-    """Tokens at once that a training step fits into the memory of `device`; on CPU a number that suits its caches."""
+    """Tokens at once: on a GPU what a training step fits into its memory; on CPU few, for its caches and allocator.
+
+    On CPU the feed-forward's activations, in float32, stay within CPU_BUFFER.
+    """
     if device.type != "cuda":
-        return CPU_TOKEN_BUDGET
+        return min(max(OPTIONS * 512, CPU_BUFFER // (4 * model.config.intermediate_size)), 4096)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return token_budget_for(model.config, parameters, torch.cuda.get_device_properties(device).total_memory)
 
@@ -413,11 +424,13 @@ def default_token_budget(model: nn.Module, device: torch.device) -> int:
 def token_budget_for(config: PretrainedConfig, parameters: int, memory: int) -> int:
     """Tokens at once for a device with `memory` bytes: four fifths of it, less weights and optimizer, by bytes a token.
 
-    Kept for the backward pass, a token and layer, in float32: its input, query, key, value, context, two layer-norm
-    inputs and one output (8 hidden), and the feed-forward before and after its activation (2 intermediate). Half
-    precision needs about half of that; the float32 count leaves room for temporary copies.
+    Kept for the backward pass, a token and layer, in float32: its input, query, key, value, context as attention gives
+    it and as joined, two layer-norm inputs and one output (9 hidden), and the feed-forward before and after its
+    activation (2 intermediate); on its way back one layer holds about as much again in gradients. Half precision needs
+    less, which leaves room for its casts.
     """
     layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)
-    per_token = 4 * layers * (8 * config.hidden_size + 2 * config.intermediate_size)
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    per_token = 4 * (layers * (9 * hidden + 2 * intermediate) + 8 * hidden + 2 * intermediate)
     fixed = 16 * parameters + (1 << 30)  # weights, gradients, two moments; context and workspace
     return int(max(OPTIONS * 512, (0.8 * memory - fixed) / per_token))

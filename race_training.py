@@ -224,7 +224,7 @@ def stage_trainer(
         KeepState(state_path(checkpoint_dir, stage), save_minutes),
         LossWatch(stuck_questions),
         StageReport(),
-        TQDMProgressBar(),
+        TQDMProgressBar(refresh_rate=10),  # each refresh reads numbers from the GPU
     ]
     if early_stopping is not None:
         callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))

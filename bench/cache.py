@@ -18,7 +18,8 @@ from pathlib import Path
 from bench.common import ROOT, in_turn, report, source, spread, tokenizer_folder
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
@@ -26,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--side", choices=("ours", "peers"), help=argparse.SUPPRESS)
     parser.add_argument("--files", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.side:
         with tempfile.TemporaryDirectory() as out:
             print(json.dumps(SIDES[options.side](options.files, Path(out) / "cache")))

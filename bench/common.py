@@ -1,18 +1,35 @@
-"""What the measurements share: the test data, rounds in turn, medians, and the JSON that remembers the machine."""
+"""What the measurements share: data, shapes, sides in processes of their own that take turns, medians, JSON."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get("RACE_TEST_DATA", ROOT.parent / "shared" / "data"))
 WORK = ROOT / "cache" / "bench"
+RESULTS = Path(os.environ.get("RACE_BENCH_RESULTS", ROOT / "bench" / "results"))
 PACKAGES = ("torch", "transformers", "tokenizers", "pytorch-lightning", "pyarrow", "numpy")
+SHAPES = {  # hidden, heads, intermediate, layers; tiny is for the tests
+    "tiny": (32, 4, 64, 2),
+    "base": (768, 12, 3072, 12),
+    "large": (1024, 16, 4096, 24),
+    "xlarge": (2048, 16, 8192, 24),
+}
+
+
+# -------------------------------------------------------------------------------------------------- data and models
 
 
 def source() -> str:
@@ -28,13 +45,103 @@ def tokenizer_folder() -> str:
 
 
 def real_cache() -> Path:
-    """The token cache of `source()`, made on first use."""
+    """The token cache that RACE_BENCH_CACHE names, else that of `source()`, made on first use."""
     from race_cache import build_cache
 
+    if given := os.environ.get("RACE_BENCH_CACHE"):
+        return Path(given)
     folder = WORK / Path(source()).name.split(".")[0]
     if not (folder / "manifest.json").exists():
         build_cache(source(), tokenizer_folder(), folder)
     return folder
+
+
+def albert_config(shape: str, cache: Path):
+    """An ALBERT configuration of this shape, for the vocabulary of this cache; without dropout, so that sides agree."""
+    from transformers import AlbertConfig
+
+    from race_cache import read_manifest
+
+    hidden, heads, intermediate, layers = SHAPES[shape]
+    return AlbertConfig(
+        vocab_size=read_manifest(cache)["tokenizer"]["vocabulary"],
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        classifier_dropout_prob=0.0,
+    )
+
+
+def draw(cache: Path, split: str, questions: int, seed: int = 0) -> list[dict]:
+    """Questions of a split drawn at random, in the order of the draw."""
+    from race_data import RaceDataset
+
+    dataset = RaceDataset(cache, split)
+    return [dataset[i] for i in np.random.default_rng(seed).choice(len(dataset), questions, replace=False)]
+
+
+def pad(items: list[dict], longest: int | None) -> dict[str, torch.Tensor]:
+    """Questions as padded [n, 4, L] tensors, L = `longest` or the longest sequence among them."""
+    sequences = [ids for item in items for ids in item["input_ids"]]
+    kinds = [segments for item in items for segments in item["token_type_ids"]]
+    longest = longest or max(map(len, sequences))
+    ids, segments, mask = (np.zeros((len(sequences), longest), np.int64) for _ in range(3))
+    for i, (sequence, kind) in enumerate(zip(sequences, kinds, strict=True)):
+        ids[i, : len(sequence)], segments[i, : len(sequence)], mask[i, : len(sequence)] = sequence, kind, 1
+    arrays = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
+    tensors = {name: torch.from_numpy(array).view(-1, 4, longest) for name, array in arrays.items()}
+    return tensors | {"labels": torch.tensor([item["label"] for item in items])}
+
+
+# -------------------------------------------------------------------------------------------------- FLOPs
+
+
+def forward_flops(shape: str, lengths: np.ndarray, last_layer_at_cls: bool) -> float:
+    """FLOPs that a forward pass over sequences of these lengths needs; a training step needs three times as many.
+
+    A token and layer: 2·(4·h² + 2·h·i) for the matrix products with weights, and 4·h·L for attention in a sequence
+    of L tokens. With last_layer_at_cls, what nothing reads is left out: in the last layer only keys and values are
+    needed of every token, the rest of [CLS]. Padding is never counted; embeddings, norms and GELU are not either.
+    """
+    hidden, _, intermediate, layers = SHAPES[shape]
+    lengths = np.asarray(lengths, np.float64)
+    per_token = 2 * (4 * hidden**2 + 2 * hidden * intermediate)
+    flops = float((layers * (lengths * per_token + 4 * hidden * lengths**2)).sum())
+    if last_layer_at_cls:
+        flops -= float((2 * (lengths - 1) * (2 * hidden**2 + 2 * hidden * intermediate)).sum())
+        flops -= float((4 * hidden * (lengths**2 - lengths)).sum())
+    return flops
+
+
+def matrix_rate(device: str = "cpu", products: int = 3) -> list[float]:
+    """FLOP/s of plain matrix products into a buffer that is there already, each one timed: float32, bf16 on CUDA."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (3072, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.mm(a, b)
+    return [2 * size**3 / timed(lambda: torch.mm(a, b, out=out)) for _ in range(products)]
+
+
+# -------------------------------------------------------------------------------------------------- taking turns
+
+
+@contextlib.contextmanager
+def processes(sides: list[str], setup: Callable, *arguments) -> Iterator[dict[str, Callable]]:
+    """A process for each side, set up by `setup(side, *arguments)`; gives call(function, *arguments) for each.
+
+    Processes of their own keep the sides' memory and allocators apart; only one computes at a time.
+    """
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pools = {
+            side: stack.enter_context(ProcessPoolExecutor(1, context, setup, (side, *arguments))) for side in sides
+        }
+        yield {
+            side: (lambda function, *args, pool=pool: pool.submit(function, *args).result())
+            for side, pool in pools.items()
+        }
 
 
 def in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -49,8 +156,6 @@ def in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, lis
 
 def timed(run: Callable[[], object]) -> float:
     """Seconds that a call takes, to the end of what it started on the device."""
-    import torch
-
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -58,27 +163,43 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def peak_mb() -> float:
+    """Peak memory of this process in MB: of the GPU where it used one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+# -------------------------------------------------------------------------------------------------- results
+
+
 def spread(values: list[float]) -> dict:
     """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def report(name: str, result: dict) -> None:
+def report(name: str, result: dict, device: str = "cpu") -> Path:
     """Print a result and keep it in bench/results/NAME.json, with the machine and the versions."""
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    machine = {
-        "device": device,
-        "cores": os.cpu_count(),
-        "processor": _processor(),
-        "python": platform.python_version(),
-    }
-    record = {"machine": machine, "versions": {p: version(p) for p in PACKAGES}, "source": Path(source()).name} | result
-    suffix = "-cuda" if torch.cuda.is_available() else ""
-    path = ROOT / "bench" / "results" / f"{name}{suffix}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    on = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine = {"device": on, "cores": os.cpu_count(), "processor": _processor(), "python": platform.python_version()}
+    machine["load"] = round(os.getloadavg()[2], 1)  # processes at work in the last 15 minutes: more than ours is noise
+    versions = {package: _version(package) for package in PACKAGES}
+    text = Path(os.environ.get("RACE_BENCH_CACHE", source())).name
+    record = {"machine": machine, "versions": versions, "source": text} | result
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
     print(json.dumps(result, indent=1))
+    return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -1,106 +1,178 @@
-"""One training step: ours against Hugging Face's AlbertForMultipleChoice, padded to 512 or to the longest of four.
+"""One training step: ours against Hugging Face's AlbertForMultipleChoice, padded to 512 or to the longest of a group.
 
-The same questions, drawn at random; the same random weights; albert-base's shape; forward, loss, backward and AdamW.
-Model FLOPs are counted for the tokens that each question really has: per token and layer 2·(4·h² + 2·h·i) for the
-matrix products and 4·h·L for attention in a sequence of L tokens, three times that for forward and backward. Ours
-leaves out what is never read: in the last layer everything but keys and values is computed for [CLS] only.
+The same questions, drawn at random; the same random weights; forward, loss, backward, and AdamW in the end. Hugging
+Face's model is used as it comes: SDPA, `gelu_new` untouched, `--group` questions at a time, gradients added up. Each
+model is in a process of its own. On CPU they take turns after every four questions, and matrix products are timed
+in between; on a GPU (bf16 autocast on all sides) they take turns after whole steps, and warm-up comes first.
+FLOPs are counted by `bench.common.forward_flops`, three times the forward pass.
 """
 
 import argparse
-import time
+import contextlib
+import statistics
 
 import numpy as np
 import torch
 
-from bench.common import in_turn, real_cache, report, spread, timed, tokenizer_folder
+from bench.common import (
+    SHAPES,
+    albert_config,
+    draw,
+    forward_flops,
+    matrix_rate,
+    pad,
+    peak_mb,
+    processes,
+    real_cache,
+    report,
+    spread,
+    timed,
+)
 
-SHAPES = {"base": (768, 12, 3072), "large": (1024, 16, 4096), "xlarge": (2048, 16, 8192)}
+OURS = "ours"
+SIDES = (OURS, "padded to 512", "padded to the longest of a group")
+PROCESSES = SIDES[:2]  # both paddings share one: Hugging Face's model takes 10 GB for a step, which glibc then keeps
+STATE: dict = {}  # of a side's own process
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> dict:
+    """Measure, and keep the result; returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=16, help="questions in a step")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="base")
-    options = parser.parse_args()
-    from transformers import AlbertConfig, AlbertForMultipleChoice, AutoTokenizer
+    parser.add_argument("--questions", type=int, help="questions in a step (16; on a GPU 32)")
+    parser.add_argument("--rounds", type=int, help="steps of each side (1; on a GPU 20)")
+    parser.add_argument("--group", type=int, help="questions at a time for Hugging Face (4; on a GPU 32)")
+    parser.add_argument("--compile", action="store_true", help="compile our feed-forward with torch.compile")
+    options = parser.parse_args(arguments)
+    gpu = options.device == "cuda"
+    options.questions, options.rounds = options.questions or (32 if gpu else 16), options.rounds or (20 if gpu else 1)
+    options.group = options.group or (32 if gpu else 4)
+    cache = str(real_cache())
+    seconds, products, peaks = measure(options, cache)
+    result = summary(options, cache, seconds, products) | {"peak_mb": peaks}
+    report("train_step" if options.shape == "base" else f"train_step-{options.shape}", result, options.device)
+    return result
 
-    from race_data import RaceDataset, collate
-    from race_module import RaceModule
 
-    hidden, heads, intermediate = SHAPES[options.shape]
-    dataset = RaceDataset(real_cache(), "train")
-    vocabulary = len(AutoTokenizer.from_pretrained(real_cache() / "model"))
-    shape = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": intermediate}
-    layers = 24 if options.shape != "base" else 12
-    config = AlbertConfig(vocab_size=vocabulary, num_hidden_layers=layers, **shape)
-    torch.manual_seed(0)
-    reference = AlbertForMultipleChoice(config)
-    module = RaceModule(config=config)
-    module.model.load_state_dict(reference.state_dict())
-    module.manual_backward, module.log, module.token_budget = torch.Tensor.backward, lambda *_, **__: None, 4096
-    items = [dataset[i] for i in np.random.default_rng(0).choice(len(dataset), options.questions, replace=False)]
-    optimizers = {id(model): torch.optim.AdamW(model.parameters(), lr=0.0) for model in (reference, module)}
+def measure(options: argparse.Namespace, cache: str) -> tuple[dict[str, list[list[float]]], list[float], dict]:
+    """Seconds of each part of each step of each side, FLOP/s of the matrix products in between, and peak memory.
 
-    def ours() -> None:
-        optimizers[id(module)].zero_grad()
-        module._step(collate(items), "train")
-        optimizers[id(module)].step()
+    A step's last part is the optimizer's.
+    """
+    part = options.questions if options.device == "cuda" else 4
+    starts = range(0, options.questions, part)
+    seconds: dict[str, list[list[float]]] = {side: [] for side in SIDES}
+    products = []
+    with processes(PROCESSES, setup, cache, options) as call:
+        run = {side: call[OURS if side == OURS else PROCESSES[1]] for side in SIDES}
+        for side in SIDES:  # once for nothing: what is allocated stays, the optimizer makes its state
+            run[side](backward, 0, 1, side)
+            run[side](update)
+        for number in range(-3 if options.device == "cuda" else 0, options.rounds):
+            step: dict[str, list[float]] = {side: [] for side in SIDES}
+            for first in starts:
+                products += matrix_rate(options.device)
+                for side in SIDES:
+                    step[side].append(run[side](backward, first, first + part, side))
+                    print(f"  step {number}, questions from {first}, {side}: {step[side][-1]:.2f} s", flush=True)
+            for side in SIDES:
+                step[side].append(run[side](update))
+                if number >= 0:
+                    seconds[side].append(step[side])
+        return seconds, products, {side: call[side](peak_mb) for side in PROCESSES}
 
-    def padded(longest: int | None) -> None:
-        optimizers[id(reference)].zero_grad()
-        for i in range(0, len(items), 4):
-            batch = pad(items[i : i + 4], longest)
-            (reference(**batch).loss * len(batch["labels"]) / len(items)).backward()
-        optimizers[id(reference)].step()
 
-    sides = {"ours": ours, "padded to 512": lambda: padded(512), "padded to the longest of 4": lambda: padded(None)}
-    seconds = in_turn({name: (lambda run=run: timed(run)) for name, run in sides.items()}, options.rounds)
-    lengths = np.array(collate(items).lengths)
-    per_token = layers * 2 * (4 * hidden**2 + 2 * hidden * intermediate)
-    flops = 3 * float((lengths * per_token + layers * 4 * hidden * lengths**2).sum())
-    last = 3 * 2 * float((lengths - 1).sum()) * (2 * hidden**2 + 2 * hidden * intermediate)
-    last += 3 * 4 * hidden * float((lengths**2 - lengths).sum())
-    peak = matrix_rate()
-    result = {"shape": options.shape, "questions": options.questions, "tokens_per_sequence": float(lengths.mean())}
-    result["matrix_product_gflops"] = peak / 1e9
-    result["sides"] = {}
-    for name, values in seconds.items():
-        counted = flops - last if name == "ours" else flops
-        rate = counted / spread(values)["median"]
-        result["sides"][name] = {
-            "questions_per_second": spread([options.questions / value for value in values]),
-            "model_gflops": rate / 1e9,
-            "share_of_matrix_product": rate / peak,
+def summary(options: argparse.Namespace, cache: str, seconds: dict, products: list[float]) -> dict:
+    """Questions a second, FLOP/s, share of the matrix-product rate (medians), and ratios of steps and of parts."""
+    items = draw(cache, "train", options.questions)
+    lengths = np.array([len(ids) for item in items for ids in item["input_ids"]])
+    steps = {side: [sum(parts) for parts in seconds[side]] for side in SIDES}
+    median = {side: statistics.median(steps[side]) for side in SIDES}
+    sides, ratios = {}, {}
+    for side in SIDES:
+        flops = 3 * forward_flops(options.shape, lengths, last_layer_at_cls=side == OURS)
+        sides[side] = {
+            "questions_per_second": spread([options.questions / value for value in steps[side]]),
+            "seconds_of_parts": seconds[side][:4],
+            "model_gflops": flops / median[side] / 1e9,
+            "share_of_matrix_product": flops / median[side] / statistics.median(products),
         }
-    median = {name: spread(values)["median"] for name, values in seconds.items()}
-    result["ratios"] = {name: median[name] / median["ours"] for name in list(sides)[1:]}
-    report("train_step", result | {"vocabulary": tokenizer_folder().rpartition("/")[2]})
+        pairs = zip(np.concatenate(seconds[side]), np.concatenate(seconds[OURS]), strict=True)
+        by_part = [float(theirs / mine) for theirs, mine in pairs]
+        without_updates = [ratio for i, ratio in enumerate(by_part, 1) if i % len(seconds[side][0])]
+        ratios[side] = {"of_steps": median[side] / median[OURS], "of_parts": spread(without_updates)}
+    named = ("shape", "questions", "group", "rounds", "compile")
+    return {name: getattr(options, name) for name in named} | {
+        "precision": "bf16-mixed" if options.device == "cuda" else "32-true",
+        "tokens_per_sequence": float(lengths.mean()),
+        "matrix_product_gflops": {name: value / 1e9 for name, value in spread(products).items()},
+        "sides": sides,
+        "ratios": {side: ratios[side] for side in SIDES[1:]},
+    }
 
 
-def pad(items: list[dict], longest: int | None) -> dict[str, torch.Tensor]:
-    """Questions as padded [n, 4, L] tensors, L = `longest` or the longest sequence among them."""
-    sequences = [ids for item in items for ids in item["input_ids"]]
-    longest = longest or max(map(len, sequences))
-    ids, segments, mask = (np.zeros((len(sequences), longest), np.int64) for _ in range(3))
-    for i, (sequence, kinds) in enumerate(
-        zip(sequences, (kinds for item in items for kinds in item["token_type_ids"]), strict=True)
-    ):
-        ids[i, : len(sequence)], segments[i, : len(sequence)], mask[i, : len(sequence)] = sequence, kinds, 1
-    arrays = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
-    tensors = {name: torch.from_numpy(array).view(-1, 4, longest) for name, array in arrays.items()}
-    return tensors | {"labels": torch.tensor([item["label"] for item in items])}
+# -------------------------------------------------------------------------------------------------- in a side's process
 
 
-def matrix_rate(size: int = 3072, rounds: int = 5) -> float:
-    """FLOP/s of a plain matrix product, the best of a few."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = 0.0
-    for _ in range(rounds):
-        start = time.perf_counter()
-        a @ b
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
+def setup(side: str, cache: str, options: argparse.Namespace) -> None:
+    """Make a side's model, optimizer and questions; all sides start from the same weights."""
+    from transformers import AlbertForMultipleChoice
+
+    from race_module import RaceModule, default_token_budget
+
+    config = albert_config(options.shape, cache)
+    torch.manual_seed(0)
+    model = AlbertForMultipleChoice(config)
+    if side == OURS:
+        weights, model = model.state_dict(), RaceModule(config=config)
+        model.model.load_state_dict(weights)
+        model.manual_backward, model.log = torch.Tensor.backward, lambda *_, **__: None
+        model.token_budget = default_token_budget(model.model, torch.device(options.device))
+        if options.compile:
+            compile_feed_forward(model)
+    model.to(options.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    STATE.update(model=model, optimizer=optimizer, options=options)
+    STATE["items"] = draw(cache, "train", options.questions)
+
+
+def compile_feed_forward(module) -> None:
+    """Compile the part of a layer that sees no sequence bounds, for any number of tokens."""
+    from race_module import encoder_layers
+
+    for layer in set(encoder_layers(module.model.base_model)):
+        layer.ff_chunk = torch.compile(layer.ff_chunk, dynamic=True)
+
+
+def backward(first: int, last: int, side: str) -> float:
+    """Seconds for forward and backward over questions first to last; gradients add up."""
+    return timed(lambda: _backward(STATE["items"][first:last], side))
+
+
+def _backward(items: list[dict], side: str) -> None:
+    from race_data import collate
+
+    model, options = STATE["model"], STATE["options"]
+    gpu = options.device == "cuda"
+    with torch.autocast("cuda", torch.bfloat16) if gpu else contextlib.nullcontext():
+        if side == OURS:
+            model._step(collate(items).to(options.device), "train")
+            return
+        for i in range(0, len(items), options.group):
+            batch = pad(items[i : i + options.group], 512 if side == SIDES[1] else None)
+            batch = {name: tensor.to(options.device) for name, tensor in batch.items()}
+            (model(**batch).loss * len(batch["labels"]) / len(items)).backward()
+
+
+def update() -> float:
+    """Seconds for the optimizer's step."""
+    return timed(_update)
+
+
+def _update() -> None:
+    STATE["optimizer"].step()
+    STATE["optimizer"].zero_grad()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ALBERT, ROOT, padded
-from transformers import AlbertForMultipleChoice, BertForMultipleChoice, RobertaConfig
+from transformers import AlbertConfig, AlbertForMultipleChoice, BertForMultipleChoice, RobertaConfig
 
 from race_data import RaceDataModule, collate
-from race_module import RaceModule, parameter_groups, token_budget_for
+from race_module import RaceModule, default_token_budget, parameter_groups, token_budget_for
 
 REFERENCE = {"albert": AlbertForMultipleChoice, "bert": BertForMultipleChoice}
 
@@ -158,11 +158,41 @@ def test_too_long_a_sequence_is_named(albert_config, items):
 
 
 def test_token_budget_grows_with_memory(albert_config):
-    from transformers import AlbertConfig
-
     base = AlbertConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     budgets = [token_budget_for(base, 12_000_000, gigabytes << 30) for gigabytes in (2, 8, 16, 24, 40, 80)]
     assert budgets == sorted(budgets) and budgets[0] == 4 * 512 and budgets[-1] > 32 * 4 * 512
+
+
+def test_token_budget_counts_the_bytes_that_a_step_takes():
+    """Peak resident memory of steps of 2,048 and of 6,144 tokens, in a process of its own, against the formula."""
+    code = (
+        "import resource, numpy as np, torch\n"
+        "from transformers import AlbertConfig\n"
+        "from race_data import collate\n"
+        "from race_module import RaceModule\n"
+        "sizes = {'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': 8, 'num_attention_heads': 2}\n"
+        "module = RaceModule(config=AlbertConfig(vocab_size=1000, **sizes))\n"
+        "module.manual_backward, module.log = torch.Tensor.backward, lambda *_, **__: None\n"
+        "question = {'input_ids': [np.full(256, 7)] * 4, 'token_type_ids': [np.zeros(256, int)] * 4, 'label': 0}\n"
+        "for questions in (2, 6):\n"
+        "    module._step(collate([question] * questions), 'train')\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    small, large = map(int, run.stdout.split()[-2:])
+    measured = (large - small) / 4096
+    config = AlbertConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=8)
+    first, second = (token_budget_for(config, 0, memory << 30) for memory in (16, 32))
+    assert 1.0 <= 0.8 * (16 << 30) / (second - first) / measured <= 1.3
+
+
+def test_token_budget_on_cpu_keeps_buffers_small():
+    """The feed-forward's activations of a part take 32 MB at most, but a whole question always fits."""
+    budgets = []
+    for intermediate in (64, 3072, 16384):
+        config = AlbertConfig(hidden_size=64, num_attention_heads=1, intermediate_size=intermediate, vocab_size=9)
+        budgets.append(default_token_budget(RaceModule(config=config).model, torch.device("cpu")))
+    assert budgets == [4096, 2730, 2048]
 
 
 def test_checkpoint_loads_without_network_cache_or_hub(cache, tmp_path):
@@ -211,8 +241,6 @@ def test_a_checkpoint_that_brings_code_is_refused(tmp_path):
 
 def test_albert_base_takes_real_steps(real_cache):
     """albert-base's shape on real RACE text: finite losses near ln 4, and weights that move."""
-    from transformers import AlbertConfig
-
     torch.manual_seed(0)
     module = RaceModule(config=AlbertConfig.from_pretrained(ALBERT))
     optimizer = module.configure_optimizers()

@@ -1,0 +1,259 @@
+"""The benchmarks run on a small scale and count what they say; a GPU day's parts go on where they stopped."""
+
+import contextlib
+import json
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import padded
+
+from bench import carried, common, evaluate, gpu_day, loader, scaling, startup, tables, train_step
+from race_cache import verify_cache
+from race_data import collate
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch, cache):
+    """Results go to a folder of the test's own, and text comes from the small corpus."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(loader, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(common, "WORK", tmp_path / "work")
+    monkeypatch.setenv("RACE_BENCH_CACHE", str(cache))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The sides in this process, made anew before each call: a process of its own costs seconds to start."""
+
+    @contextlib.contextmanager
+    def processes(sides, setup, *arguments):
+        yield {side: partial(call, side, setup, arguments) for side in sides}
+
+    def call(side, setup, arguments, function, *its_arguments):
+        setup(side, *arguments)
+        return function(*its_arguments)
+
+    for module in (train_step, evaluate, scaling):
+        monkeypatch.setattr(module, "processes", processes)
+    for module in (train_step, evaluate):
+        monkeypatch.setattr(module, "matrix_rate", lambda device: [1e12, 2e12, 3e12])  # takes seconds, too
+
+
+def test_each_side_has_a_process_of_its_own():
+    with common.processes(["a", "b"], str) as call:
+        pids = {call[side](os.getpid) for side in ("a", "a", "b")}
+        assert len(pids) == 2 and os.getpid() not in pids
+
+
+def kept(results, name: str) -> dict:
+    return json.loads((results / f"{name}.json").read_text())
+
+
+def test_flops_are_those_of_the_products():
+    """By hand: h 32, i 64, two layers, one sequence of 3 tokens."""
+    per_token = 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    attention = 4 * 32 * 9
+    assert common.forward_flops("tiny", np.array([3]), last_layer_at_cls=False) == 2 * (3 * per_token + attention)
+    at_cls = 3 * 2 * 2 * 32 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 64) + 4 * 32 * 3  # keys, values; the rest of one token
+    assert common.forward_flops("tiny", np.array([3]), last_layer_at_cls=True) == 3 * per_token + attention + at_cls
+
+
+def test_counted_flops_are_those_that_torch_counts(cache, items):
+    """Torch's own counter sees the matrix products that ours computes, attention written out as products too."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from race_module import RaceModule
+
+    module, batch = RaceModule(config=common.albert_config("tiny", cache)), collate(items(2, longest=300))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.eval()(batch)
+    lengths = np.array(batch.lengths)
+    head = 2 * lengths.sum() * 128 * 32 + 2 * len(lengths) * (32 * 32 + 32)  # embedding projection, pooler, classifier
+    expected = common.forward_flops("tiny", lengths, last_layer_at_cls=True) + head
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_reference_gets_the_padded_batch(items):
+    made = items(3)
+    ours, theirs = common.pad(made, None), padded(collate(made))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert common.pad(made, 512)["input_ids"].shape == (3, 4, 512)
+
+
+def test_train_step_and_evaluate(results, in_process):
+    step = train_step.main(["--shape", "tiny", "--questions", "5"])
+    score = evaluate.main(["--shape", "tiny", "--questions", "6", "--rounds", "1"])
+    for name, result in (("train_step-tiny", step), ("evaluate-tiny", score)):
+        assert kept(results, name)["sides"].keys() == result["sides"].keys() == set(train_step.SIDES)
+        assert all(side["questions_per_second"]["median"] > 0 for side in result["sides"].values())
+        assert result["matrix_product_gflops"]["median"] == 2000.0
+        assert 0 < result["sides"]["ours"]["share_of_matrix_product"] < 1
+
+
+@pytest.mark.parametrize("side", train_step.SIDES[1:])
+def test_all_sides_compute_the_same(results, cache, side):
+    """The sides of the step: equal gradients. The sides of scoring: equal probabilities, each in its own order."""
+    import argparse
+
+    from race_data import length_order
+
+    options = argparse.Namespace(shape="tiny", device="cpu", questions=6, group=4, compile=False)
+    found = {}
+    for name in (train_step.OURS, side):
+        train_step.setup(name, str(cache), options)
+        train_step.backward(0, 6, name)
+        parameters = dict(train_step.STATE["model"].named_parameters())
+        gradients = {key.removeprefix("model."): parameter.grad.clone() for key, parameter in parameters.items()}
+        evaluate.setup(name, str(cache), options)
+        scores = evaluate._ours() if name == train_step.OURS else evaluate._reference(name)
+        found[name] = gradients, torch.tensor(scores)
+    ours, theirs = found[train_step.OURS], found[side]
+    assert max((ours[0][name] - theirs[0][name]).abs().max() for name in theirs[0]) < 1e-5
+    order = length_order(evaluate.STATE["data"].dataset("validation"))
+    assert torch.allclose(ours[1], theirs[1][order], atol=1e-5) and theirs[1].std() > 0
+
+
+def test_compiled_feed_forward_is_compiled_once(cache, items, monkeypatch):
+    """Whatever the number of tokens: no recompilation after the first, and the same logits."""
+    from race_module import RaceModule
+
+    torch._dynamo.reset()
+    compiled, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile_(function, backend=backend, **settings))
+    module = RaceModule(config=common.albert_config("tiny", cache)).eval()
+    batches = [collate(items(count, seed=count)) for count in (2, 3, 5, 7)]
+    expected = [module(batch) for batch in batches]
+    train_step.compile_feed_forward(module)
+    logits = [module(batch) for batch in batches]
+    assert len(compiled) == 1
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(logits, expected, strict=True))
+
+
+def test_loader_is_held_against_the_step(results):
+    assert loader.main(["--batches", "2", "--rounds", "1", "--workers", "0"])["workers"]["0"]["questions_per_second"]
+    assert loader.seconds_a_question("cpu") is None
+    step = {"sides": {"ours": {"questions_per_second": {"median": 0.25}}}}
+    (results / "train_step.json").write_text(json.dumps(step))
+    assert loader.seconds_a_question("cpu") == 4.0
+
+
+def test_scaling_steps_have_the_tokens_they_are_asked_for(results, cache, in_process):
+    rows = scaling.step_sizes(str(cache), "tiny", "cpu", [512, 2048])
+    assert [row["tokens"] for row in rows] == [512, 2048] and all(row["seconds"] > 0 for row in rows)
+
+
+def test_the_questions_for_two_processes_are_alike(cache):
+    lengths = np.array(scaling.near_median(str(cache), 4))
+    assert lengths.shape == (4, 4) and np.ptp(lengths.sum(1)) <= 8
+
+
+def test_slowest_imports_are_added_up_by_package():
+    lines = ["import time: self [us] | cumulative | imported package", "import time:      100 |        100 | torch.nn"]
+    lines += ["import time:       50 |        150 |   torch", "import time:       20 |         20 | scipy"]
+    assert startup.slowest("\n".join(lines), count=1) == {"torch": pytest.approx(150e-6)}
+
+
+def test_the_page_says_what_was_measured():
+    """The tables of bench/README.md are those of the kept results; `python -m bench.tables` writes them."""
+    page = tables.PAGE.read_text()
+    assert tables.filled(page) == page and "16 questions" in page
+
+
+def test_a_page_without_a_place_for_a_table_is_named():
+    with pytest.raises(ValueError, match="no place for the table cache"):
+        tables.filled("# Measurements")
+
+
+# -------------------------------------------------------------------------------------------------- a day with a GPU
+
+SMALL = ["--device", "cpu", "--small"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """What `prepare` makes, from the demo's corpus and model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(carried, "source", lambda: "demo")
+        out = tmp_path_factory.mktemp("carried") / "carried"
+        carried.prepare(out, small=True)
+    return out
+
+
+def test_the_carried_folder_is_a_cache_without_text(folder):
+    from safetensors.torch import load_file
+
+    from race_data import RaceDataset
+
+    assert verify_cache(folder) == []
+    train, test = RaceDataset(folder, "train"), RaceDataset(folder, "test")
+    assert len(train) > len(test) > 0 and len(train[0]["input_ids"][0]) > 20
+    assert train.text(0)["article"] == "" and train.text(0)["options"] == [""] * 4
+    assert {tensor.dtype for tensor in load_file(folder / "model" / "model.safetensors").values()} == {torch.float16}
+
+
+def test_the_carried_folder_may_not_be_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(carried, "source", lambda: "demo")
+    monkeypatch.setattr(carried, "LIMIT", 1000)
+    with pytest.raises(RuntimeError, match="lower PASSAGES"):
+        carried.prepare(tmp_path / "carried", small=True)
+    assert not (tmp_path / "carried").exists()
+
+
+def test_parity_on_this_device(results):
+    assert gpu_day.main(["parity", *SMALL]) == 0
+    errors = kept(results, "gpu_parity")["relative_errors"]
+    assert errors.keys() == {f"{family} {dtype}" for family in ("albert", "bert") for dtype in ("float32", "bfloat16")}
+    assert errors["albert float32"]["ours"]["gradients"] < 1e-4 < errors["albert bfloat16"]["ours"]["gradients"] < 0.1
+    assert kept(results, "gpu_curve")["largest_difference"] < 0.05
+
+
+def test_parity_finds_a_wrong_attention(results, monkeypatch):
+    from transformers import AttentionInterface
+
+    from race_module import packed_attention
+
+    def wrong(*arguments, **settings):
+        out, weights = packed_attention(*arguments, **settings)
+        return out.roll(1, 1), weights
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "packed", wrong)
+    with pytest.raises(RuntimeError, match="the packed path differs"):
+        gpu_day.main(["parity", *SMALL])
+    assert not (results / "gpu_parity.json").exists()
+
+
+def test_speed_and_chain_go_on_where_they_stopped(results, folder, capsys):
+    arguments = [*SMALL, "--carried", str(folder)]
+    assert gpu_day.main(["speed", *arguments, "--minutes", "0"]) == 2  # no time for anything
+    assert not results.exists() and "call again" in capsys.readouterr().out
+    assert gpu_day.main(["chain", *arguments]) == 0
+    stages = [kept(results, f"gpu_chain-{stage}") for stage in ("e1", "e2", "e3")]
+    assert [stage["learning_rate"] for stage in stages] == [1e-4, 1e-4, 1e-5]
+    assert all(stage["ci_low"] < stage["accuracy"] < stage["ci_high"] for stage in stages)
+    assert gpu_day.main(["chain", *arguments]) == 0
+    assert capsys.readouterr().out.count("done before") == 3
+
+
+def test_speed_measures_an_epoch_of_the_trainer(results, folder, monkeypatch):
+    for name in ("train_step", "evaluate", "loader"):  # tested above
+        monkeypatch.setattr(getattr(gpu_day, name), "main", lambda *_: None)
+    assert gpu_day.main(["speed", *SMALL, "--carried", str(folder)]) == 0
+    result = kept(results, "gpu_epoch")
+    assert result["race_epoch_seconds"] == pytest.approx(result["seconds_a_step"] * 43933)
+
+
+def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert gpu_day.main(["chain", "--carried", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert "pandas is not installed" in message and "prepare" in message
