@@ -30,7 +30,7 @@ race: $(VENV)/run.stamp ## the whole chain on RACE with albert-base-v2, on a GPU
 	$(BIN)/python run_chain.py race
 
 test: $(VENV)/dev.stamp lint ## lint, unit tests, and all five notebooks on a small demo
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-kill: $(VENV)/dev.stamp ## over a hundred kills of a small chain, compared byte for byte (about half an hour)
 	$(BIN)/python -m pytest -m kill -s

@@ -66,7 +66,7 @@ def build_cache(
         except SafetensorError as error:
             raise CacheError(f"{out}: the weights of {model} cannot be read or written ({error})") from error
         manifest |= {"seconds": round(time.perf_counter() - started, 2)}
-        _write_manifest(folder / "manifest.json", manifest)
+        write_manifest(folder / "manifest.json", manifest)
         for path in (*folder.rglob("*"), folder):
             flush(path)
         return _move_into_place(folder, out, manifest, force)
@@ -166,9 +166,10 @@ def _groups_of_four(values: pa.Array) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(values, len(LABELS))
 
 
-def _write_manifest(path: Path, manifest: dict) -> None:
-    """Write the manifest with a hash of the file itself, made with zeros in the hash's own place."""
-    text = json.dumps({"sha256": NO_HASH} | manifest, indent=1, ensure_ascii=False)
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Write a manifest with a hash of the file itself, made with zeros in the hash's own place."""
+    content = {"sha256": NO_HASH} | {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(text.replace(NO_HASH, digest, 1), encoding="utf-8")
 

@@ -94,7 +94,8 @@ def halve_weights(model: Path) -> None:
 
 def describe(cache: Path) -> dict:
     """Bring a cache's manifest up to date with its files; returns it."""
-    from race_cache import file_hash, read_manifest
+    from race_cache import read_manifest, write_manifest
+    from race_files import file_hash
 
     manifest = read_manifest(cache)
     files = sorted(path for path in cache.rglob("*") if path.is_file() and path.name != "manifest.json")
@@ -105,5 +106,5 @@ def describe(cache: Path) -> dict:
     for part in ("model", "tokenizer"):
         manifest[part]["name"] = "demo" if manifest[part]["name"] == "demo" else "all-MiniLM-L6-v2"
     manifest["notes"] = [*manifest["notes"], "without text; weights in half precision"]
-    (cache / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_manifest(cache / "manifest.json", manifest)
     return manifest

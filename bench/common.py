@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -167,7 +167,8 @@ def peak_mb() -> float:
     """Peak memory of this process in MB: of the GPU where it used one, else resident."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    status = Path("/proc/self/status").read_text()  # getrusage would count what the parent had at the fork
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e3
 
 
 # -------------------------------------------------------------------------------------------------- results

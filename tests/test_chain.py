@@ -8,7 +8,7 @@ import pytest
 from kill import in_a_process
 
 import run_chain
-from race_cache import FORMAT, _write_manifest
+from race_cache import FORMAT, write_manifest
 from race_resume import read_state
 
 
@@ -40,7 +40,7 @@ def write_cache(root, splits: list[str]) -> None:
     manifest = {"format": FORMAT, "source": {"name": "ehovy/race"}, "model": {"name": "albert-base-v2"}}
     for name in ("race", "demo"):
         (root / "cache" / name).mkdir(parents=True, exist_ok=True)
-        _write_manifest(root / "cache" / name / "manifest.json", manifest | {"splits": dict.fromkeys(splits)})
+        write_manifest(root / "cache" / name / "manifest.json", manifest | {"splits": dict.fromkeys(splits)})
 
 
 def test_race_runs_the_recipe_on_the_hub(chain):

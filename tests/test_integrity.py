@@ -8,15 +8,18 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from kill import die, in_a_process
+from conftest import ROOT
+from kill import in_a_process
 from test_resume import At, stage, state
 
 import generate_race_cache
 import race_files
-from race_cache import CacheError, _write_manifest, build_cache, check_files, read_manifest, verify_cache
+from race_cache import CacheError, build_cache, check_files, read_manifest, verify_cache, write_manifest
 from race_checkpoints import StageError, best_checkpoint, read_checkpoint, read_lineage
 from race_data import RaceDataModule
 from race_evaluation import predict, score
@@ -236,13 +239,33 @@ def test_full_disk_while_saving_predictions(trained, cache, small_disk):
 # -------------------------------------------------------------------------------------------------- several processes
 
 
+MAKE = """
+import os, signal, sys, time
+import pyarrow, transformers
+from race_cache import build_cache
+source, out, length, death = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+replace, renames = os.replace, []
+def second_time(*names):
+    renames.append(names)
+    if death == "between the renames" and len(renames) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+os.replace = second_time
+print("ready", flush=True)
+build_cache(source, "demo", out, max_qa_len=length, force=length != 128 or death == "replaces")
+"""
+
+
+def maker(corpus, out, length: int = 128, death: str = "") -> subprocess.Popen:
+    """A fresh process that makes a cache: threads of this one would not survive a fork."""
+    command = [sys.executable, "-c", MAKE, str(corpus), str(out), str(length), death]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
 def test_two_processes_make_the_same_cache_at_once(corpus, tmp_path):
-    for arguments in ([], ["--force"]):
-        command = ["--source", str(corpus), "--model", "demo", "--out", str(tmp_path / "out" / "cache"), *arguments]
-        makers = [in_a_process(lambda command=command: os._exit(generate_race_cache.main(command))) for _ in range(3)]
-        for maker in makers:
-            maker.join(60)
-        assert [maker.exitcode for maker in makers] == [0, 0, 0]
+    for death in ("", "replaces"):
+        makers = [maker(corpus, tmp_path / "out" / "cache", death=death) for _ in range(3)]
+        assert [process.wait(120) for process in makers] == [0, 0, 0]
         assert verify_cache(tmp_path / "out" / "cache") == []
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["cache"]
 
@@ -251,11 +274,12 @@ def test_a_killed_maker_leaves_the_cache_before(corpus, tmp_path):
     """Killed at random moments while it replaces a cache: one whole cache is there after the next start."""
     out, rng = tmp_path / "out" / "cache", random.Random(0)
     build_cache(str(corpus), "demo", out)
-    for number in range(8):
-        maker = in_a_process(lambda: build_cache(str(corpus), "demo", out, max_qa_len=9, force=True))
-        maker.join(rng.uniform(0.05, 0.6))
-        maker.kill()
-        maker.join(10)
+    for number in range(6):
+        process = maker(corpus, out, 9)
+        process.stdout.readline()  # it begins now
+        time.sleep(rng.uniform(0.0, 0.5))
+        process.kill()
+        process.wait(10)
         if out.exists():
             assert verify_cache(out) == []
         if number % 2:
@@ -267,22 +291,7 @@ def test_a_cache_moved_away_for_a_new_one_comes_back(corpus, tmp_path):
     """Killed between the two renames: the old cache is put back on the next start."""
     out = tmp_path / "out" / "cache"
     build_cache(str(corpus), "demo", out)
-
-    def killed() -> None:
-        replace, count = os.replace, [0]
-
-        def second_time(*arguments):
-            count[0] += 1
-            if count[0] == 2:
-                die()
-            replace(*arguments)
-
-        os.replace = second_time
-        build_cache(str(corpus), "demo", out, max_qa_len=9, force=True)
-
-    process = in_a_process(killed)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL and not out.exists()
+    assert maker(corpus, out, 9, "between the renames").wait(60) == -signal.SIGKILL and not out.exists()
     assert build_cache(str(corpus), "demo", out)["kept"]
     assert verify_cache(out) == [] and [path.name for path in out.parent.iterdir()] == ["cache"]
 
@@ -396,7 +405,7 @@ def reseal(folder) -> None:
     manifest["files"] = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
     }
-    _write_manifest(folder / "manifest.json", manifest)
+    write_manifest(folder / "manifest.json", manifest)
     assert verify_cache(folder) == []
 
 
