@@ -32,11 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repo", metavar="USER/NAME", help="the hub repository it is meant for, named in the card")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     options = parser.parse_args(arguments)
+    from safetensors import SafetensorError  # after --help and usage errors, which need no libraries
+
     try:
         out = export_checkpoint(
             options.checkpoint, options.out, options.cache, options.results, options.repo, options.force
         )
-    except (ExportError, OSError) as error:
+    except (ExportError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     difference = json.loads((out / "export.json").read_text())["largest_logit_difference"]

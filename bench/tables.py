@@ -75,7 +75,7 @@ def sides(name: str) -> str:
                 f"{rate['median']:.3f}",
                 "" if times is None else f"{times:.2f}{parts}",
                 f"{values['share_of_matrix_product']:.0%}",
-                f"{peak / 1e3:.2f}",
+                "" if peak is None else f"{peak / 1e3:.2f}",
             ]
         )
     head = [

@@ -18,6 +18,7 @@ from kill import in_a_process
 from test_resume import At, stage, state
 
 import generate_race_cache
+import race_export
 import race_files
 from race_cache import CacheError, build_cache, check_files, read_manifest, verify_cache, write_manifest
 from race_checkpoints import StageError, best_checkpoint, read_checkpoint, read_lineage
@@ -234,6 +235,33 @@ def test_full_disk_while_saving_predictions(trained, cache, small_disk):
     (small_disk / "filler").unlink()
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not list(small_disk.rglob(".*.tmp"))
+
+
+def test_full_disk_while_saving_a_figure(small_disk):
+    from matplotlib.figure import Figure
+
+    from race_figures import save_figure
+
+    save_figure(Figure(), small_disk, "curve")
+    before = {path: path.read_bytes() for path in (small_disk / "figures").iterdir()}
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_figure(Figure(figsize=(9, 9)), small_disk, "curve")
+    (small_disk / "filler").unlink()
+    assert {path: path.read_bytes() for path in (small_disk / "figures").iterdir()} == before
+
+
+def test_full_disk_while_exporting(trained, cache, small_disk, capsys):
+    checkpoint = best_checkpoint(trained / "checkpoints", "e1")
+    arguments = [str(checkpoint), str(small_disk / "export"), "--cache", str(cache)]
+    assert race_export.main(arguments) == 0
+    before = {path: path.read_bytes() for path in (small_disk / "export").rglob("*") if path.is_file()}
+    fill(small_disk, 100_000)
+    assert race_export.main([*arguments, "--force"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    (small_disk / "filler").unlink()
+    assert {path: path.read_bytes() for path in (small_disk / "export").rglob("*") if path.is_file()} == before
+    assert [path.name for path in small_disk.iterdir()] == ["export"]
 
 
 # -------------------------------------------------------------------------------------------------- several processes
