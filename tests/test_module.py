@@ -184,7 +184,8 @@ def test_token_budget_counts_the_bytes_that_a_step_takes():
     measured = (large - small) / 4096
     config = AlbertConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=8)
     first, second = (token_budget_for(config, 0, memory << 30) for memory in (16, 32))
-    assert 1.0 <= 0.8 * (16 << 30) / (second - first) / measured <= 1.3
+    counted = 0.8 * (16 << 30) / (second - first)
+    assert 0.95 <= counted / measured <= 1.3  # a fifth of the memory is left free beside what is counted
 
 
 def test_token_budget_on_cpu_keeps_buffers_small():

@@ -173,7 +173,7 @@ def test_validation_metrics_are_means_over_questions(chain, cache):
 
     path = best_checkpoint(chain / "checkpoints", "e1")
     metrics = read_lineage(path)["metrics"]
-    predictions = predict(path, cache, "validation", limit_questions=48, device="cpu")
+    predictions = predict(path, cache, "validation", 16, limit_questions=48, device="cpu")  # batches as in training
     right = (predictions["answer"] == predictions["prediction"]).mean()
     probability = [row[f"p_{row['answer']}"] for _, row in predictions.iterrows()]
     assert metrics["val_acc"] == pytest.approx(right, abs=1e-6)
