@@ -182,15 +182,17 @@ class RaceModule(pl.LightningModule):
         """Log the test loss and accuracy."""
         self._log_means("test", "test_loss")
 
-    def all_sums(self) -> list[float] | None:
-        """Loss, right answers and questions of the epoch so far, of all processes; for going on in its midst."""
-        some = self._sums.get("train")
-        return None if some is None else self._over_processes(some).tolist()
+    def all_sums(self) -> list[float]:
+        """Loss, right answers and questions of the epoch so far, of all processes."""
+        return self._over_processes(self._sums["train"]).tolist()
 
-    def set_sums(self, sums: list[float] | None) -> None:
-        """Go on from what `all_sums` gave (on one process; None on the others)."""
-        values = [0.0, 0.0, 0.0] if sums is None else sums
-        self._sums = {"train": torch.tensor(values, dtype=torch.float64, device=self.device)}
+    def own_sums(self) -> list[float]:
+        """The same of this process; for going on in the midst of an epoch."""
+        return self._sums["train"].tolist() if "train" in self._sums else [0.0, 0.0, 0.0]
+
+    def set_own_sums(self, sums: list[float]) -> None:
+        """Go on from what `own_sums` gave."""
+        self._sums = {"train": torch.tensor(sums, dtype=torch.float64, device=self.device)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with two parameter groups and a constant learning rate."""

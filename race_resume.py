@@ -25,7 +25,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from race_checkpoints import StageError, read_checkpoint
-from race_files import write_whole
+from race_files import clean, write_whole
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -54,12 +54,16 @@ class KeepState(pl.Callback):
         self.position = (0, 0)  # epoch, batches done in it
         self.finished = False
         self._pending: dict | None = None
+        self._weights: dict | None = None
 
     # ---------------------------------------------------------------------------------------------- when to write
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock, and take the signals over from Lightning, whose handlers may save in the midst of a step."""
         self._identity = stage_identity(module, trainer.datamodule)
+        if self._weights is not None:  # with '64-true', Lightning loads them before the module becomes double
+            module.load_state_dict(self._weights)
+            self._weights = None
         self._saved_at = time.monotonic()
         with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
             for number in SIGNALS:
@@ -105,9 +109,9 @@ class KeepState(pl.Callback):
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write the state in place of the one before; raises StageError where weights or losses are not finite."""
-        self._sums = module.all_sums()
+        self._sums = _gathered(module.own_sums(), trainer.world_size)
         finite = torch.stack([parameter.isfinite().all() for parameter in module.parameters()]).all()
-        if not finite or not np.isfinite(self._sums or [0.0]).all():
+        if not finite or not np.isfinite(self._sums).all():
             raise StageError(not_finite(trainer))
         self._random = _gathered(random_state(), trainer.world_size)
         trainer.save_checkpoint(self.path)
@@ -136,6 +140,7 @@ class KeepState(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         """Set position, counters, running sums and log; the random states follow right before the first step."""
         self._pending = state = checkpoint["resume"]
+        self._weights = checkpoint["state_dict"]
         here = {key: module.lineage[key] for key in ("versions", "commit")}
         module.lineage = {key: value for key, value in checkpoint["race"].items() if key not in ("metrics", "epoch")}
         if here not in [{key: module.lineage[key] for key in here}, *module.lineage.get("went_on_with", [])]:
@@ -148,7 +153,10 @@ class KeepState(pl.Callback):
         for progress in ("ready", "completed"):
             setattr(loop.epoch_loop.manual_optimization.optim_step_progress.total, progress, steps)
         trainer.datamodule.start_at(state["epoch"], state["batches"])
-        module.set_sums(state["sums"] if trainer.is_global_zero else None)
+        sums = np.array(state["sums"])  # [processes, 3]
+        if len(sums) != trainer.world_size:  # other processes than before: the first one takes all
+            sums = np.concatenate([sums.sum(0, keepdims=True), np.zeros((trainer.world_size - 1, 3))])
+        module.set_own_sums(sums[trainer.global_rank].tolist())
         if trainer.is_global_zero:
             _continue_log(_csv_logger(trainer), state["log"])
 
@@ -167,6 +175,7 @@ def _csv_logger(trainer: pl.Trainer) -> CSVLogger:
 
 def _continue_log(csv: CSVLogger, text: str) -> None:
     """Put the log back to what it was at the state: no row twice, none missing."""
+    clean(Path(csv.log_dir))
     writer = csv.experiment  # which begins by removing the file
     if text:
         write_whole(writer.metrics_file_path, lambda path: path.write_bytes(text.encode()))
@@ -207,7 +216,7 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _gathered(value: dict, processes: int) -> list[dict]:
+def _gathered(value: object, processes: int) -> list:
     if processes == 1:
         return [value]
     values: list = [None] * processes

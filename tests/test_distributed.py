@@ -82,21 +82,42 @@ def one_process(script, tmp_path_factory):
     return left(folder)
 
 
-def test_two_processes_are_one(script, one_process, tmp_path):
-    run(script(tmp_path / "two"), 2)
-    assert_same(one_process, left(tmp_path / "two"))
+@pytest.fixture(scope="module")
+def two_processes(script, tmp_path_factory):
+    """The stage on two processes, uninterrupted."""
+    folder = tmp_path_factory.mktemp("two")
+    run(script(folder), 2)
+    return left(folder)
+
+
+def test_two_processes_are_one(one_process, two_processes):
+    assert_same(one_process, two_processes)
     assert len(one_process[1]["train_loss_step"].dropna()) > 10
 
 
-def test_a_killed_process_and_another_number_of_processes(script, one_process, tmp_path):
-    """One of two is killed; two go on and are ended by SIGTERM; one brings the stage to its end."""
-    folder = tmp_path / "changing"
-    path = script(folder, SAVE_MINUTES=0)
+def kill_one_of_two(path, folder) -> int:
+    """Begin with two processes and kill one of them after some steps; returns the batch of the state that is left."""
     torchrun = start(path, 2)
     workers = wait_for(lambda: at_batch(folder, 3) and psutil.Process(torchrun.pid).children())
     os.kill(workers[1].pid, signal.SIGKILL)
     assert torchrun.wait(60) != 0
-    reached = read_state(folder / "checkpoints", "e1")["batches"]
+    return read_state(folder / "checkpoints", "e1")["batches"]
+
+
+def test_one_of_two_is_killed_and_both_go_on_exactly(script, two_processes, tmp_path):
+    path = script(tmp_path / "killed", SAVE_MINUTES=0)
+    kill_one_of_two(path, tmp_path / "killed")
+    run(path, 2)
+    weights, log = left(tmp_path / "killed")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in two_processes[0].items())
+    assert log.equals(two_processes[1])
+
+
+def test_another_number_of_processes_goes_on(script, one_process, tmp_path):
+    """One of two is killed; two go on and are ended by SIGTERM; one brings the stage to its end."""
+    folder = tmp_path / "changing"
+    path = script(folder, SAVE_MINUTES=0)
+    reached = kill_one_of_two(path, folder)
     torchrun = start(path, 2)
     wait_for(lambda: at_batch(folder, reached + 2))
     torchrun.send_signal(signal.SIGTERM)
