@@ -1,6 +1,7 @@
 """The cached data loader: questions of a token cache as packed batches, in which padding never exists."""
 
 import dataclasses
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,8 +216,12 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to a whole group of processes must not kill loader workers in the midst of a step."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """A signal to the whole group of processes must not kill loader workers in the midst of a step.
+
+    SIGTERM keeps its effect: it is how the parent ends a worker that does not answer.
+    """
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
