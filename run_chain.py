@@ -182,6 +182,7 @@ def run_notebook(notebook: str, parameters: dict) -> int:
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 autosave_cell_every=30,
+                extra_arguments=["--log-level=40"],  # errors only: a kernel warns of its own local connection
             )
         except papermill.exceptions.PapermillExecutionError as error:
             place = f"{notebook}, cell {error.exec_count}"

@@ -21,6 +21,9 @@ TEST_DATA = Path(os.environ.get("RACE_TEST_DATA", ROOT.parent / "shared" / "data
 WORK = ROOT / "cache" / "bench"
 RESULTS = Path(os.environ.get("RACE_BENCH_RESULTS", ROOT / "bench" / "results"))
 PACKAGES = ("torch", "transformers", "tokenizers", "pytorch-lightning", "pyarrow", "numpy")
+OURS = "ours"
+SIDES = (OURS, "padded to 512", "padded to the longest of a group")
+PROCESSES = SIDES[:2]  # both paddings share one: Hugging Face's model takes 10 GB for a step, which glibc then keeps
 SHAPES = {  # hidden, heads, intermediate, layers; tiny is for the tests
     "tiny": (32, 4, 64, 2),
     "base": (768, 12, 3072, 12),
@@ -54,6 +57,23 @@ def real_cache() -> Path:
     if not (folder / "manifest.json").exists():
         build_cache(source(), tokenizer_folder(), folder)
     return folder
+
+
+def side_model(side: str, shape: str, cache: str):
+    """Hugging Face's model as it comes, or ours with the same random weights."""
+    import torch
+    from transformers import AlbertForMultipleChoice
+
+    from race_module import RaceModule
+
+    config = albert_config(shape, cache)
+    torch.manual_seed(0)
+    model = AlbertForMultipleChoice(config)
+    if side != OURS:
+        return model
+    weights, model = model.state_dict(), RaceModule(config=config)
+    model.model.load_state_dict(weights)
+    return model
 
 
 def albert_config(shape: str, cache: Path):

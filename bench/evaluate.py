@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from bench.common import (
+    OURS,
+    PROCESSES,
     SHAPES,
-    albert_config,
+    SIDES,
     forward_flops,
     in_turn,
     matrix_rate,
@@ -23,13 +25,11 @@ from bench.common import (
     processes,
     real_cache,
     report,
+    side_model,
     spread,
     timed,
 )
 
-OURS = "ours"
-SIDES = (OURS, "padded to 512", "padded to the longest of a group")
-PROCESSES = SIDES[:2]  # both paddings share one, as in a training step
 STATE: dict = {}  # of a side's own process
 
 
@@ -80,16 +80,7 @@ def _data(cache: str, options: argparse.Namespace):
 
 def setup(side: str, cache: str, options: argparse.Namespace) -> None:
     """Make a side's model, of the same weights on all sides."""
-    from transformers import AlbertForMultipleChoice
-
-    from race_module import RaceModule
-
-    config = albert_config(options.shape, cache)
-    torch.manual_seed(0)
-    model = AlbertForMultipleChoice(config)
-    if side == OURS:
-        weights, model = model.state_dict(), RaceModule(config=config)
-        model.model.load_state_dict(weights)
+    model = side_model(side, options.shape, cache)
     STATE.update(model=model.to(options.device).eval(), options=options, data=_data(cache, options))
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from bench.common import (
+    OURS,
+    PROCESSES,
     SHAPES,
-    albert_config,
+    SIDES,
     draw,
     forward_flops,
     matrix_rate,
@@ -25,13 +27,11 @@ from bench.common import (
     processes,
     real_cache,
     report,
+    side_model,
     spread,
     timed,
 )
 
-OURS = "ours"
-SIDES = (OURS, "padded to 512", "padded to the longest of a group")
-PROCESSES = SIDES[:2]  # both paddings share one: Hugging Face's model takes 10 GB for a step, which glibc then keeps
 STATE: dict = {}  # of a side's own process
 
 
@@ -117,16 +117,10 @@ def summary(options: argparse.Namespace, cache: str, seconds: dict, products: li
 
 def setup(side: str, cache: str, options: argparse.Namespace) -> None:
     """Make a side's model, optimizer and questions; all sides start from the same weights."""
-    from transformers import AlbertForMultipleChoice
+    from race_module import default_token_budget
 
-    from race_module import RaceModule, default_token_budget
-
-    config = albert_config(options.shape, cache)
-    torch.manual_seed(0)
-    model = AlbertForMultipleChoice(config)
+    model = side_model(side, options.shape, cache)
     if side == OURS:
-        weights, model = model.state_dict(), RaceModule(config=config)
-        model.model.load_state_dict(weights)
         model.manual_backward, model.log = torch.Tensor.backward, lambda *_, **__: None
         model.token_budget = default_token_budget(model.model, torch.device(options.device))
         if options.compile:
