@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 from race_cache import CacheError, load_tokenizer, read_manifest, tables
+from race_cpu import memory_kept
 from race_data import RaceDataModule, RaceDataset, collate, length_order
 from race_encoding import Encoder, keep_last, question_option
 from race_files import file_hash
@@ -126,7 +127,7 @@ def predict(
     dataset, loader = data.dataset(split), data.ordered_loader(split)
     module = RaceModule.load_from_checkpoint(checkpoint).to(device).eval()
     probabilities = []
-    with tqdm(total=len(dataset), desc=f"scoring {split}", unit=" questions") as bar:
+    with memory_kept(), tqdm(total=len(dataset), desc=f"scoring {split}", unit=" questions") as bar:
         for batch in loader:
             probabilities.append(_probabilities(module, batch, settings["precision"]))
             bar.update(len(batch))
@@ -150,7 +151,8 @@ def _probabilities(module: RaceModule, batch, precision: str) -> np.ndarray:
     """[B, 4] probabilities of the options of a batch, computed where the module is, in parts that fit there."""
     half = HALF.get(precision)
     with torch.autocast(module.device.type, half, enabled=half is not None):
-        parts = batch.to(module.device).micro_batches(default_token_budget(module.model, module.device))
+        budget = default_token_budget(module.model, module.device, training=False)
+        parts = batch.to(module.device).micro_batches(budget)
         return torch.cat([module(part).double().softmax(1) for part in parts]).cpu().numpy()
 
 

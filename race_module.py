@@ -17,6 +17,7 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+import race_cpu
 from race_files import DamagedFileError, check_sealed
 
 FAMILIES = ("albert", "bert")
@@ -264,9 +265,10 @@ def _check_family(config: PretrainedConfig) -> None:
 
 
 def _prepared(model: nn.Module) -> nn.Module:
-    """Set the packed attention, and the fused form of the tanh GELU that ALBERT's configuration calls gelu_new.
+    """Set packed attention, matrix products as this processor likes them, and the fused form of `gelu_new`.
 
-    from_pretrained gives models in evaluation mode, and Lightning trains a model in the mode that it finds: set it.
+    That is the tanh GELU, written out. from_pretrained gives models in evaluation mode, and Lightning trains a model in
+    the mode that it finds: set it.
     """
     model.train()
     model.set_attn_implementation("packed")
@@ -274,6 +276,7 @@ def _prepared(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+    race_cpu.use_in(model)
     return model
 
 
@@ -287,22 +290,38 @@ def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
 
 
 def last_layer_at_cls(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Tensor:
-    """The last layer, [1, T, H] → [1, 4B, H]: keys and values of all tokens, the rest for [CLS], where it is read."""
+    """The last layer, [1, T, H] → [1, 4B, H], for [CLS] alone, where it is read."""
     albert = hasattr(layer, "full_layer_layer_norm")
     attention = layer.attention if albert else layer.attention.self
     dropout = attention.attention_dropout if albert else attention.dropout
-    cls = hidden.index_select(1, batch.cu_seqlens[:-1])
-    query, key, value = (
-        project(states).view(1, states.shape[1], -1, attention.attention_head_size).transpose(1, 2)
-        for project, states in ((attention.query, cls), (attention.key, hidden), (attention.value, hidden))
-    )
     rate = dropout.p if layer.training else 0.0
-    context, _ = packed_attention(layer, query, key, value, None, rate, attention.scaling, packing=batch)
-    context = context.flatten(2)
+    cls = hidden.index_select(1, batch.cu_seqlens[:-1])
+    if hidden.is_cuda or rate > 0.0:  # many small products are slow there; and a mean over dropped places is none
+        query, key, value = (
+            project(states).view(1, states.shape[1], -1, attention.attention_head_size).transpose(1, 2)
+            for project, states in ((attention.query, cls), (attention.key, hidden), (attention.value, hidden))
+        )
+        context, _ = packed_attention(layer, query, key, value, None, rate, attention.scaling, packing=batch)
+        context = context.flatten(2)
+    else:
+        context = attention_of_cls(attention, cls[0], hidden[0], batch.lengths)[None]
     if not albert:
         return layer.feed_forward_chunk(layer.attention.output(context, cls))
     context = attention.LayerNorm(cls + attention.output_dropout(attention.dense(context)))
     return layer.full_layer_layer_norm(layer.ff_chunk(context) + context)
+
+
+def attention_of_cls(attention: nn.Module, cls: torch.Tensor, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Attention of [CLS] [4B, H] over its sequence of hidden [T, H] → [4B, H], without any token's key and value.
+
+    A score q·(Kx + b) is (Kᵀq)·x and a constant, which softmax takes away; a mean of values Vx + b is V(mean of x) + b.
+    """
+    size = attention.attention_head_size
+    key, value = (project.weight.view(-1, size, hidden.shape[1]) for project in (attention.key, attention.value))
+    query = torch.einsum("shd,hdi->shi", attention.query(cls).view(len(cls), -1, size) * attention.scaling, key)
+    means = [(rows @ states.T).softmax(-1) @ states for rows, states in zip(query, hidden.split(lengths), strict=True)]
+    context = torch.einsum("shi,hdi->shd", torch.stack(means), value).flatten(1)
+    return context + attention.value.bias + 0.0 * attention.key.bias  # whose gradient is zero, not missing
 
 
 def weights_hash(*models: nn.Module) -> str:
@@ -412,13 +431,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def default_token_budget(model: nn.Module, device: torch.device) -> int:
+def default_token_budget(model: nn.Module, device: torch.device, training: bool = True) -> int:
     """Tokens at once: on a GPU what a training step fits into its memory; on CPU few, for its caches and allocator.
 
-    On CPU the feed-forward's activations, in float32, stay within CPU_BUFFER.
+    On CPU the feed-forward's activations, in float32, stay within CPU_BUFFER; in scoring, which keeps no activations
+    and is to run with `race_cpu.memory_kept`, within four times that.
     """
     if device.type != "cuda":
-        return min(max(OPTIONS * 512, CPU_BUFFER // (4 * model.config.intermediate_size)), 4096)
+        times = 1 if training else 4
+        return min(max(OPTIONS * 512, times * CPU_BUFFER // (4 * model.config.intermediate_size)), times * 4096)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return token_budget_for(model.config, parameters, torch.cuda.get_device_properties(device).total_memory)
 

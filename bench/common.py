@@ -95,12 +95,27 @@ def albert_config(shape: str, cache: Path):
     )
 
 
-def draw(cache: Path, split: str, questions: int, seed: int = 0) -> list[dict]:
-    """Questions of a split drawn at random, in the order of the draw."""
+def draw(cache: Path, split: str, questions: int) -> list[dict]:
+    """Questions of a split as `drawn` draws them, in random order."""
     from race_data import RaceDataset
 
     dataset = RaceDataset(cache, split)
-    return [dataset[i] for i in np.random.default_rng(seed).choice(len(dataset), questions, replace=False)]
+    return [dataset[int(i)] for i in drawn(dataset, questions)]
+
+
+def drawn(dataset, questions: int, neighbours: int = 1, seed: int = 0) -> np.ndarray:
+    """[questions] indices drawn at random, so many neighbours at a time, one draw from every stratum by length.
+
+    Strata are equally large: a few questions drawn without them are often a tenth longer or shorter than a split's,
+    and padding to 512 costs that much less or more.
+    """
+    tokens, draws = dataset.lengths().sum(1), -(-questions // neighbours)
+    runs = tokens[: len(tokens) // neighbours * neighbours].reshape(-1, neighbours).sum(1)
+    if draws > len(runs):
+        raise ValueError(f"{questions} questions wanted, {neighbours} neighbours at a time, of {len(tokens)}")
+    chance, strata = np.random.default_rng(seed), np.array_split(np.argsort(runs, kind="stable"), draws)
+    first = neighbours * chance.permutation([chance.choice(stratum) for stratum in strata])
+    return (first[:, None] + np.arange(neighbours)).ravel()[:questions]
 
 
 def pad(items: list[dict], longest: int | None) -> dict[str, torch.Tensor]:
@@ -123,17 +138,17 @@ def forward_flops(shape: str, lengths: np.ndarray, last_layer_at_cls: bool) -> f
     """FLOPs that a forward pass over sequences of these lengths needs; a training step needs three times as many.
 
     A token and layer: 2·(4·h² + 2·h·i) for the matrix products with weights, and 4·h·L for attention in a sequence
-    of L tokens. With last_layer_at_cls, what nothing reads is left out: in the last layer only keys and values are
-    needed of every token, the rest of [CLS]. Padding is never counted; embeddings, norms and GELU are not either.
+    of L tokens. With last_layer_at_cls, what nothing reads is left out: the last layer is that of [CLS], one token,
+    which attends to L tokens with 4·h·L a head, as keys and values of the others need not be made. Padding is never
+    counted; embeddings, norms and GELU are not either.
     """
-    hidden, _, intermediate, layers = SHAPES[shape]
+    hidden, heads, intermediate, layers = SHAPES[shape]
     lengths = np.asarray(lengths, np.float64)
     per_token = 2 * (4 * hidden**2 + 2 * hidden * intermediate)
-    flops = float((layers * (lengths * per_token + 4 * hidden * lengths**2)).sum())
-    if last_layer_at_cls:
-        flops -= float((2 * (lengths - 1) * (2 * hidden**2 + 2 * hidden * intermediate)).sum())
-        flops -= float((4 * hidden * (lengths**2 - lengths)).sum())
-    return flops
+    full = lengths * per_token + 4 * hidden * lengths**2
+    if not last_layer_at_cls:
+        return float(layers * full.sum())
+    return float((layers - 1) * full.sum() + (per_token + 4 * hidden * heads * lengths).sum())
 
 
 def matrix_rate(device: str = "cpu", products: int = 3) -> list[float]:

@@ -1,8 +1,8 @@
 """Scoring: ours against Hugging Face's AlbertForMultipleChoice in inference mode, padded to 512 or a group's longest.
 
 Ours is what `race_evaluation.predict` does: the loader's order, longest questions first, packed. The reference takes
-the same questions as they come, `--group` at a time. Random weights, forward pass only; sides in processes of their
-own, in turn.
+the same questions as they come, `--group` at a time: neighbours of the split, most of which share their article, as it
+would meet them in a whole split. Random weights, forward pass only; sides in processes of their own, in turn.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from bench.common import (
     PROCESSES,
     SHAPES,
     SIDES,
+    drawn,
     forward_flops,
     in_turn,
     matrix_rate,
@@ -38,12 +39,12 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="base")
-    parser.add_argument("--questions", type=int, help="questions to score (16; on a GPU 1,024)")
+    parser.add_argument("--questions", type=int, help="questions to score (24; on a GPU 1,024)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--group", type=int, help="questions at a time for Hugging Face (4; on a GPU 32)")
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"
-    options.questions, options.group = options.questions or (1024 if gpu else 16), options.group or (32 if gpu else 4)
+    options.questions, options.group = options.questions or (1024 if gpu else 24), options.group or (32 if gpu else 4)
     cache = str(real_cache())
     products = []
     with processes(PROCESSES, setup, cache, options) as call:
@@ -72,10 +73,12 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def _data(cache: str, options: argparse.Namespace):
-    from race_data import RaceDataModule
+    from race_data import RaceDataModule, RaceDataset
 
-    batch = 128 if options.device == "cuda" else 32
-    return RaceDataModule(cache, batch_size=batch, num_workers=0, limit_questions=options.questions)
+    data = RaceDataModule(cache, batch_size=128 if options.device == "cuda" else 32, num_workers=0)
+    rows = drawn(data.dataset("validation"), options.questions, neighbours=options.group)
+    data.val_dataset = RaceDataset(cache, "validation", rows=rows)
+    return data
 
 
 def setup(side: str, cache: str, options: argparse.Namespace) -> None:
@@ -98,11 +101,12 @@ def _inference():
 
 
 def _ours() -> list:
+    from race_cpu import memory_kept
     from race_module import default_token_budget
 
     model, device = STATE["model"], torch.device(STATE["options"].device)
-    budget, probabilities = default_token_budget(model.model, device), []
-    with _inference():
+    budget, probabilities = default_token_budget(model.model, device, training=False), []
+    with _inference(), memory_kept():
         for batch in STATE["data"].ordered_loader("validation"):
             for part in batch.to(device).micro_batches(budget):
                 probabilities.append(model(part).double().softmax(1))

@@ -58,7 +58,7 @@ def test_flops_are_those_of_the_products():
     per_token = 2 * (4 * 32 * 32 + 2 * 32 * 64)
     attention = 4 * 32 * 9
     assert common.forward_flops("tiny", np.array([3]), last_layer_at_cls=False) == 2 * (3 * per_token + attention)
-    at_cls = 3 * 2 * 2 * 32 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 64) + 4 * 32 * 3  # keys, values; the rest of one token
+    at_cls = per_token + 4 * 32 * 4 * 3  # one token; four heads, each of which reads 3 tokens of 32 numbers twice
     assert common.forward_flops("tiny", np.array([3]), last_layer_at_cls=True) == 3 * per_token + attention + at_cls
 
 

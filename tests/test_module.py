@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import ALBERT, ROOT, padded
 from transformers import AlbertConfig, AlbertForMultipleChoice, BertForMultipleChoice, RobertaConfig
 
+import race_module
 from race_data import RaceDataModule, collate
 from race_module import RaceModule, default_token_budget, parameter_groups, token_budget_for
 
@@ -82,6 +83,30 @@ def test_gradient_of_parts_equals_the_whole(pair, items, budget):
     largest = max(gradient.abs().max().item() for gradient in whole.values())
     for name, gradient in gradients(module).items():
         assert close(gradient, whole[name], largest), name
+
+
+def test_keys_and_values_of_all_tokens_change_nothing(pair, items):
+    """The last layer as it runs on a GPU and with dropout, here with one that drops nothing."""
+    module, _ = pair
+    batch = collate(items(7))
+    expected = module(batch)
+    expected[0, 0].backward()
+    without = gradients(module)
+    module.zero_grad()
+    for name, child in module.named_modules():
+        if isinstance(child, torch.nn.Dropout) and ".attention" in name:
+            child.p = 1e-300
+    called = []
+    attention = race_module.packed_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(race_module, "packed_attention", lambda *a, **k: called.append(a) or attention(*a, **k))
+        logits = module(batch)
+    assert len(called) == 1  # the last layer's
+    assert close(logits, expected, expected.abs().max().item())
+    logits[0, 0].backward()
+    largest = max(gradient.abs().max().item() for gradient in without.values())
+    for name, gradient in gradients(module).items():
+        assert close(gradient, without[name], largest), name
 
 
 def test_padded_call_of_the_inner_model_still_works(pair, items):
