@@ -27,6 +27,7 @@ from race_encoding import (
     question_option,
 )
 from race_files import file_hash, file_identity, flush, folder_aside, move_in
+from race_memory import memory_kept
 from race_sources import LABELS, LEVELS, SPLITS, Passage, read_source
 
 FORMAT = 2
@@ -37,6 +38,7 @@ FAMILIES = ("albert", "bert")  # that RaceModule runs
 # -------------------------------------------------------------------------------------------------- building
 
 
+@memory_kept()
 def build_cache(
     source: str,
     model: str,

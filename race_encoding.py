@@ -115,7 +115,7 @@ class Encoder:
         self._row_of_word.update(zip(new, itertools.count(len(self._starts))))
         self._starts, self._lengths = np.append(self._starts, starts), np.append(self._lengths, lengths)
         self._ids = np.append(self._ids, ids)
-        return np.fromiter((self._row_of_word[word] for word in words), np.int64, len(words))
+        return np.fromiter(map(self._row_of_word.__getitem__, words), np.int64, len(words))
 
     def _words(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Words one by one; plain ones in lines of 256, which a tokenizer that marks word starts lets us cut again."""

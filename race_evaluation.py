@@ -13,10 +13,10 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 from race_cache import CacheError, load_tokenizer, read_manifest, tables
-from race_cpu import memory_kept
 from race_data import RaceDataModule, RaceDataset, collate, length_order
 from race_encoding import Encoder, keep_last, question_option
 from race_files import file_hash
+from race_memory import memory_kept
 from race_module import RaceModule, default_token_budget
 from race_results import content_hash, predictions_path, read_predictions, save_predictions, save_results
 from race_sources import LEVELS, record_problems

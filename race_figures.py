@@ -84,7 +84,7 @@ def training_curves(log: pd.DataFrame, stage: str) -> Figure:
 def comparison_figure(
     table: pd.DataFrame, reported: dict[str, float] | None = None, title: str | None = None
 ) -> Figure:
-    """Accuracy of several checkpoints side by side (race_chain.comparison); `reported`: other people's numbers."""
+    """Accuracy of several checkpoints side by side (race_lineage.comparison); `reported`: other people's numbers."""
     figure, axes = plt.subplots(figsize=(8, 3.6))
     places = np.arange(len(table))
     for level, color, marker, shift in (("middle", GREEN, "^", -0.12), ("high", PURPLE, "v", 0.12)):
@@ -138,7 +138,7 @@ def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
 
 @plt.rc_context(STYLE)
 def lineage_figure(lineage: pd.DataFrame) -> Figure:
-    """Where checkpoints come from (race_chain.lineage_table): a box each, after its base."""
+    """Where checkpoints come from (race_lineage.lineage_table): a box each, after its base."""
     parents = dict(zip(lineage["name"], lineage["parent"], strict=True))
     column, row_of, used = {}, {}, {}
     for name in lineage["name"]:
@@ -193,7 +193,7 @@ def _box(axes, x: float, y: float, title: str, lines: list[str], color: str) -> 
 
 @plt.rc_context(STYLE)
 def story_figure(story: pd.DataFrame) -> Figure:
-    """Validation loss and accuracy over all stages, with their learning rates (race_chain.learning_story)."""
+    """Validation loss and accuracy over all stages, with their learning rates (race_lineage.learning_story)."""
     figure, (loss, accuracy) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True)
     start, before = 0, None
     for stage, part in story.groupby("stage", sort=False):

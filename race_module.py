@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-import race_cpu
+import race_linear
 from race_files import DamagedFileError, check_sealed
 
 FAMILIES = ("albert", "bert")
@@ -276,7 +276,7 @@ def _prepared(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    race_cpu.use_in(model)
+    race_linear.use_in(model)
     return model
 
 
@@ -435,7 +435,7 @@ def default_token_budget(model: nn.Module, device: torch.device, training: bool 
     """Tokens at once: on a GPU what a training step fits into its memory; on CPU few, for its caches and allocator.
 
     On CPU the feed-forward's activations, in float32, stay within CPU_BUFFER; in scoring, which keeps no activations
-    and is to run with `race_cpu.memory_kept`, within four times that.
+    and is to run with `race_memory.memory_kept`, within four times that.
     """
     if device.type != "cuda":
         times = 1 if training else 4

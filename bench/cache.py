@@ -8,6 +8,7 @@ clock starts, and its tokenizer and its reading of the files are on the clock.
 import argparse
 import gc
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--passages", type=int, default=12000, help="passages of the training split that both sides take"
+        "--passages", type=int, default=20000, help="passages of the training split that both sides take"
     )
     parser.add_argument("--side", choices=("ours", "peers"), help=argparse.SUPPRESS)
     parser.add_argument("--files", help=argparse.SUPPRESS)
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         last = {}
 
         def run(side: str) -> float:
+            os.sync()  # what was written before is not paid for here
             command = [sys.executable, "-m", "bench.cache", "--side", side, "--files", folder]
             output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
             last[side] = json.loads(output.splitlines()[-1])

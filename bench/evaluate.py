@@ -101,7 +101,7 @@ def _inference():
 
 
 def _ours() -> list:
-    from race_cpu import memory_kept
+    from race_memory import memory_kept
     from race_module import default_token_budget
 
     model, device = STATE["model"], torch.device(STATE["options"].device)

@@ -10,7 +10,6 @@ from conftest import padded
 
 import race_evaluation
 from race_cache import CacheError, build_cache
-from race_chain import comparison, comparison_style, learning_story, lineage_table, short_names, stages_behind
 from race_data import RaceDataModule, RaceDataset, collate
 from race_evaluation import (
     RESULT_COLUMNS,
@@ -28,6 +27,7 @@ from race_evaluation import (
     temperature_predictions,
 )
 from race_files import file_hash, write_whole
+from race_lineage import comparison, comparison_style, learning_story, lineage_table, short_names, stages_behind
 from race_module import RaceModule
 from race_results import predictions_path, read_results, save_results, write_json
 from race_statistics import PROBABILITIES

@@ -9,7 +9,7 @@ import torch
 
 from race_callbacks import StageReport, StartInForce
 from race_data import RaceDataModule
-from race_module import RaceModule
+from race_module import RaceModule, default_token_budget
 from race_training import (
     StageError,
     best_checkpoint,
@@ -185,7 +185,9 @@ def test_trainer_test_reports_loss_and_accuracy(chain, cache):
 
     path = best_checkpoint(chain / "checkpoints", "e3")
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    (metrics,) = trainer.test(RaceModule.load_from_checkpoint(path), RaceDataModule(cache), verbose=False)
+    module = RaceModule.load_from_checkpoint(path)  # at chance, where the last digit decides: the same parts, then
+    module.token_budget = default_token_budget(module.model, torch.device("cpu"), training=False)
+    (metrics,) = trainer.test(module, RaceDataModule(cache), verbose=False)
     predictions = predict(path, cache, "test", device="cpu")
     assert metrics["test_acc"] == pytest.approx((predictions["answer"] == predictions["prediction"]).mean(), abs=1e-6)
     assert 0 < metrics["test_loss"] < 10

@@ -1,14 +1,11 @@
-"""What makes a CPU as fast as it can be: matrix products by the better library, and memory that is not given back.
+"""Matrix products with weights on CPU: oneDNN's where it is faster than MKL, which is on AMD's processors.
 
 MKL has AVX-512 kernels for Intel's processors only, and adds the bias in a pass of its own. On an AMD EPYC with AVX-512
 oneDNN took 9 to 17 % less time for the forward products of albert-base with 1,200 tokens or more; with few tokens, and
 for gradients, MKL was as fast or faster. PyTorch reaches oneDNN through convolutions: one of width 1 is this product.
 """
 
-import contextlib
-import ctypes
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,9 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 ROWS, WEIGHTS = 1024, 512 * 512  # from so many tokens, and so large a weight, on
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4  # of malloc.h
-LARGEST = 2**31 - 1
-AS_GLIBC_ENDS_UP = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20, TOP_PAD: 128 << 10, MMAP_MAX: 1 << 16}
 
 
 class Linear(nn.Linear):
@@ -67,25 +61,3 @@ class _Product(torch.autograd.Function):
         states, weight = ctx.saved_tensors
         rows, gradient_rows = states.flatten(0, -2), gradient.flatten(0, -2)
         return gradient @ weight, gradient_rows.T @ rows, gradient_rows.sum(0)
-
-
-@contextlib.contextmanager
-def memory_kept() -> Iterator[None]:
-    """While this lasts, glibc keeps freed memory for the next buffers; at the end it gives back what is free.
-
-    Otherwise it maps every buffer above 32 MB anew and hands the top of its heap back, and the first touch of every
-    page costs time: about a tenth of scoring. It does nothing where the C library is another one.
-    """
-    libc = ctypes.CDLL(None) if Path("/proc").is_dir() else None
-    if not hasattr(libc, "mallopt"):
-        yield
-        return
-    libc.mallopt(MMAP_MAX, 0)
-    libc.mallopt(TRIM_THRESHOLD, LARGEST)
-    libc.mallopt(TOP_PAD, 64 << 20)
-    try:
-        yield
-    finally:
-        for parameter, value in AS_GLIBC_ENDS_UP.items():
-            libc.mallopt(parameter, value)
-        libc.malloc_trim(0)
