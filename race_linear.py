@@ -25,9 +25,10 @@ class Linear(nn.Linear):
         return super().forward(states)
 
     def _large(self, states: torch.Tensor) -> bool:
-        large = states.numel() >= ROWS * self.in_features and self.weight.numel() >= WEIGHTS
-        alike = states.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return large and alike and states.device.type == self.weight.device.type == "cpu" and self.bias is not None
+        where = states.device.type == self.weight.device.type == "cpu" and self.bias is not None
+        alike = where and states.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        # the number of tokens comes last: torch.compile would compile anew for what is asked of it on other devices
+        return alike and self.weight.numel() >= WEIGHTS and states.numel() >= ROWS * self.in_features
 
 
 def use_in(model: nn.Module) -> None:

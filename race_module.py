@@ -296,7 +296,7 @@ def last_layer_at_cls(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Te
     dropout = attention.attention_dropout if albert else attention.dropout
     rate = dropout.p if layer.training else 0.0
     cls = hidden.index_select(1, batch.cu_seqlens[:-1])
-    if hidden.is_cuda or rate > 0.0:  # many small products are slow there; and a mean over dropped places is none
+    if hidden.device.type != "cpu" or rate > 0.0:  # a GPU is slow at many small products; dropped places spoil a mean
         query, key, value = (
             project(states).view(1, states.shape[1], -1, attention.attention_head_size).transpose(1, 2)
             for project, states in ((attention.query, cls), (attention.key, hidden), (attention.value, hidden))

@@ -85,6 +85,23 @@ def test_the_reference_gets_the_padded_batch(items):
     assert common.pad(made, 512)["input_ids"].shape == (3, 4, 512)
 
 
+@pytest.mark.parametrize("neighbours", [1, 4])
+def test_draws_are_as_long_as_their_split(cache, neighbours):
+    """Of every stratum by length one draw, of neighbours in the order of the split."""
+    from race_data import RaceDataset
+
+    dataset = RaceDataset(cache, "train")
+    rows = common.drawn(dataset, 24, neighbours)
+    assert len(set(rows.tolist())) == 24 and (np.diff(rows.reshape(-1, neighbours)) == 1).all()
+    lengths = dataset.lengths().sum(1)
+    plain = [np.random.default_rng(seed).choice(lengths, 24).mean() for seed in range(200)]
+    assert abs(lengths[rows].mean() - lengths.mean()) < 2 * np.std(plain)
+    assert (rows == common.drawn(dataset, 24, neighbours)).all()
+    assert (common.drawn(dataset, 24, neighbours, seed=1) != rows).any()
+    with pytest.raises(ValueError, match="wanted"):
+        common.drawn(dataset, len(dataset) + neighbours, neighbours)
+
+
 def test_train_step_and_evaluate(results, in_process):
     step = train_step.main(["--shape", "tiny", "--questions", "5"])
     score = evaluate.main(["--shape", "tiny", "--questions", "6", "--rounds", "1"])
