@@ -23,7 +23,7 @@ from race_files import DamagedFileError, check_sealed
 FAMILIES = ("albert", "bert")
 OPTIONS = 4
 CPU_BUFFER = 32 << 20  # bytes; glibc hands larger buffers back after each use, and touching them anew costs time
-SHORT = 128  # tokens; up to here one masked attention call is faster than one for each sequence (on CPU)
+SHORT = 128  # tokens; up to here calls for all sequences at once are faster than one for each (on CPU)
 
 
 class RaceModule(pl.LightningModule):
@@ -296,7 +296,8 @@ def last_layer_at_cls(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Te
     dropout = attention.attention_dropout if albert else attention.dropout
     rate = dropout.p if layer.training else 0.0
     cls = hidden.index_select(1, batch.cu_seqlens[:-1])
-    if hidden.device.type != "cpu" or rate > 0.0:  # a GPU is slow at many small products; dropped places spoil a mean
+    # a few products a sequence pay where it is long, and not on a GPU; and dropped places would spoil the mean
+    if batch.max_seqlen <= SHORT or hidden.device.type != "cpu" or rate > 0.0:
         query, key, value = (
             project(states).view(1, states.shape[1], -1, attention.attention_head_size).transpose(1, 2)
             for project, states in ((attention.query, cls), (attention.key, hidden), (attention.value, hidden))

@@ -86,7 +86,7 @@ def test_gradient_of_parts_equals_the_whole(pair, items, budget):
 
 
 def test_keys_and_values_of_all_tokens_change_nothing(pair, items):
-    """The last layer as it runs on a GPU and with dropout, here with one that drops nothing."""
+    """The last layer as it runs on a GPU, with dropout (here one that drops nothing), and with short sequences."""
     module, _ = pair
     batch = collate(items(7))
     expected = module(batch)
