@@ -11,10 +11,10 @@ export TOKENIZERS_PARALLELISM := true
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-$(VENV)/run.stamp: requirements.txt
+$(VENV)/run.stamp: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --requirement requirements.txt --editable .
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
@@ -24,10 +24,10 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
 install: $(VENV)/run.stamp ## set up .venv only, as on a login node
 
 demo: $(VENV)/run.stamp ## the whole chain on the embedded corpus, on any machine, in minutes
-	$(BIN)/python run_chain.py demo
+	$(BIN)/python -m race.chain demo
 
 race: $(VENV)/run.stamp ## the whole chain on RACE with albert-base-v2, on a GPU node
-	$(BIN)/python run_chain.py race
+	$(BIN)/python -m race.chain race
 
 test: $(VENV)/dev.stamp lint ## lint, unit tests, and all five notebooks on a small demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -44,7 +44,7 @@ test-browser: $(VENV)/dev.stamp ## all five notebooks in JupyterLab, in a headle
 	$(BIN)/python -m pytest tests/browser.py
 
 screenshots: $(VENV)/dev.stamp ## remake the pictures of the README from the demo, in a headless chromium
-	PYTHONPATH=. $(BIN)/python tests/screenshots.py
+	$(BIN)/python tests/screenshots.py
 
 bench: $(VENV)/run.stamp ## measure everything against what a user would otherwise run; BENCH_DEVICE=cuda on a GPU
 	$(BIN)/python -m bench.cache --rounds 1

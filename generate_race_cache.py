@@ -9,32 +9,21 @@ import os
 import sys
 from pathlib import Path
 
+from race import RaceError
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Build or verify a cache; returns the exit status."""
     options = parse(arguments)
-    from race_cache import (
-        CacheError,
-        build_cache,
-        verify_cache,
-    )  # after --help and usage errors, which need no libraries
-    from race_sources import SourceError
+    from race.data.cache import build_cache, verify_cache  # not before --help and usage errors: it takes seconds
 
     try:
         if options.verify:
             problems = verify_cache(options.verify)
             print("\n".join(problems) or f"{options.verify}: every file agrees with the manifest")
             return 1 if problems else 0
-        manifest = build_cache(
-            options.source,
-            options.model,
-            options.out,
-            options.max_qa_len,
-            options.workers,
-            options.force,
-            options.skip_bad,
-        )
-    except (CacheError, SourceError, OSError) as error:
+        manifest = build_cache(**{name: value for name, value in vars(options).items() if name != "verify"})
+    except (RaceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(summary(manifest, options.out))
@@ -42,23 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line; ends the process after --help or a usage error."""
     parser = argparse.ArgumentParser(description="Turn RACE into a token cache, once.")
-    parser.add_argument("--source", help="hub id (ehovy/race), folder or tar of RACE files, or 'demo'")
-    parser.add_argument(
-        "--model", help="hub name (albert-base-v2) or folder whose tokenizer encodes; not needed for 'demo'"
-    )
-    parser.add_argument("--out", help="the cache folder to make, such as cache/race")
-    parser.add_argument(
-        "--max-qa-len", type=int, default=128, help="tokens of question+option that are kept (default 128)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace a cache of other content")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out bad questions and passages, and list them in the cache"
-    )
-    parser.add_argument("--verify", metavar="CACHE", help="re-read a cache and check every file against its manifest")
+    add = parser.add_argument
+    add("--source", help="hub id (ehovy/race), folder or tar of RACE files, or 'demo'")
+    add("--model", help="hub name (albert-base-v2) or folder with the tokenizer to use; not needed for 'demo'")
+    add("--out", help="the cache folder to make, such as cache/race")
+    add("--max-qa-len", type=int, default=128, help="truncate question+option to its last N tokens (default 128)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)")
+    add("--force", action="store_true", help="replace a cache with other content")
+    add("--skip-bad", action="store_true", help="leave out bad questions and passages, and list them in the cache")
+    add("--verify", metavar="CACHE", help="re-read a cache and compare every file with its manifest")
     options = parser.parse_args(arguments)
     if options.source == "demo":
         options.model = options.model or "demo"
@@ -71,15 +54,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def summary(manifest: dict, out: str | Path) -> str:
-    """What the cache holds, for a person to read."""
+    """What the cache holds, as text for people."""
     lines = [f"{out}: kept, the same cache is there already" if manifest.get("kept") else f"{out}: written"]
     for split, counts in manifest["splits"].items():
         levels = ", ".join(f"{count:,} {level or 'of unknown level'}" for level, count in counts["levels"].items())
         lines.append(
             f"  {split:<10} {counts['passages']:>7,} passages {counts['questions']:>7,} questions ({levels}), "
-            f"{counts['tokens'] / counts['sequences']:.1f} tokens a sequence, "
+            f"{counts['tokens'] / counts['sequences']:.1f} tokens per sequence, "
             f"{counts['truncated'] / counts['sequences']:.1%} truncated, "
-            f"{counts['token_bytes'] / counts['questions']:.0f} token bytes a question"
+            f"{counts['token_bytes'] / counts['questions']:.0f} token bytes per question"
         )
     questions = sum(counts["questions"] for counts in manifest["splits"].values())
     size = sum(file["bytes"] for file in manifest["files"].values())
@@ -88,15 +71,13 @@ def summary(manifest: dict, out: str | Path) -> str:
     if len(manifest["notes"]) > 20:
         lines.append(f"  … and {len(manifest['notes']) - 20} more, listed in {out}/left-out.txt")
     if not manifest["model"]["weights"]:
-        lines.append(
-            f"  {manifest['model']['name']} has no weights: training from this cache needs BASE_MODEL set in ex01"
-        )
+        lines.append(f"  {manifest['model']['name']} has no weights: set BASE_MODEL in ex01 to train with this cache")
     lines.append(f"  {size / 1e6:.1f} MB")
     if not manifest.get("kept"):
-        lines[-1] += f", {manifest['seconds']:.1f} s, {questions / manifest['seconds']:,.0f} questions a second"
+        lines[-1] += f", {manifest['seconds']:.1f} s, {questions / manifest['seconds']:,.0f} questions per second"
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    gc.disable()  # a short process with a million small strings and no cycles among them
+    gc.disable()  # a short process that makes a million small strings and no cycles
     sys.exit(main())

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-import race_comparison as comparison
-import race_figures as figures
-import race_score_figures as score_figures
-import race_statistics as statistics
+import race.report.figures as figures
+import race.report.score_figures as score_figures
+import race.score.comparison as comparison
+import race.score.statistics as statistics
 from bench.common import in_turn, real_cache, report, spread, timed
-from race_browser import error_browser, mistake_cards
-from race_data import RaceDataModule, RaceDataset
-from race_evaluation import accuracy_table, question_facts
-from race_results import read_predictions, save_predictions
+from race.data import RaceDataModule
+from race.data.module import RaceDataset
+from race.report.error_browser import error_browser, mistake_cards
+from race.score.predict import question_facts
+from race.score.results import accuracy_table, read_predictions, save_predictions
 
 MODELS = ("e1", "e2", "e3")
 

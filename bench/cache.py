@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_files(folder: Path, passages: int) -> int:
     """The first passages of the source as files, one a passage, as both sides read them; returns the questions."""
-    from race_sources import read_source
+    from race.data.sources import read_source
 
     (folder / "train").mkdir()
     chosen = read_source(source())[0]["train"][:passages]
@@ -71,7 +71,7 @@ def write_files(folder: Path, passages: int) -> int:
 def ours(files: str, out: Path) -> dict:
     import transformers
 
-    from race_cache import build_cache
+    from race.data.cache import build_cache
 
     assert transformers.AutoTokenizer and transformers.AutoConfig
     gc.disable()  # as generate_race_cache.py does
@@ -89,7 +89,7 @@ def peers(files: str, out: Path) -> dict:
     datasets.disable_progress_bars()
     folder = tokenizer_folder()
     if folder == "demo":
-        from demo.model import write_model
+        from race.demo.model import write_model
 
         folder = tempfile.mkdtemp()
         write_model(folder)

@@ -24,7 +24,7 @@ PASSAGES = {"train": 20000, "validation": 600, "test": None}
 
 def prepare(out: Path, small: bool = False) -> str:
     """Make the folder `out` and say what it holds; raises RuntimeError where a part is missing or it is too large."""
-    from race_cache import build_cache
+    from race.data.cache import build_cache
 
     model = "demo" if small else os.environ.get("MINILM")
     if model is None:
@@ -48,7 +48,7 @@ def prepare(out: Path, small: bool = False) -> str:
 
 def write_splits(folder: Path, passages: dict[str, int | None]) -> None:
     """The source as files of three splits: two drawn from its training split, and its validation split as test."""
-    from race_sources import read_source
+    from race.data.sources import read_source
 
     read = read_source(source())[0]
     drawn = [read["train"][i] for i in np.random.default_rng(0).permutation(len(read["train"]))]
@@ -94,8 +94,8 @@ def halve_weights(model: Path) -> None:
 
 def describe(cache: Path) -> dict:
     """Bring a cache's manifest up to date with its files; returns it."""
-    from race_cache import read_manifest, write_manifest
-    from race_files import file_hash
+    from race.data.cache import read_manifest, write_manifest
+    from race.files import file_hash
 
     manifest = read_manifest(cache)
     files = sorted(path for path in cache.rglob("*") if path.is_file() and path.name != "manifest.json")

@@ -49,7 +49,7 @@ def tokenizer_folder() -> str:
 
 def real_cache() -> Path:
     """The token cache that RACE_BENCH_CACHE names, else that of `source()`, made on first use."""
-    from race_cache import build_cache
+    from race.data.cache import build_cache
 
     if given := os.environ.get("RACE_BENCH_CACHE"):
         return Path(given)
@@ -80,7 +80,7 @@ def albert_config(shape: str, cache: Path):
     """An ALBERT configuration of this shape, for the vocabulary of this cache; without dropout, so that sides agree."""
     from transformers import AlbertConfig
 
-    from race_cache import read_manifest
+    from race.data.cache import read_manifest
 
     hidden, heads, intermediate, layers = SHAPES[shape]
     return AlbertConfig(
@@ -97,7 +97,7 @@ def albert_config(shape: str, cache: Path):
 
 def draw(cache: Path, split: str, questions: int) -> list[dict]:
     """Questions of a split as `drawn` draws them, in random order."""
-    from race_data import RaceDataset
+    from race.data.module import RaceDataset
 
     dataset = RaceDataset(cache, split)
     return [dataset[int(i)] for i in drawn(dataset, questions)]
@@ -138,17 +138,17 @@ def forward_flops(shape: str, lengths: np.ndarray, last_layer_at_cls: bool) -> f
     """FLOPs that a forward pass over sequences of these lengths needs; a training step needs three times as many.
 
     A token and layer: 2·(4·h² + 2·h·i) for the matrix products with weights, and 4·h·L for attention in a sequence
-    of L tokens. With last_layer_at_cls, what nothing reads is left out: the last layer is that of [CLS], one token,
-    which attends to L tokens with 4·h·L a head, as keys and values of the others need not be made. Padding is never
-    counted; embeddings, norms and GELU are not either.
+    of L tokens. With last_layer_at_cls, what nothing reads is left out: the last layer computes keys and values of all
+    tokens, and the rest at [CLS] only. Padding is never counted; embeddings, norms and GELU are not either.
     """
-    hidden, heads, intermediate, layers = SHAPES[shape]
+    hidden, _, intermediate, layers = SHAPES[shape]
     lengths = np.asarray(lengths, np.float64)
     per_token = 2 * (4 * hidden**2 + 2 * hidden * intermediate)
     full = lengths * per_token + 4 * hidden * lengths**2
     if not last_layer_at_cls:
         return float(layers * full.sum())
-    return float((layers - 1) * full.sum() + (per_token + 4 * hidden * heads * lengths).sum())
+    last = lengths * 4 * hidden**2 + per_token - 4 * hidden**2 + 4 * hidden * lengths
+    return float((layers - 1) * full.sum() + last.sum())
 
 
 def matrix_rate(device: str = "cpu", products: int = 3) -> list[float]:

@@ -1,6 +1,6 @@
 """Scoring: ours against Hugging Face's AlbertForMultipleChoice in inference mode, padded to 512 or a group's longest.
 
-Ours is what `race_evaluation.predict` does: the loader's order, longest questions first, packed. The reference takes
+Ours is what `race.score.predict` does: the loader's order, longest questions first, packed. The reference takes
 the same questions as they come, `--group` at a time: neighbours of the split, most of which share their article, as it
 would meet them in a whole split. Random weights, forward pass only; sides in processes of their own, in turn.
 """
@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def _data(cache: str, options: argparse.Namespace):
-    from race_data import RaceDataModule, RaceDataset
+    from race.data import RaceDataModule
+    from race.data.module import RaceDataset
 
     data = RaceDataModule(cache, batch_size=128 if options.device == "cuda" else 32, num_workers=0)
     rows = drawn(data.dataset("validation"), options.questions, neighbours=options.group)
@@ -101,12 +102,11 @@ def _inference():
 
 
 def _ours() -> list:
-    from race_memory import memory_kept
-    from race_module import default_token_budget
+    from race.encoder import token_budget
 
     model, device = STATE["model"], torch.device(STATE["options"].device)
-    budget, probabilities = default_token_budget(model.model, device, training=False), []
-    with _inference(), memory_kept():
+    budget, probabilities = token_budget(model.model, device), []
+    with _inference():
         for batch in STATE["data"].ordered_loader("validation"):
             for part in batch.to(device).micro_batches(budget):
                 probabilities.append(model(part).double().softmax(1))

@@ -154,7 +154,7 @@ def _packed(family: str, items: list[dict], device: str, dtype: torch.dtype) -> 
     """Logits and gradients of RaceModule with the same weights, packed."""
     from transformers import AutoModelForMultipleChoice
 
-    from race_data import collate
+    from race.data import collate
     from race_module import RaceModule
 
     torch.manual_seed(0)
@@ -194,7 +194,7 @@ def curve(options: argparse.Namespace) -> dict:
 
 def losses(steps: int, device: str, dtype: torch.dtype) -> list[float]:
     """The training losses of so many AdamW steps from the same weights on the same batches."""
-    from race_data import collate
+    from race.data import collate
     from race_module import RaceModule
 
     torch.manual_seed(0)
@@ -243,7 +243,7 @@ def epoch(options: argparse.Namespace) -> dict:
     """Seconds a step of the trainer as a stage uses it, over 200 steps after 20, and what a RACE epoch would take."""
     import pytorch_lightning as pl
 
-    from race_data import RaceDataModule
+    from race.data import RaceDataModule
     from race_module import RaceModule
 
     warm_up, steps = (1, 3) if options.small else (20, 200)
@@ -293,31 +293,30 @@ def run_stage(stage: str, options: argparse.Namespace) -> dict:
 
     The carried cache's test split is RACE/dev; its validation split is held out of RACE/train.
     """
-    from race_evaluation import accuracy_table, predict
-    from race_training import best_checkpoint, stage_trainer, start_stage
+    from race.score.predict import predict
+    from race.score.results import accuracy_table
+    from race.train.recipe import Stage
+    from race.train.stage import start_stage, train_stage
 
-    checkpoints, run = common.WORK / "gpu_day" / "checkpoints", common.WORK / "gpu_day" / "run"
-    device = "gpu" if options.device == "cuda" else "cpu"
-    data = _chain_data(options)
-    module = start_stage(stage, options.carried, checkpoint_dir=checkpoints, learning_rate=RATES[stage])
+    folder, data = common.WORK / "gpu_day", _chain_data(options)
+    place = Stage(stage, folder / "checkpoints", folder / "run")
+    module = start_stage(place, options.carried, learning_rate=RATES[stage])
     started = time.perf_counter()
-    trainer = stage_trainer(stage, run, checkpoints, max_epochs=1 if options.small else EPOCHS[stage])
-    trainer.fit(module, data)
+    trainer = train_stage(place, module, data, 1 if options.small else EPOCHS[stage], fresh=True)
     seconds = time.perf_counter() - started
-    best = best_checkpoint(checkpoints, stage)
-    table = accuracy_table(
-        predict(best, options.carried, "test", limit_questions=data.limit_questions), stage, best, "RACE/dev"
-    )
+    best = place.best()
+    predictions = predict(best, options.carried, "test", limit_questions=data.limit_questions)
+    table = accuracy_table(predictions, stage, best.name, "RACE/dev")
     scores = table.query("level == 'all'").iloc[0]
     result = {"stage": stage, "learning_rate": RATES[stage], "epochs": trainer.current_epoch, "seconds": seconds}
-    result |= {"train_questions": len(data.dataset("train")), "checkpoint": best.name, "accelerator": device}
+    result |= {"train_questions": len(data.dataset("train")), "checkpoint": best.name}
     result |= {name: float(scores[name]) for name in ("questions", "correct", "accuracy", "ci_low", "ci_high")}
     common.report(f"gpu_chain-{stage}", result, options.device)
     return result
 
 
 def _chain_data(options: argparse.Namespace):
-    from race_data import RaceDataModule
+    from race.data import RaceDataModule
 
     return RaceDataModule(options.carried, batch_size=32, limit_questions=64 if options.small else None)
 

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def drain(cache, workers: int, batches: int) -> tuple[float, int]:
     """(seconds, questions) of up to so many training batches; the first one, which starts the workers, is not timed."""
-    from race_data import RaceDataModule
+    from race.data import RaceDataModule
 
     data = RaceDataModule(cache, batch_size=BATCH, num_workers=workers)
     data.setup()

@@ -102,7 +102,7 @@ def process_counts(cache: str, options: argparse.Namespace) -> dict:
 
 def near_median(cache: str, questions: int) -> list[list[int]]:
     """The lengths of the four sequences of questions of nearly the median number of tokens, alike as they come."""
-    from race_data import RaceDataset
+    from race.data.module import RaceDataset
 
     lengths = RaceDataset(cache, "train").lengths()
     order = np.argsort(lengths.sum(1), kind="stable")
@@ -115,19 +115,20 @@ def near_median(cache: str, questions: int) -> list[list[int]]:
 
 def setup(name: str, cache: str, shape: str, device: str, threads: int | None = None) -> None:
     """Make a model with random weights in this process."""
-    from race_module import RaceModule, default_token_budget
+    from race.encoder import token_budget
+    from race_module import RaceModule
 
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     module = RaceModule(config=albert_config(shape, Path(cache))).to(device).train()
     module.manual_backward, module.log = torch.Tensor.backward, lambda *_, **__: None
-    STATE.update(module=module, device=device, budget=default_token_budget(module.model, torch.device(device)))
+    STATE.update(module=module, device=device, budget=token_budget(module.model, torch.device(device)))
 
 
 def step(lengths: list) -> float:
     """Seconds of forward and backward on random tokens: flat lengths go through at once, questions by budget."""
-    from race_data import collate
+    from race.data import collate
 
     flat = isinstance(lengths[0], int)
     questions = np.reshape(lengths, (-1, 4)).tolist() if flat else lengths
@@ -144,7 +145,7 @@ def step(lengths: list) -> float:
     module.token_budget = None if flat else STATE["budget"]
     module.zero_grad()
     with torch.autocast("cuda", torch.bfloat16, enabled=STATE["device"] == "cuda"):
-        return timed(lambda: module._step(batch, "train"))
+        return timed(lambda: module.model_step(batch, "train"))
 
 
 def data_parallel(rank: int, port: int, cache: str, shape: str, lengths: list, queue) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-PHASES = ("torch", "pytorch_lightning", "transformers", "ours", "data", "model", "trainer", "first step")
+PHASES = ("torch", "pytorch_lightning", "transformers", "ours", "data", "model", "first step")
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> dict:
         print(json.dumps(stage(options.once)))
         return {}
     from bench.common import ROOT, WORK, report, spread  # loads torch, which the timed process must do on the clock
-    from race_cache import build_cache
+    from race.data.cache import build_cache
 
     cache = WORK / "demo"
     if not (cache / "manifest.json").exists():
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for _ in range(options.rounds):
         done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    timed = [sys.executable, "-X", "importtime", "-c", "import race_training, race_figures"]
+    timed = [sys.executable, "-X", "importtime", "-c", "import race.train.stage, race.report.figures"]
     imports = subprocess.run(timed, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stderr
     result = {"rounds": options.rounds, "seconds": {name: spread([run[name] for run in runs]) for name in PHASES}}
     result["total"] = statistics.median(sum(run.values()) for run in runs)
@@ -76,27 +76,26 @@ def stage(cache: str) -> dict[str, float]:
 
     assert transformers.AutoModelForMultipleChoice
     done("transformers")
-    from race_data import RaceDataModule
-    from race_figures import training_curves
-    from race_training import stage_trainer, start_stage
+    from race.data import RaceDataModule
+    from race.report.figures import training_curves
+    from race.train.recipe import Stage
+    from race.train.stage import start_stage, train_stage
 
     assert training_curves
     done("ours")
     data = RaceDataModule(cache, batch_size=8, limit_questions=8)
     data.setup()
     done("data")
-    module = start_stage("e1", cache, learning_rate=1e-4)
-    done("model")
 
     class FirstStep(pl.Callback):
         def on_train_batch_end(self, *_) -> None:
             done("first step")
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = stage_trainer("e1", folder, Path(folder) / "checkpoints", max_epochs=1)
-        trainer.callbacks.append(FirstStep())
-        done("trainer")
-        trainer.fit(module, data)
+        stage = Stage("e1", Path(folder) / "checkpoints", folder)
+        module = start_stage(stage, cache, learning_rate=1e-4)
+        done("model")
+        train_stage(stage, module, data, 1, callbacks=[FirstStep()])
     return seconds
 
 

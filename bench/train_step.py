@@ -117,12 +117,12 @@ def summary(options: argparse.Namespace, cache: str, seconds: dict, products: li
 
 def setup(side: str, cache: str, options: argparse.Namespace) -> None:
     """Make a side's model, optimizer and questions; all sides start from the same weights."""
-    from race_module import default_token_budget
+    from race.encoder import token_budget
 
     model = side_model(side, options.shape, cache)
     if side == OURS:
         model.manual_backward, model.log = torch.Tensor.backward, lambda *_, **__: None
-        model.token_budget = default_token_budget(model.model, torch.device(options.device))
+        model.token_budget = token_budget(model.model, torch.device(options.device))
         if options.compile:
             compile_feed_forward(model)
     model.to(options.device).train()
@@ -133,9 +133,9 @@ def setup(side: str, cache: str, options: argparse.Namespace) -> None:
 
 def compile_feed_forward(module) -> None:
     """Compile the part of a layer that sees no sequence bounds, for any number of tokens."""
-    from race_module import encoder_layers
+    from race.encoder import albert_layers
 
-    for layer in set(encoder_layers(module.model.base_model)):
+    for layer in set(albert_layers(module.model.base_model)):
         layer.ff_chunk = torch.compile(layer.ff_chunk, dynamic=True)
 
 
@@ -145,13 +145,13 @@ def backward(first: int, last: int, side: str) -> float:
 
 
 def _backward(items: list[dict], side: str) -> None:
-    from race_data import collate
+    from race.data import collate
 
     model, options = STATE["model"], STATE["options"]
     gpu = options.device == "cuda"
     with torch.autocast("cuda", torch.bfloat16) if gpu else contextlib.nullcontext():
         if side == OURS:
-            model._step(collate(items).to(options.device), "train")
+            model.model_step(collate(items).to(options.device), "train")
             return
         for i in range(0, len(items), options.group):
             batch = pad(items[i : i + options.group], 512 if side == SIDES[1] else None)

@@ -4,7 +4,7 @@
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 RUN=runs/race # as in the notebooks' parameters
 BIN=${BIN:-.venv/bin}
-export PYTHONPATH=$PWD MPLBACKEND=agg PYTHONUNBUFFERED=1
+export MPLBACKEND=agg PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-4}
 mkdir -p "$RUN/scripts"
 
@@ -38,4 +38,4 @@ done
 for notebook in eval_test_dataset_race eval_test_dataset_race_2; do
   run --nodes=1 --ntasks=1 "$BIN/papermill" "$notebook.ipynb" "$RUN/$notebook.ipynb" --no-progress-bar
 done
-cut -d, -f1-9 "$RUN/results.csv"
+cat "$RUN/results.csv"

@@ -5,9 +5,8 @@ import shutil
 
 import nbformat
 import pytest
-from lab import CHROMIUM_FLAGS, ROOT, WIDTH, LabError, chromium, jupyter_lab, run_all_cells, with_parameters
-
-from run_chain import NOTEBOOKS
+from helpers import NOTEBOOKS, ROOT
+from lab import CHROMIUM_FLAGS, WIDTH, LabError, chromium, jupyter_lab, run_all_cells, with_parameters
 
 SCREENSHOTS = ROOT / "runs" / "browser"
 RATES = dict(zip(NOTEBOOKS, (1e-2, 1e-2, 1e-3), strict=False))  # at which something happens in a few steps

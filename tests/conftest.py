@@ -7,12 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
 
 import numpy as np
 import pytest
-import torch
+from helpers import ALBERT, TEST_DATA
 from transformers import AlbertConfig, BertConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-TEST_DATA = Path(os.environ.get("RACE_TEST_DATA", ROOT.parent / "shared" / "data"))
-ALBERT = TEST_DATA / "albert-base-v2"
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.2} | NO_DROPOUT
 
@@ -20,7 +17,7 @@ TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "i
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A small demo corpus in the layout of RACE.tar.gz."""
-    from demo.corpus import write_corpus
+    from race.demo.corpus import write_corpus
 
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder, train=60, dev=16, test=20)
@@ -30,7 +27,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def cache(corpus, tmp_path_factory) -> Path:
     """The token cache of the small corpus, with the demo's model in it."""
-    from race_cache import build_cache
+    from race.data.cache import build_cache
 
     folder = tmp_path_factory.mktemp("cache") / "small"
     build_cache(str(corpus), "demo", folder)
@@ -40,7 +37,7 @@ def cache(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def real_cache(tmp_path_factory) -> Path:
     """Real RACE text in the real ALBERT vocabulary; skips where the test data is missing."""
-    from race_cache import build_cache
+    from race.data.cache import build_cache
 
     source = TEST_DATA / "race.tar.xz"
     if not source.exists():
@@ -82,15 +79,3 @@ def items():
         return made
 
     return make
-
-
-def padded(batch) -> dict[str, torch.Tensor]:
-    """A PackedBatch as the padded [B, 4, L] tensors that Hugging Face's model takes."""
-    shape = len(batch.lengths), batch.max_seqlen
-    ids, segments, mask = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-    for i, (start, length) in enumerate(zip(batch.cu_seqlens.tolist(), batch.lengths, strict=False)):
-        ids[i, :length] = batch.input_ids[start : start + length]
-        segments[i, :length] = batch.token_type_ids[start : start + length]
-        mask[i, :length] = 1
-    tensors = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
-    return {name: tensor.view(-1, 4, shape[1]) for name, tensor in tensors.items()} | {"labels": batch.labels}

@@ -11,12 +11,13 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 
-import race_files
-import race_training
-from race_checkpoints import STAGES, best_checkpoint, read_checkpoint
-from race_data import RaceDataModule
-from race_resume import KeepState, state_path
-from race_training import stage_trainer, start_stage, train_stage
+import race.files
+import race.train.stage
+from race.data import RaceDataModule
+from race.files import read_archive
+from race.train.recipe import Stage
+from race.train.stage import start_stage, train_stage
+from race.train.state import KeepState
 
 RECIPE = (("e1", 1e-3, 2), ("e2", 1e-3, 1), ("e3", 1e-4, 2))
 MINUTES = 0.05 / 60  # between saves
@@ -25,20 +26,19 @@ MINUTES = 0.05 / 60  # between saves
 def run_chain(folder: Path, cache: Path, workers: int = 0, minutes: float = MINUTES) -> None:
     """Three stages with dropout, so that the random state matters."""
     warnings.simplefilter("ignore")
-    race_training.git_commit = lambda: None  # somebody may be editing the code while the tests run
+    race.train.stage.git_commit = lambda: None  # somebody may be editing the code while the tests run
     if torch.cuda.is_available():
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
-    for stage, rate, epochs in RECIPE:
+    for name, rate, epochs in RECIPE:
         pl.seed_everything(0, verbose=False)
-        module = start_stage(stage, cache, checkpoint_dir=folder / "checkpoints", learning_rate=rate)
+        stage = Stage(name, folder / "checkpoints", folder / "run")
+        module = start_stage(stage, cache, learning_rate=rate)
         for part in module.modules():
             if isinstance(part, torch.nn.Dropout):
                 part.p = 0.1
-        trainer = stage_trainer(
-            stage, folder / "run", folder / "checkpoints", epochs, save_minutes=minutes, log_every=2
-        )
-        train_stage(trainer, module, RaceDataModule(cache, batch_size=8, num_workers=workers))
+        data = RaceDataModule(cache, batch_size=8, num_workers=workers)
+        train_stage(stage, module, data, epochs, save_minutes=minutes, log_every=2)
 
 
 def in_a_process(target, *arguments) -> multiprocessing.Process:
@@ -79,8 +79,8 @@ def doomed_chain(place: str, number: int, *arguments) -> None:
         setattr(owner, name, watched)
 
     owner, name, before = {
-        "half written": (race_files._Sealing, "write", False),
-        "before renaming": (race_files, "flush", True),
+        "half written": (torch.serialization, "_save", False),
+        "before renaming": (race.files, "flush", True),
         "after saving": (KeepState, "save", False),
         "in validation": (pl.LightningModule, "on_validation_epoch_start", True),
         "in an epoch's checkpoint": (pl.callbacks.ModelCheckpoint, "_save_checkpoint", False),
@@ -117,8 +117,9 @@ def killed_chain(folder: Path, cache: Path, most: int, rng: random.Random, worke
 def remains(folder: Path) -> dict:
     """All that a chain leaves and that has to be the same: tensors as bytes, log rows as text, the best checkpoints."""
     found = {}
-    for stage in STAGES:
-        state = read_checkpoint(state_path(folder / "checkpoints", stage))
+    for stage in ("e1", "e2", "e3"):
+        place = Stage(stage, folder / "checkpoints")
+        state = read_archive(place.state_path)
         logs = sorted((folder / "run" / "logs" / stage).glob("*/metrics.csv"))
         assert len(logs) == 1, logs
         log = pd.read_csv(logs[0], dtype=str)
@@ -130,10 +131,10 @@ def remains(folder: Path) -> dict:
                 for name, value in values.items()
             },
             "log": log.drop(columns="tokens_per_second").to_csv(index=False),  # a measured speed is never the same
-            "best": best_checkpoint(folder / "checkpoints", stage).name,
+            "best": place.best().name,
             "position": {key: state["resume"][key] for key in ("epoch", "batches", "finished", "steps", "sums")},
         }
-        for path in sorted((folder / "checkpoints").glob(f"{stage}-*.ckpt")):
+        for path in place.files():
             found[stage][path.name] = path.read_bytes()
     found["others"] = [path for path in folder.rglob(".*") if path.name.endswith(".tmp")]
     return found

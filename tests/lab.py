@@ -67,7 +67,7 @@ def jupyter_lab(folder: Path, notebooks: Path, seconds: float = 90) -> Iterator[
     token = secrets.token_hex(16)
     own = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     own |= {f"JUPYTERLAB_{name}_DIR": str(folder / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
-    own |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT), "JUPYTER_TOKEN": token}
+    own |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTER_TOKEN": token}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root"]
     command += [f"--ServerApp.root_dir={notebooks}", "--LabApp.extension_manager=readonly"]
     log = folder / "lab.log"

@@ -1,6 +1,6 @@
 """Remake the pictures of the README: the demo in JupyterLab, run in a browser, cropped to what matters.
 
-PYTHONPATH=. python tests/screenshots.py    (make screenshots)
+make screenshots
 """
 
 import argparse
@@ -8,11 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab import CHROMIUM_FLAGS, ROOT, WIDTH, chromium, jupyter_lab, run_all_cells, with_parameters
+from helpers import NOTEBOOKS, ROOT, STAGES
+from lab import CHROMIUM_FLAGS, WIDTH, chromium, jupyter_lab, run_all_cells, with_parameters
 
-from demo import STAGES
-from race_cache import build_cache
-from run_chain import NOTEBOOKS
+from race.data.cache import build_cache
+from race.train.recipe import DEMO
 
 SHOTS = {  # notebook: (what stands in the cell whose output is kept, name of the picture)
     "ex01": ("training_curves(", "training"),
@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         build_cache("demo", "demo", notebooks / "cache" / "demo")
         places = {"CACHE_DIR": "cache/demo", "CHECKPOINT_DIR": "checkpoints/demo", "RUN_DIR": "runs/demo"}
         for name in NOTEBOOKS:
-            parameters = places | STAGES.get(name, {}) | {"LIMIT_QUESTIONS": options.limit_questions}
+            stage = dict(zip(STAGES, DEMO.values(), strict=True)).get(name)
+            training = {"LEARNING_RATE": stage.learning_rate, "MAX_EPOCHS": stage.max_epochs} if stage else {}
+            parameters = places | training | {"LIMIT_QUESTIONS": options.limit_questions}
             with_parameters(ROOT / f"{name}.ipynb", notebooks / f"{name}.ipynb", parameters)
         with jupyter_lab(folder, notebooks) as (address, token), sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)

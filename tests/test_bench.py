@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import padded
+from helpers import padded
 
 from bench import carried, common, evaluate, gpu_day, loader, scaling, startup, tables, train_step
-from race_cache import verify_cache
-from race_data import collate
+from race.data import collate
+from race.data.cache import verify_cache
 
 
 @pytest.fixture
@@ -58,8 +58,10 @@ def test_flops_are_those_of_the_products():
     per_token = 2 * (4 * 32 * 32 + 2 * 32 * 64)
     attention = 4 * 32 * 9
     assert common.forward_flops("tiny", np.array([3]), last_layer_at_cls=False) == 2 * (3 * per_token + attention)
-    at_cls = per_token + 4 * 32 * 4 * 3  # one token; four heads, each of which reads 3 tokens of 32 numbers twice
-    assert common.forward_flops("tiny", np.array([3]), last_layer_at_cls=True) == 3 * per_token + attention + at_cls
+    keys_and_values = 3 * 2 * (2 * 32 * 32)
+    at_cls = 2 * (2 * 32 * 32 + 2 * 32 * 64) + 4 * 32 * 3
+    expected = 3 * per_token + attention + keys_and_values + at_cls
+    assert common.forward_flops("tiny", np.array([3]), last_layer_at_cls=True) == expected
 
 
 def test_counted_flops_are_those_that_torch_counts(cache, items):
@@ -88,7 +90,7 @@ def test_the_reference_gets_the_padded_batch(items):
 @pytest.mark.parametrize("neighbours", [1, 4])
 def test_draws_are_as_long_as_their_split(cache, neighbours):
     """Of every stratum by length one draw, of neighbours in the order of the split."""
-    from race_data import RaceDataset
+    from race.data.module import RaceDataset
 
     dataset = RaceDataset(cache, "train")
     rows = common.drawn(dataset, 24, neighbours)
@@ -117,8 +119,6 @@ def test_all_sides_compute_the_same(results, cache, side):
     """The sides of the step: equal gradients. The sides of scoring: equal probabilities, each in its own order."""
     import argparse
 
-    from race_data import length_order
-
     options = argparse.Namespace(shape="tiny", device="cpu", questions=6, group=4, compile=False)
     found = {}
     for name in (train_step.OURS, side):
@@ -131,7 +131,7 @@ def test_all_sides_compute_the_same(results, cache, side):
         found[name] = gradients, torch.tensor(scores)
     ours, theirs = found[train_step.OURS], found[side]
     assert max((ours[0][name] - theirs[0][name]).abs().max() for name in theirs[0]) < 1e-5
-    order = length_order(evaluate.STATE["data"].dataset("validation"))
+    order = evaluate.STATE["data"].dataset("validation").length_order()
     assert torch.allclose(ours[1], theirs[1][order], atol=1e-5) and theirs[1].std() > 0
 
 
@@ -209,7 +209,7 @@ def folder(tmp_path_factory):
 def test_the_carried_folder_is_a_cache_without_text(folder):
     from safetensors.torch import load_file
 
-    from race_data import RaceDataset
+    from race.data.module import RaceDataset
 
     assert verify_cache(folder) == []
     train, test = RaceDataset(folder, "train"), RaceDataset(folder, "test")
@@ -237,7 +237,7 @@ def test_parity_on_this_device(results):
 def test_parity_finds_a_wrong_attention(results, monkeypatch):
     from transformers import AttentionInterface
 
-    from race_module import packed_attention
+    from race.encoder import packed_attention
 
     def wrong(*arguments, **settings):
         out, weights = packed_attention(*arguments, **settings)

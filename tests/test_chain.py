@@ -7,16 +7,18 @@ import time
 import pytest
 from kill import in_a_process
 
-import run_chain
-from race_cache import FORMAT, write_manifest
-from race_resume import read_state
+from race import chain
+from race.data.cache import FORMAT, write_manifest
+from race.score.results import RESULT_COLUMNS
+from race.train.recipe import Stage
+from race.train.state import read_state
 
 
 @pytest.fixture
-def chain(monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path):
     """run(arguments) -> (exit status, commands of the cache, notebooks with parameters), with neither really run."""
     commands, notebooks = [], []
-    monkeypatch.setattr(run_chain, "ROOT", tmp_path)
+    monkeypatch.setattr(chain, "ROOT", tmp_path)
 
     def generate(arguments: list[str]) -> int:
         commands.append(arguments)
@@ -28,12 +30,12 @@ def chain(monkeypatch, tmp_path):
         notebooks.append((name, parameters))
         run_dir = tmp_path / parameters["RUN_DIR"]
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "results.csv").write_text("stage\n")
+        (run_dir / "results.csv").write_text(",".join(RESULT_COLUMNS) + "\n")
         return 0
 
-    monkeypatch.setattr(run_chain, "generate_race_cache", generate)
-    monkeypatch.setattr(run_chain, "run_notebook", run_notebook)
-    return lambda *arguments: (run_chain.main(list(arguments)), commands, notebooks)
+    monkeypatch.setattr(chain, "generate_race_cache", generate)
+    monkeypatch.setattr(chain, "run_notebook", run_notebook)
+    return lambda *arguments: (chain.main(list(arguments)), commands, notebooks)
 
 
 def write_cache(root, splits: list[str]) -> None:
@@ -43,56 +45,56 @@ def write_cache(root, splits: list[str]) -> None:
         write_manifest(root / "cache" / name / "manifest.json", manifest | {"splits": dict.fromkeys(splits)})
 
 
-def test_race_runs_the_recipe_on_the_hub(chain):
-    status, commands, notebooks = chain("race")
+def test_race_runs_the_recipe_on_the_hub(run):
+    status, commands, notebooks = run("race")
     assert status == 0 and commands[0][:4] == ["--source", "ehovy/race", "--model", "albert-base-v2"]
-    assert [name for name, _ in notebooks] == list(run_chain.NOTEBOOKS)
+    assert [name for name, _ in notebooks] == (["ex01", "ex02", "ex03", *chain.EVALUATIONS])
     assert not any("LEARNING_RATE" in parameters for _, parameters in notebooks)
     assert notebooks[0][1]["RUN_DIR"] == "runs/race" and notebooks[3][1]["SPLIT"] == "test"
 
 
-def test_a_cache_that_is_there_is_verified_and_used(chain, tmp_path):
+def test_a_cache_that_is_there_is_verified_and_used(run, tmp_path):
     """On a node without internet `make race` must not ask the hub for a cache made before."""
     write_cache(tmp_path, ["train", "validation", "test"])
-    status, commands, _ = chain("race")
+    status, commands, _ = run("race")
     assert status == 0 and commands == [["--verify", str(tmp_path / "cache" / "race")]]
 
 
-def test_another_source_than_the_cache_has_is_refused(chain, tmp_path, capsys):
+def test_another_source_than_the_cache_has_is_refused(run, tmp_path, capsys):
     write_cache(tmp_path, ["train", "validation", "test"])
-    status, _, notebooks = chain("race", "--source", "my/race")
+    status, _, notebooks = run("race", "--source", "my/race")
     assert status == 1 and notebooks == []
     assert "was made from source ehovy/race, not my/race" in capsys.readouterr().err
 
 
-def test_missing_splits_are_met_before_the_training(chain, tmp_path, capsys):
+def test_missing_splits_are_met_before_the_training(run, tmp_path, capsys):
     write_cache(tmp_path, ["train", "test"])
-    assert chain("race")[0] == 1 and "no validation split" in capsys.readouterr().err
+    assert run("race")[0] == 1 and "no validation split" in capsys.readouterr().err
     write_cache(tmp_path, ["train", "validation"])
-    status, _, notebooks = chain("race")
+    status, _, notebooks = run("race")
     assert status == 0 and notebooks[-1][1]["SPLIT"] == "validation"
 
 
-def test_a_trial_run_is_kept_apart(chain):
-    _, _, notebooks = chain("race", "--limit-questions", "9")
+def test_a_trial_run_is_kept_apart(run):
+    _, _, notebooks = run("race", "--limit-questions", "9")
     places = {notebooks[0][1][name] for name in ("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR")}
     assert places == {"cache/race", "checkpoints/race-trial", "runs/race-trial"}
     assert all(parameters["LIMIT_QUESTIONS"] == 9 for _, parameters in notebooks)
 
 
-def test_a_cache_that_fails_ends_the_chain(chain, monkeypatch):
-    monkeypatch.setattr(run_chain, "generate_race_cache", lambda _: 1)
-    status, _, notebooks = chain("demo")
+def test_a_cache_that_fails_ends_the_chain(run, monkeypatch):
+    monkeypatch.setattr(chain, "generate_race_cache", lambda _: 1)
+    status, _, notebooks = run("demo")
     assert status == 1 and notebooks == []
 
 
-def test_a_stopped_notebook_ends_the_chain(chain, monkeypatch):
-    monkeypatch.setattr(run_chain, "run_notebook", lambda name, _: run_chain.STOPPED if name == "ex02" else 0)
-    assert chain("demo")[0] == 75
+def test_a_stopped_notebook_ends_the_chain(run, monkeypatch):
+    monkeypatch.setattr(chain, "run_notebook", lambda name, _: chain.STOPPED if name == "ex02" else 0)
+    assert run("demo")[0] == 75
 
 
-def test_fresh_reaches_the_stages(chain):
-    _, _, notebooks = chain("race", "--fresh")
+def test_fresh_reaches_the_stages(run):
+    _, _, notebooks = run("race", "--fresh")
     assert [parameters.get("FRESH") for _, parameters in notebooks] == [True, True, True, None, None]
 
 
@@ -100,17 +102,17 @@ def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, t
     """SIGTERM reaches the notebook's own process, which saves and ends; exit status 75 says: run again."""
     places = {"CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "RUN_DIR": str(tmp_path / "run")}
     parameters = {"CACHE_DIR": str(cache), "MAX_EPOCHS": 40, "LEARNING_RATE": 1e-4, "BATCH_SIZE": 8} | places
-    process = in_a_process(lambda: os._exit(run_chain.run_notebook("ex01", parameters)))
+    process = in_a_process(lambda: os._exit(chain.run_notebook("ex01", parameters)))
     end = time.monotonic() + 120
-    while not (state := read_state(tmp_path / "checkpoints", "e1")) and time.monotonic() < end:
+    while not (state := read_state(Stage("e1", tmp_path / "checkpoints").state_path)) and time.monotonic() < end:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    assert process.exitcode == run_chain.STOPPED
-    state = read_state(tmp_path / "checkpoints", "e1")
+    assert process.exitcode == chain.STOPPED
+    state = read_state(Stage("e1", tmp_path / "checkpoints").state_path)
     assert not state["finished"]
     parameters["MAX_EPOCHS"] = state["epoch"] + 1
-    process = in_a_process(lambda: os._exit(run_chain.run_notebook("ex01", parameters)))
+    process = in_a_process(lambda: os._exit(chain.run_notebook("ex01", parameters)))
     process.join(200)
-    assert process.exitcode == 0 and read_state(tmp_path / "checkpoints", "e1")["finished"]
-    assert "e1 goes on from epoch" in (tmp_path / "run" / "ex01.ipynb").read_text()
+    assert process.exitcode == 0 and read_state(Stage("e1", tmp_path / "checkpoints").state_path)["finished"]
+    assert "e1 resumes from epoch" in (tmp_path / "run" / "ex01.ipynb").read_text()

@@ -13,20 +13,22 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from kill import in_a_process
-from test_resume import At, stage, state
+from small_stage import At, e1, stage, state
 
 import generate_race_cache
-import race_export
-import race_files
-from race_cache import CacheError, build_cache, check_files, read_manifest, verify_cache, write_manifest
-from race_checkpoints import StageError, best_checkpoint, read_checkpoint, read_lineage
-from race_data import RaceDataModule
-from race_evaluation import predict, score
-from race_files import DamagedFileError, check_sealed, file_hash, save_sealed, write_whole
+import race.files
+from race import RaceError
+from race.data import RaceDataModule
+from race.data.cache import build_cache, check_files, read_manifest, verify_cache, write_manifest
+from race.export.__main__ import main as export
+from race.files import atomic_write, file_hash, read_archive, save_archive
+from race.score.predict import predict, score
+from race.train.checkpoints import Checkpoint
+from race.train.recipe import Stage
+from race.train.stage import DISK_FULL, start_stage
 from race_module import RaceModule
-from race_training import FULL, start_stage
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,9 @@ def test_every_damaged_cache_file_is_refused_by_name(cache, tmp_path):
         path = folder / rng.choice(names)
         content = path.read_bytes()
         path.write_bytes(damaged(content, rng))
-        with pytest.raises(CacheError) as error:
+        with pytest.raises(RaceError) as error:
             RaceDataModule(folder).setup()
-            start_stage("e1", folder)
+            start_stage(Stage("e1"), folder)
         assert str(path) in str(error.value)
         path.write_bytes(content)
     RaceDataModule(folder).setup()
@@ -69,40 +71,45 @@ def test_every_damaged_cache_file_is_refused_by_name(cache, tmp_path):
 
 @pytest.mark.parametrize("kind", ["checkpoint", "state"])
 def test_every_damaged_checkpoint_is_refused_by_name(trained, tmp_path, kind):
-    """500 flips and truncations over a checkpoint and a state, each read in every way in which it is read."""
-    source = best_checkpoint(trained / "checkpoints", "e1")
-    source = trained / "checkpoints" / "resume" / "e1.ckpt" if kind == "state" else source
+    """250 flips and truncations over a checkpoint or a state: refused by name, or read without any difference."""
+    source = e1(trained).state_path if kind == "state" else e1(trained).best().path
     path, content, rng = tmp_path / source.name, source.read_bytes(), random.Random(1)
+    weights, lineage = read_archive(source)["state_dict"], read_archive(source)["race"]
     for _ in range(250):
         path.write_bytes(damaged(content, rng))
-        for read, refusal in ((read_lineage, StageError), (RaceModule.load_from_checkpoint, DamagedFileError)):
-            race_files._problem.cache_clear()
-            with pytest.raises(refusal) as error:
+        for read in (Checkpoint, RaceModule.load_from_checkpoint):
+            race.files._archive_problem.cache_clear()
+            try:
                 read(path)
-            assert str(path) in str(error.value)
+            except RaceError as error:
+                assert str(path) in str(error)
+            else:  # a byte that no reader looks at: what is read is the same
+                found = read_archive(path)
+                assert all(torch.equal(tensor, found["state_dict"][name]) for name, tensor in weights.items())
+                assert found["race"] == lineage
     path.write_bytes(content)
-    race_files._problem.cache_clear()
+    race.files._archive_problem.cache_clear()
     RaceModule.load_from_checkpoint(path)
 
 
 def test_a_checkpoint_from_elsewhere_is_taken_if_it_is_whole(tmp_path):
-    """Without a seal, by the checksums of the zip archive that torch.save writes."""
+    """By the checksums of the zip archive that torch.save writes."""
     torch.save({"state_dict": {"a": torch.arange(1000)}}, tmp_path / "theirs.ckpt")
-    assert read_lineage(tmp_path / "theirs.ckpt") == {}
+    assert Checkpoint(tmp_path / "theirs.ckpt").lineage == {}
     content = bytearray((tmp_path / "theirs.ckpt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "theirs.ckpt").write_bytes(content)
-    with pytest.raises(StageError, match=r"theirs.ckpt: damaged"):
-        read_lineage(tmp_path / "theirs.ckpt")
+    with pytest.raises(RaceError, match=r"theirs.ckpt: damaged"):
+        Checkpoint(tmp_path / "theirs.ckpt")
     (tmp_path / "theirs.ckpt").write_text("hello")
-    with pytest.raises(StageError, match="cut off or damaged"):
-        read_lineage(tmp_path / "theirs.ckpt")
+    with pytest.raises(RaceError, match="cut off or damaged"):
+        Checkpoint(tmp_path / "theirs.ckpt")
 
 
-def test_a_sealed_file_is_an_ordinary_checkpoint(trained):
-    path = best_checkpoint(trained / "checkpoints", "e1")
+def test_a_checkpoint_is_an_ordinary_file(trained):
+    path = e1(trained).best().path
     assert set(torch.load(path, weights_only=True)["race"]) >= {"stage", "base", "cache", "versions", "commit"}
-    assert (path.stat().st_mode & 0o777) == 0o666 & ~race_files._umask()
+    assert (path.stat().st_mode & 0o777) == 0o666 & ~race.files._umask()
 
 
 def test_a_damaged_cache_found_while_open(cache, tmp_path):
@@ -111,12 +118,12 @@ def test_a_damaged_cache_found_while_open(cache, tmp_path):
     check_files(tmp_path / "cache")
     path = tmp_path / "cache" / "test-questions.arrow"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(CacheError, match=r"test-questions.arrow: damaged"):
+    with pytest.raises(RaceError, match=r"test-questions.arrow: damaged"):
         check_files(tmp_path / "cache")
 
 
 def test_lineage_goes_back_to_the_base(trained, cache):
-    lineage = read_lineage(best_checkpoint(trained / "checkpoints", "e1"))
+    lineage = e1(trained).best().lineage
     manifest = read_manifest(cache)
     assert lineage["cache"]["source_sha256"] == manifest["source"]["sha256"]
     assert lineage["tokenizer"] == manifest["tokenizer"]["sha256"]
@@ -125,10 +132,10 @@ def test_lineage_goes_back_to_the_base(trained, cache):
 
 def test_another_encoding_is_refused(trained, corpus, tmp_path):
     build_cache(str(corpus), "demo", tmp_path / "short", max_qa_len=9)
-    with pytest.raises(StageError, match="cut to 128 tokens, .* cuts to 9"):
-        predict(best_checkpoint(trained / "checkpoints", "e1"), tmp_path / "short")
-    with pytest.raises(StageError, match="cut to 128 tokens"):
-        start_stage("e2", tmp_path / "short", checkpoint_dir=trained / "checkpoints")
+    with pytest.raises(RaceError, match="truncated to 128 tokens, .* truncates to 9"):
+        predict(e1(trained).best(), tmp_path / "short")
+    with pytest.raises(RaceError, match="truncated to 128 tokens"):
+        start_stage(Stage("e2", trained / "checkpoints"), tmp_path / "short")
 
 
 # -------------------------------------------------------------------------------------------------- full disks
@@ -161,10 +168,10 @@ def test_full_disk_while_writing_a_file(small_disk):
         ("results.csv", lambda path: path.write_text("y" * 50_000)),
         ("figure.png", lambda path: path.write_bytes(b"y" * 50_000)),
     ):
-        write_whole(small_disk / name, lambda path: path.write_text("old"))
+        atomic_write(small_disk / name, lambda path: path.write_text("old"))
         fill(small_disk, 8192)
-        with pytest.raises(OSError, match=f"the file before it is untouched.*{name}") as error:
-            write_whole(small_disk / name, write)
+        with pytest.raises(OSError, match=f"the old file is unchanged.*{name}") as error:
+            atomic_write(small_disk / name, write)
         assert error.value.errno == errno.ENOSPC and (small_disk / name).read_text() == "old"
         (small_disk / "filler").unlink()
     assert sorted(path.name for path in small_disk.iterdir()) == ["figure.png", "results.csv"]
@@ -172,19 +179,19 @@ def test_full_disk_while_writing_a_file(small_disk):
 
 def test_a_file_that_may_not_grow(tmp_path):
     """As with a quota: for all users, also where no small file system can be mounted."""
-    save_sealed({"old": torch.zeros(10)}, tmp_path / "x.ckpt")
+    save_archive({"old": torch.zeros(10)}, tmp_path / "x.ckpt")
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            save_sealed({"new": torch.zeros(1_000_000)}, tmp_path / "x.ckpt")
+            save_archive({"new": torch.zeros(1_000_000)}, tmp_path / "x.ckpt")
         except OSError as error:
-            os._exit(7 if error.errno in FULL and "untouched" in str(error) else 8)
+            os._exit(7 if error.errno in DISK_FULL and "unchanged" in str(error) else 8)
 
     process = in_a_process(limited)
     process.join(30)
     assert process.exitcode == 7 and [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
-    assert "old" in read_checkpoint(tmp_path / "x.ckpt")
+    assert "old" in read_archive(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -205,7 +212,7 @@ def test_full_disk_while_making_a_cache(corpus, small_disk, capsys, force):
 def test_full_disk_while_training(cache, small_disk, tmp_path):
     """A save that fails ends the stage in words; with room again it goes on from the last good state, exactly."""
     stage(tmp_path / "whole", cache)
-    with pytest.raises(StageError, match="the disk is full.*make room"):
+    with pytest.raises(RaceError, match="the disk is full.*make room"):
         stage(small_disk, cache, At(5, lambda *_: fill(small_disk, 4096)), minutes=0.0)
     kept = state(small_disk)["resume"]
     assert kept["batches"] in (4, 5)
@@ -217,7 +224,7 @@ def test_full_disk_while_training(cache, small_disk, tmp_path):
 
 
 def test_full_disk_while_saving_an_epoch(cache, small_disk):
-    with pytest.raises(StageError, match="the disk is full"):
+    with pytest.raises(RaceError, match="the disk is full"):
         stage(small_disk, cache, At(7, lambda *_: fill(small_disk, 4096)))
     assert state(small_disk)["resume"]["epoch"] == 0 and not list((small_disk / "checkpoints").glob("*.ckpt"))
     (small_disk / "filler").unlink()
@@ -226,7 +233,7 @@ def test_full_disk_while_saving_an_epoch(cache, small_disk):
 
 
 def test_full_disk_while_saving_predictions(trained, cache, small_disk):
-    checkpoint = best_checkpoint(trained / "checkpoints", "e1")
+    checkpoint = e1(trained).best()
     score(checkpoint, cache, "test", small_disk, device="cpu")
     before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
     fill(small_disk)
@@ -240,7 +247,7 @@ def test_full_disk_while_saving_predictions(trained, cache, small_disk):
 def test_full_disk_while_saving_a_figure(small_disk):
     from matplotlib.figure import Figure
 
-    from race_figures import save_figure
+    from race.report.figures import save_figure
 
     save_figure(Figure(), small_disk, "curve")
     before = {path: path.read_bytes() for path in (small_disk / "figures").iterdir()}
@@ -252,12 +259,12 @@ def test_full_disk_while_saving_a_figure(small_disk):
 
 
 def test_full_disk_while_exporting(trained, cache, small_disk, capsys):
-    checkpoint = best_checkpoint(trained / "checkpoints", "e1")
+    checkpoint = e1(trained).best()
     arguments = [str(checkpoint), str(small_disk / "export"), "--cache", str(cache)]
-    assert race_export.main(arguments) == 0
+    assert export(arguments) == 0
     before = {path: path.read_bytes() for path in (small_disk / "export").rglob("*") if path.is_file()}
     fill(small_disk, 100_000)
-    assert race_export.main([*arguments, "--force"]) == 1
+    assert export([*arguments, "--force"]) == 1
     assert "No space left" in capsys.readouterr().err
     (small_disk / "filler").unlink()
     assert {path: path.read_bytes() for path in (small_disk / "export").rglob("*") if path.is_file()} == before
@@ -270,7 +277,7 @@ def test_full_disk_while_exporting(trained, cache, small_disk, capsys):
 MAKE = """
 import os, signal, sys, time
 import pyarrow, transformers
-from race_cache import build_cache
+from race.data.cache import build_cache
 source, out, length, death = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 replace, renames = os.replace, []
 def second_time(*names):
@@ -347,7 +354,7 @@ def test_results_of_two_processes_do_not_mix(tmp_path):
     contents = [letter * 200_000 for letter in "abc"]
     for _ in range(3):
         writers = [
-            in_a_process(lambda text=text: write_whole(tmp_path / "x", lambda p: p.write_text(text)))
+            in_a_process(lambda text=text: atomic_write(tmp_path / "x", lambda p: p.write_text(text)))
             for text in contents
         ]
         for writer in writers:
@@ -371,19 +378,18 @@ class Payload:
 
 
 def test_a_payload_in_a_checkpoint_or_state_runs_nothing(trained, cache, tmp_path):
-    """With a valid seal, as from somebody who knows how."""
-    good = read_checkpoint(best_checkpoint(trained / "checkpoints", "e1"))
+    """In an archive whose checksums agree, as from somebody who knows how."""
+    good = read_archive(e1(trained).best().path)
     (tmp_path / "checkpoints" / "resume").mkdir(parents=True)
     for path in (tmp_path / "x.ckpt", tmp_path / "checkpoints" / "resume" / "e1.ckpt"):
-        save_sealed(good | {"callbacks": Payload(tmp_path / "owned")}, path)
-        check_sealed(path)
-        with pytest.raises(StageError, match=f"{path}: holds more than weights and plain values"):
-            read_lineage(path)
-        with pytest.raises(DamagedFileError, match="refused"):
+        save_archive(good | {"callbacks": Payload(tmp_path / "owned")}, path)
+        with pytest.raises(RaceError, match=f"{path}: holds more than weights and plain values"):
+            Checkpoint(path)
+        with pytest.raises(RaceError, match="refused"):
             RaceModule.load_from_checkpoint(path)
-    with pytest.raises(StageError, match="could run code"):
-        predict(tmp_path / "x.ckpt", cache)
-    with pytest.raises(StageError, match="could run code"):
+    with pytest.raises(RaceError, match="could run code"):
+        predict(Checkpoint(tmp_path / "x.ckpt"), cache)
+    with pytest.raises(RaceError, match="could run code"):
         stage(tmp_path, cache)
     assert not (tmp_path / "owned").exists()
 
@@ -403,8 +409,8 @@ def malicious_model(folder, cache, tmp_path):
 def test_remote_code_of_a_model_never_runs(corpus, cache, tmp_path):
     malicious_model(tmp_path / "model", cache, tmp_path)
     build_cache(str(corpus), str(tmp_path / "model"), tmp_path / "cache")
-    start_stage("e1", tmp_path / "cache")
-    start_stage("e1", cache, base_model=tmp_path / "model")
+    start_stage(Stage("e1"), tmp_path / "cache")
+    start_stage(Stage("e1"), cache, base_model=tmp_path / "model")
     assert not (tmp_path / "owned").exists()
 
 
@@ -415,13 +421,13 @@ def test_a_payload_cache_runs_nothing(corpus, cache, tmp_path):
     shutil.rmtree(folder / "model")
     malicious_model(folder / "model", cache, tmp_path)
     reseal(folder)
-    start_stage("e1", folder)
+    start_stage(Stage("e1"), folder)
     (folder / "model" / "model.safetensors").unlink()
     torch.save({"albert.pooler.bias": Payload(tmp_path / "owned")}, folder / "model" / "pytorch_model.bin")
     reseal(folder)
     with pytest.raises(ValueError, match=f"{folder / 'model'}: its weights cannot be loaded safely"):
-        start_stage("e1", folder)
-    with pytest.raises(CacheError, match=f"{folder / 'model'}: its weights cannot be loaded safely"):
+        start_stage(Stage("e1"), folder)
+    with pytest.raises(RaceError, match=f"{folder / 'model'}: its weights cannot be loaded safely"):
         build_cache(str(corpus), str(folder / "model"), tmp_path / "other")
     assert not (tmp_path / "owned").exists() and not (tmp_path / "other").exists()
 
@@ -459,8 +465,8 @@ def test_paths_in_a_tar_lead_nowhere(tmp_path):
 
 
 def test_a_file_is_read_once_a_process(cache, monkeypatch):
-    import race_cache
+    import race.data.cache
 
     check_files(cache)
-    monkeypatch.setattr(race_cache, "file_hash", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(race.data.cache, "file_hash", lambda path: pytest.fail(f"{path} is read again"))
     check_files(cache)

@@ -4,7 +4,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 FILES = ("one_gpu", "one_node", "several_nodes")
 

@@ -1,0 +1,21 @@
+"""RACE as a task: four options a question, two levels, three splits. What every room of this package agrees on."""
+
+LETTERS = ["A", "B", "C", "D"]
+OPTIONS = len(LETTERS)
+CHANCE = 1 / OPTIONS
+LEVELS = ("middle", "high")
+SPLITS = ("train", "validation", "test")
+RACE_QUESTIONS = {"train": 87866, "validation": 4887, "test": 4934}  # Lai et al. 2017, arXiv:1704.04683
+MAX_LEN = 512  # tokens of a sequence
+FAMILIES = ("albert", "bert")  # model types of transformers that RaceModule runs
+
+
+class RaceError(ValueError):
+    """Something that its user can mend: the message says what is wrong, where, and what to do."""
+
+
+def check_least(**values: tuple[float | None, float]) -> None:
+    """Raise RaceError with every value that is below its least one; None passes. values: (value, least)."""
+    wrong = [(name, *pair) for name, pair in values.items() if pair[0] is not None and pair[0] < pair[1]]
+    if wrong:
+        raise RaceError("; ".join(f"{name} is {value}, expected {least} or more" for name, value, least in wrong))

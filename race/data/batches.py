@@ -1,0 +1,129 @@
+"""Batches: questions of any lengths, packed without padding; and the order in which an epoch goes through them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from race import OPTIONS
+
+
+@dataclasses.dataclass
+class PackedBatch:
+    """B questions, 4 sequences each, concatenated into one 1-D tensor of T token ids: no padding (sequence packing).
+
+    `cu_seqlens` holds the start of each sequence, and T at its end. Two sequences of 3 and 2 tokens:
+
+        input_ids    2 7 3 2 3
+        position_ids 0 1 2 0 1
+        cu_seqlens   0     3   5
+
+    so sequence s is `input_ids[cu_seqlens[s]:cu_seqlens[s + 1]]`, and sequences 4q to 4q + 3 are options A to D of
+    question q. Attention stays inside a sequence; every other layer works on the T tokens.
+    """
+
+    input_ids: torch.Tensor  # int32 [T]
+    token_type_ids: torch.Tensor  # int32 [T], the segments
+    position_ids: torch.Tensor  # int32 [T], from 0 in each sequence
+    cu_seqlens: torch.Tensor  # int32 [4B+1]
+    labels: torch.Tensor  # int64 [B]
+    lengths: list[int]  # [4B] tokens of each sequence, on the CPU: shapes are known without waiting for a GPU
+
+    def __len__(self) -> int:
+        return len(self.lengths) // OPTIONS
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest sequence, in tokens."""
+        return max(self.lengths)
+
+    def to(self, device) -> "PackedBatch":
+        """The batch with its tensors on `device`; does not wait for a copy to a GPU."""
+        to_gpu = torch.device(device).type == "cuda"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=to_gpu))
+
+    def pin_memory(self) -> "PackedBatch":
+        """The batch in page-locked memory, so that its copy to a GPU does not block."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def micro_batches(self, token_budget: int | None) -> Iterator["PackedBatch"]:
+        """Parts of the batch, in order, of at most `token_budget` tokens or one question; None: the whole batch."""
+        first, tokens = 0, 0
+        for question, size in enumerate(np.reshape(self.lengths, (-1, OPTIONS)).sum(1).tolist()):
+            if token_budget is not None and tokens + size > token_budget and question > first:
+                yield self._part(first, question)
+                first, tokens = question, 0
+            tokens += size
+        yield self._part(first, len(self))
+
+    def _part(self, first: int, last: int) -> "PackedBatch":
+        """Questions `first` to `last` - 1."""
+        sequences = slice(OPTIONS * first, OPTIONS * last)
+        lengths = self.lengths[sequences]
+        start = sum(self.lengths[: sequences.start])
+        tokens = slice(start, start + sum(lengths))
+        cu_seqlens = self.cu_seqlens[sequences.start : sequences.stop + 1] - start
+        parts = (states[tokens] for states in (self.input_ids, self.token_type_ids, self.position_ids))
+        return PackedBatch(*parts, cu_seqlens, self.labels[first:last], lengths)
+
+
+def collate(items: list[dict]) -> PackedBatch:
+    """Questions as RaceDataset gives them → one PackedBatch; of no questions, if a process gets none of a batch."""
+    sequences = [ids for item in items for ids in item["input_ids"]]
+    segments = [ids for item in items for ids in item["token_type_ids"]]
+    lengths = [len(ids) for ids in sequences]
+    cu_seqlens = np.cumsum([0, *lengths])
+    none = np.zeros(0, np.int32)
+    return PackedBatch(
+        _int32(np.concatenate([none, *sequences])),
+        _int32(np.concatenate([none, *segments])),
+        _int32(np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)),
+        _int32(cu_seqlens),
+        torch.tensor([item["label"] for item in items], dtype=torch.int64),
+        lengths,
+    )
+
+
+def _int32(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int32))
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of question indices, in an order that depends on (seed, epoch) only, from batch number `first` on.
+
+    With several processes, each takes every `world`-th question of every batch: a batch holds the same questions
+    whatever their number.
+    """
+
+    def __init__(
+        self, questions: int, batch_size: int, seed: int, epoch: int = 0, first: int = 0, rank: int = 0, world: int = 1
+    ):
+        self.questions, self.batch_size, self.seed = questions, batch_size, seed
+        self.epoch, self.first, self.rank, self.world = epoch, first, rank, world
+
+    @property
+    def sampler(self) -> "ShuffledBatches":  # where Lightning looks for set_epoch
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.first = epoch, 0
+
+    def order(self) -> np.ndarray:
+        """[N] the questions in this epoch's order."""
+        return np.random.default_rng([self.seed, self.epoch]).permutation(self.questions)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order().tolist()
+        for start in range(self.first * self.batch_size, self.questions, self.batch_size):
+            yield order[start : start + self.batch_size][self.rank :: self.world]
+
+    def __len__(self) -> int:
+        return -(-self.questions // self.batch_size) - self.first

@@ -1,0 +1,109 @@
+"""How a question becomes token ids: the protocol of the ALBERT authors, top to bottom.
+
+One sequence an option: `[CLS] article [SEP] question+option [SEP]`. Question+option is truncated from the left, to
+128 tokens, when the cache is made; the article is truncated from the right, to 512 tokens in all, when it is read.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from race import MAX_LEN, RaceError
+
+
+def question_option(question: str, option: str) -> str:
+    """The text of the second segment: each blank `_` is replaced by the option; without a blank, the option follows."""
+    return question.replace("_", option) if "_" in question else f"{question} {option}"
+
+
+def keep_last(lists: pa.ListArray, count: int) -> pa.ListArray:
+    """Truncate each list from the left, to its last `count` values (after ALBERT's run_race)."""
+    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
+    lengths = np.diff(offsets)
+    kept = np.repeat(offsets[1:], lengths) - np.arange(len(values), dtype=offsets.dtype) <= count
+    kept_offsets = np.cumsum([0, *np.minimum(lengths, count)], dtype=np.int32)
+    return pa.ListArray.from_arrays(kept_offsets, values[kept])
+
+
+@dataclass(frozen=True)
+class Template:
+    """The special tokens of a sequence, `before` article `between` question+option `after`, and its segment ids.
+
+    segments: the token type of all up to the question, and of the rest.
+    """
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    segments: tuple[int, int]
+
+    @classmethod
+    def of(cls, tokenizer) -> "Template":
+        """Read from a pair that the tokenizer encodes; raises RaceError if special tokens do not enclose both texts."""
+        pair = tokenizer("a", "b", return_token_type_ids=True, return_special_tokens_mask=True)
+        ids, types = pair["input_ids"], pair["token_type_ids"]
+        runs = itertools.groupby(zip(pair["special_tokens_mask"], ids, strict=True), key=lambda token: token[0])
+        parts = [(special, tuple(number for _, number in run)) for special, run in runs]
+        if [special for special, _ in parts] != [1, 0, 1, 0, 1]:
+            raise RaceError(
+                f"{tokenizer.name_or_path}: its tokenizer does not set a pair of texts between special tokens, as in "
+                "[CLS] article [SEP] question [SEP]; choose an ALBERT or BERT model"
+            )
+        return cls(*(tokens for _, tokens in parts[::2]), segments=(types[0], types[-1]))
+
+    @property
+    def specials(self) -> int:
+        """The number of special tokens in a sequence."""
+        return len(self.before) + len(self.between) + len(self.after)
+
+    def sequence(self, article, qa, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of an article and of question+option → (input_ids, token_type_ids) of at most `max_len` tokens.
+
+        The article's end is cut off first; then, if there is no article left, the question's beginning.
+        """
+        qa = qa[-(max_len - self.specials) :]
+        article = article[: max_len - self.specials - len(qa)]
+        first = len(self.before) + len(article) + len(self.between)
+        parts = self.before, article, self.between, qa, self.after
+        input_ids = np.concatenate(parts, dtype=np.int64, casting="unsafe")  # numpy takes an empty list for floats
+        return input_ids, np.repeat(self.segments, [first, len(input_ids) - first])
+
+    def item(self, article, options: list, max_len: int, label: int, example_id: str) -> dict:
+        """A question as the data module gives it: a sequence for each option."""
+        sequences = [self.sequence(article, qa, max_len) for qa in options]
+        input_ids, token_type_ids = map(list, zip(*sequences, strict=True))
+        return {"input_ids": input_ids, "token_type_ids": token_type_ids, "label": label, "example_id": example_id}
+
+    def lengths(self, article_lengths: np.ndarray, qa_lengths: np.ndarray, max_len: int | None = None) -> np.ndarray:
+        """Tokens of sequences, after truncation to `max_len`; without it, before truncation."""
+        lengths = article_lengths + qa_lengths + self.specials
+        return lengths if max_len is None else np.minimum(lengths, max_len)
+
+
+def check_encoding(tokenize, template: Template, passages: list, max_qa_len: int) -> None:
+    """Compare some fifty questions, the longest article's among them, with the pairs that the tokenizer encodes itself.
+
+    tokenize: a WordTokenizer. Raises RaceError if a sequence differs.
+    """
+    sample = [*passages[:: max(1, len(passages) // 48)], max(passages, key=lambda passage: len(passage.article))]
+    articles = [passage.article for passage in sample]
+    texts = [question_option(p.questions[0], p.options[0][p.labels[0]]) for p in sample]
+    theirs = tokenize.tokenizer(
+        articles,
+        texts,
+        truncation="longest_first",  # never fails; long questions, which it would cut, are not compared
+        max_length=MAX_LEN,
+        return_token_type_ids=True,
+        verbose=False,
+    )
+    expected = zip(theirs["input_ids"], theirs["token_type_ids"], strict=True)
+    ours = zip(tokenize(articles).to_pylist(), tokenize(texts).to_pylist(), strict=True)
+    for passage, (article, qa), pair in zip(sample, ours, expected, strict=True):
+        sequence = tuple(ids.tolist() for ids in template.sequence(article, qa, MAX_LEN))
+        if len(qa) <= min(max_qa_len, MAX_LEN // 4) and sequence != pair:
+            raise RaceError(
+                f"{tokenize.tokenizer.name_or_path}: its tokenizer encodes pairs of texts in another way than "
+                f"{template} (seen on {passage.example_id}); choose an ALBERT or BERT model"
+            )

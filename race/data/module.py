@@ -1,0 +1,228 @@
+"""The data module: opens a token cache and gives its questions, one by one or as packed batches."""
+
+import itertools
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from race import LETTERS, MAX_LEN, OPTIONS, SPLITS, RaceError, check_least
+from race.data.batches import ShuffledBatches, collate
+from race.data.cache import check_files, encode_question, read_manifest, splits_of, tables, template_of
+
+
+class RaceDataset(Dataset):
+    """The questions of one split, memory-mapped: `len()` counts questions, tokens are read when they are used.
+
+    rows: which rows of the cache to use (None: all). Raises RaceError.
+    """
+
+    def __init__(self, cache_dir: str | Path, split: str, max_len: int = MAX_LEN, rows: np.ndarray | None = None):
+        self.cache_dir, self.split, self.max_len, self.rows = cache_dir, split, max_len, rows
+        self._template = template_of(read_manifest(cache_dir))
+        if max_len < (least := self._template.specials + 2):
+            raise RaceError(f"max_len is {max_len}, expected {least} or more")
+        self._passages, self._questions = tables(cache_dir, split)
+        # from_dlpack shares the memory map; to_numpy() would load pandas
+        self._passage, self._label = (np.from_dlpack(self._questions[name]) for name in ("passage", "label"))
+        self._article_ids, self._article_offsets = _ragged(self._passages["article_ids"])
+        self._qa_ids, self._qa_offsets = _ragged(self._questions["qa_ids"].values)
+        self._rows = np.arange(len(self._label)) if rows is None else rows
+
+    def __reduce__(self):  # for loader workers: a memory map is opened again, not copied
+        return RaceDataset, (self.cache_dir, self.split, self.max_len, self.rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict:
+        """{"input_ids": [4 int arrays], "token_type_ids": [4 int arrays], "label": int, "example_id": str}"""
+        row = self._rows[index]
+        passage = self._passage[row]
+        article = self._article_ids[self._article_offsets[passage] : self._article_offsets[passage + 1]]
+        bounds = self._qa_offsets[OPTIONS * row : OPTIONS * (row + 1) + 1]
+        options = [self._qa_ids[start:end] for start, end in itertools.pairwise(bounds)]
+        example_id = self._passages["example_id"][passage].as_py()
+        return self._template.item(article, options, self.max_len, int(self._label[row]), example_id)
+
+    def text(self, index: int) -> dict:
+        """The text of a question: example_id, level, article, question_index, question, options, label."""
+        row = self._rows[index]
+        passage, question = self._passages.slice(self._passage[row], 1), self._questions.slice(row, 1)
+        names = dict.fromkeys(("example_id", "level", "article"), passage)
+        names |= dict.fromkeys(("question_index", "question", "options", "label"), question)
+        return {name: table[name][0].as_py() for name, table in names.items()}
+
+    def lengths(self) -> np.ndarray:
+        """[N, 4] tokens of each sequence, after truncation."""
+        return self._template.lengths(*self._part_lengths(), self.max_len)
+
+    def _part_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the articles [N, 1] and of question+option [N, 4]."""
+        articles = np.diff(self._article_offsets)[self._passage[self._rows], None]
+        return articles, np.diff(self._qa_offsets).reshape(-1, OPTIONS)[self._rows]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """[N] arrays example_id, question_index, level and label, in the order of the dataset."""
+        passages = self._passages.select(["example_id", "level"]).take(pa.array(self._passage[self._rows]))
+        return {
+            "example_id": passages["example_id"].to_numpy(zero_copy_only=False),
+            "level": passages["level"].to_numpy(zero_copy_only=False),
+            "question_index": self._questions["question_index"].to_numpy()[self._rows],
+            "label": self._label[self._rows].astype(np.int64),
+        }
+
+    def facts(self):
+        """[N] rows of what analyses need to know of each question, as a pandas table.
+
+        question (text); article_tokens (before truncation); truncated (any of its sequences); longest_option ("A".."D"
+        by characters, the first of equals); article_in_train (missing for train itself, or if the cache has no train).
+        """
+        import pandas as pd
+
+        characters = pc.utf8_length(self._questions["options"].values).to_numpy().reshape(-1, OPTIONS)
+        article_lengths, qa_lengths = self._part_lengths()
+        in_train = [pd.NA] * len(self)
+        if self.split != "train" and "train" in read_manifest(self.cache_dir)["splits"]:
+            train_articles = tables(self.cache_dir, "train")[0]["article"]
+            seen = pc.is_in(self._passages["article"], train_articles).to_numpy(zero_copy_only=False)
+            in_train = seen[self._passage[self._rows]]
+        facts = {
+            "question": self._questions["question"].take(pa.array(self._rows)).to_pylist(),
+            "article_tokens": article_lengths[:, 0],
+            "truncated": (self._template.lengths(article_lengths, qa_lengths) > self.max_len).any(1),
+            "longest_option": np.take(LETTERS, characters.argmax(1)[self._rows]),
+            "article_in_train": pd.array(in_train, dtype="boolean"),
+        }
+        return pd.DataFrame(facts)
+
+    def length_order(self) -> np.ndarray:
+        """[N] question indices, longest first: a memory peak comes at once, and like lengths go together."""
+        return np.argsort(-self.lengths().sum(1), kind="stable")
+
+
+def _ragged(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    return np.from_dlpack(lists.values), np.from_dlpack(lists.offsets)
+
+
+class RaceDataModule(pl.LightningDataModule):
+    """Train, validation and test splits of a token cache; opens files in setup(), works without a network.
+
+    batch_size: questions, each of 4 sequences. limit_questions: a random sample of N questions of each split, for a
+    trial run. num_workers: None means 0 on CPU and 2 with a GPU. Splits that the cache lacks are None.
+    """
+
+    def __init__(
+        self,
+        cache_dir: str | Path,
+        batch_size: int = 32,
+        max_len: int = MAX_LEN,
+        num_workers: int | None = None,
+        limit_questions: int | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_least(batch_size=(batch_size, 1), seed=(seed, 0), limit_questions=(limit_questions, 1))
+        self.cache_dir, self.batch_size, self.max_len = Path(cache_dir), batch_size, max_len
+        self.num_workers, self.limit_questions, self.seed = num_workers, limit_questions, seed
+        self.train_dataset = self.val_dataset = self.test_dataset = None
+        self._start = (0, 0)
+
+    @property
+    def manifest(self) -> dict:
+        """The manifest of the cache."""
+        return read_manifest(self.cache_dir)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the splits that the cache holds."""
+        if self.train_dataset or self.val_dataset or self.test_dataset:
+            return
+        held = splits_of(self.manifest)
+        for split in held:
+            check_files(self.cache_dir, split)
+        datasets = {split: self._open(split) for split in held}
+        self.train_dataset, self.val_dataset, self.test_dataset = map(datasets.get, SPLITS)
+
+    def _open(self, split: str) -> RaceDataset:
+        dataset = RaceDataset(self.cache_dir, split, self.max_len)
+        if self.limit_questions is None or self.limit_questions >= len(dataset):
+            return dataset
+        sample = np.random.default_rng(self.seed).choice(len(dataset), self.limit_questions, replace=False)
+        return RaceDataset(self.cache_dir, split, self.max_len, np.sort(sample))
+
+    def dataset(self, split: str) -> RaceDataset:
+        """The dataset of "train", "validation" or "test"; raises RaceError if the cache lacks it."""
+        self.setup()
+        datasets = dict(zip(SPLITS, (self.train_dataset, self.val_dataset, self.test_dataset), strict=True))
+        return datasets.get(split) or self._open(split)  # which raises
+
+    def encode_question(self, article: str, question: str, options: list[str]) -> dict:
+        """A typed question as an item of a dataset, with the ids that it would have in the cache; raises RaceError."""
+        return encode_question(self.cache_dir, article, question, options, self.max_len)
+
+    def start_at(self, epoch: int, batches: int) -> None:
+        """Start `epoch` after its first `batches` batches, to resume a stage; other epochs start at 0."""
+        self._start = (epoch, batches)
+
+    def first_batch(self, epoch: int) -> int:
+        """The number of the batch with which an epoch starts."""
+        return self._start[1] if epoch == self._start[0] else 0
+
+    def batches_per_epoch(self) -> int:
+        """Batches in a whole training epoch."""
+        return -(-len(self.dataset("train")) // self.batch_size)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches of `batch_size` questions over all processes; the last one of an epoch may be smaller."""
+        dataset, (rank, world) = self.dataset("train"), self._process()
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        batches = ShuffledBatches(len(dataset), self.batch_size, self.seed, epoch, self.first_batch(epoch), rank, world)
+        return self._loader(dataset, batches)
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation questions, longest first."""
+        return self.ordered_loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        """The test questions, longest first."""
+        return self.ordered_loader("test")
+
+    def ordered_loader(self, split: str) -> DataLoader:
+        """The questions of a split, longest first, each on exactly one process."""
+        dataset, (rank, world) = self.dataset(split), self._process()
+        order = dataset.length_order()[rank::world].tolist()
+        size = -(-self.batch_size // world)
+        return self._loader(dataset, [order[i : i + size] for i in range(0, len(order), size)])
+
+    def _process(self) -> tuple[int, int]:
+        """(rank, world size)"""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(self, dataset: RaceDataset, batches) -> DataLoader:
+        gpu = torch.cuda.is_available()
+        workers = (2 if gpu else 0) if self.num_workers is None else self.num_workers
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            worker_init_fn=_leave_signals_to_the_parent,
+            pin_memory=gpu,
+            generator=torch.Generator(),  # seeds the workers, so that the global random state stays as it was
+        )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole process group must not kill loader workers in the middle of a step.
+
+    SIGTERM keeps its effect: with it the parent ends a worker that does not answer.
+    """
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

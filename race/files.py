@@ -1,0 +1,194 @@
+"""Files and folders that are written atomically: after a kill you find the complete old one or the complete new one."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import glob
+import hashlib
+import os
+import pickle
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from race import RaceError
+
+DAY = 86400.0  # seconds; on a file system without locks, an unfinished folder of that age belongs to nobody
+UNFINISHED = ".tmp"  # ".NAME.….tmp" is work that has not been finished
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it.
+
+    If anything fails (a full disk, a kill), the old file stays; the temporary one is removed now or by
+    `remove_unfinished`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(path.parent, path.name, older_than=3600.0)
+    descriptor, name = tempfile.mkstemp(UNFINISHED, f".{path.name[:100]}.", path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner only
+        flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; the old file is unchanged", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def flush(path: str | Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def temporary_folder(out: Path) -> Iterator[Path]:
+    """A locked folder beside `out`, in which to make it; removed at the end. First clears away what kills have left."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(out.parent, out.name)
+    with contextlib.ExitStack() as stack:
+        while True:
+            temporary = Path(tempfile.mkdtemp(UNFINISHED, f".{out.name}.", out.parent))
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):  # another process took it for a dead one's
+                stack.enter_context(locked(temporary / "lock"))
+                break
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
+
+
+def move_into_place(folder: Path, out: Path) -> None:
+    """Flush a finished folder to disk and rename it to `out`; what is there moves away first, and back on an error."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+    old = folder.parent / "replaced"
+    try:
+        if out.exists():
+            os.replace(out, old)
+        os.replace(folder, out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise
+    flush(out.parent)
+
+
+def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> None:
+    """Remove temporary files older than `older_than` seconds, and temporary folders that no living process holds.
+
+    name: how the name of the finished file or folder begins. A folder that had been moved away for one that was then
+    never finished is put back.
+    """
+    for left in folder.glob(f".{glob.escape(name)}*{UNFINISHED}"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            age = time.time() - left.stat().st_mtime
+            if left.is_file():
+                if age >= older_than:
+                    left.unlink()
+                continue
+            with locked(left / "lock") as certain:
+                if not certain and age < DAY:
+                    continue
+                out = folder / left.name[1 : -len(UNFINISHED)].rpartition(".")[0]
+                if (left / "replaced").exists() and not out.exists():
+                    os.replace(left / "replaced", out)
+                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True)  # a network file system keeps a file that is open
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a lock that ends with the process; raises BlockingIOError if another process holds it.
+
+    Gives False on a file system without locks. A POSIX record lock and not `filelock`, whose flock() is inherited by
+    loader workers: they outlive a killed process by seconds, and would keep it locked.
+    """
+    with open(path, "w") as file:
+        certain = True
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(error.errno, "held by another process", str(path)) from error
+            certain = False
+        yield certain
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_identity(path: str | Path) -> tuple:
+    """What changes when a file is written again: to remember that this version has been checked."""
+    status = os.stat(path)
+    return str(path), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def save_archive(content: dict, path: str | Path) -> None:
+    """torch.save, written atomically; raises OSError if the disk is full."""
+    import torch
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # a path would get into the file's content, which is to be the same again
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch hides what write() raised
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+    atomic_write(path, write)
+
+
+def read_archive(path: str | Path, mmap: bool = False) -> dict:
+    """Tensors (on the CPU) and plain values of a file that torch.save wrote; code in it is never run.
+
+    Raises RaceError if the file is missing, damaged (by the archive's checksums), or holds anything else.
+    """
+    import torch
+
+    try:
+        if problem := _archive_problem(file_identity(path)):
+            raise RaceError(f"{path}: {problem}; remove it, or put a good copy in its place")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError as error:
+        raise RaceError(f"{path}: no such checkpoint") from error
+    except pickle.UnpicklingError as error:
+        raise RaceError(f"{path}: holds more than weights and plain values, and could run code; refused") from error
+    except OSError as error:
+        raise RaceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise RaceError(f"{path}: not a checkpoint ({str(error).splitlines()[0]}); remove it") from error
+    if not isinstance(content, dict):
+        raise RaceError(f"{path}: holds a {type(content).__name__}, not a checkpoint; remove it")
+    return content
+
+
+@functools.lru_cache(maxsize=256)
+def _archive_problem(identity: tuple) -> str | None:
+    """What is wrong with a zip archive, by its own checksums; once for each version of a file."""
+    try:
+        with zipfile.ZipFile(identity[0]) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+        return f"cut off or damaged ({error})"
+    return f"damaged at {bad}" if bad else None

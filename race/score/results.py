@@ -1,0 +1,118 @@
+"""What evaluations leave in a run folder: predictions with what made them; the results' columns, as JSON and CSV."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from race import LEVELS, RaceError
+from race.files import atomic_write, file_hash
+from race.score.statistics import accuracy_by, macro_accuracy
+
+RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct", "accuracy", "ci_low", "ci_high"]
+MACRO_COLUMNS = ["macro_accuracy", "macro_low", "macro_high"]
+SETTINGS_COLUMNS = ["checkpoint_sha256", "cache_sha256", "batch_size", "max_len", "limit_questions", "seed"]
+SETTINGS_COLUMNS += ["precision", "device"]
+
+
+def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split: str) -> pd.DataFrame:
+    """RESULT_COLUMNS for all questions and for each level present, with 95 % Wilson intervals."""
+    everything = accuracy_by(predictions, np.full(len(predictions), "all"))
+    levels = accuracy_by(predictions, predictions["level"], list(LEVELS))
+    table = pd.concat([part for part in (everything, levels) if len(part)], ignore_index=True)
+    table = table.rename(columns={"group": "level"})
+    return table.assign(stage=stage, checkpoint=checkpoint, split=split)[RESULT_COLUMNS]
+
+
+def result_table(predictions: pd.DataFrame, made: dict) -> pd.DataFrame:
+    """RESULT_COLUMNS, then macro accuracy over the levels, hashes, settings, device, seconds and versions."""
+    settings, versions = made["settings"], made["versions"]
+    table = accuracy_table(predictions, made["stage"], made["checkpoint"], settings["split"])
+    details = dict(zip(MACRO_COLUMNS, macro_accuracy(predictions) or [None] * 3, strict=True))
+    details |= {name: settings[name] for name in SETTINGS_COLUMNS} | {"seconds": made["seconds"]}
+    details |= {name: versions[name] for name in ("torch", "transformers")} | {"made": made["made"]}
+    return table.assign(**details)
+
+
+def predictions_path(run_dir: str | Path, checkpoint: str | Path, split: str) -> Path:
+    """The file with the predictions of a checkpoint on a split; a JSON file beside it says what made them."""
+    return Path(run_dir) / "predictions" / f"{Path(checkpoint).stem}-{split}.parquet"
+
+
+def save_predictions(path: Path, predictions: pd.DataFrame, made: dict) -> None:
+    """Write predictions, and then `made`, which says by what, with their hash."""
+    atomic_write(path, lambda file: predictions.to_parquet(file, index=False))
+    write_json(path.with_suffix(".json"), made | {"sha256": file_hash(path)})
+
+
+def read_predictions(path: Path, settings: dict) -> tuple[pd.DataFrame, dict] | str:
+    """(predictions, what made them) if they are complete and were made with these settings; otherwise why not."""
+    beside = path.with_suffix(".json")
+    if not path.exists() or not beside.exists():
+        return "no saved predictions"
+    try:
+        made = json.loads(beside.read_text(encoding="utf-8"))
+        differs = [name for name, value in settings.items() if made["settings"].get(name) != value]
+        complete = made["sha256"] == file_hash(path)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{beside.name} cannot be read"
+    if differs:
+        return f"the saved predictions differ in {', '.join(differs)}"
+    return (pd.read_parquet(path), made) if complete else f"{path.name} is not the file that {beside.name} describes"
+
+
+def read_results(run_dir: str | Path) -> list[dict]:
+    """The rows of results.json, or of a results.csv without it; none if there is neither. Raises RaceError."""
+    path, flat = Path(run_dir) / "results.json", Path(run_dir) / "results.csv"
+    if path.exists():
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if all({"stage", "checkpoint", "split"} <= row.keys() for row in rows):
+                return rows
+        except (ValueError, AttributeError, TypeError):
+            pass
+        raise RaceError(f"{path}: not a list of results; move it away and score again")
+    return pd.read_csv(flat).to_dict("records") if flat.exists() else []
+
+
+def save_results(table: pd.DataFrame, run_dir: str | Path, details: dict) -> None:
+    """Put a table into results.json and results.csv; rows of the same checkpoint and split are replaced, others stay.
+
+    details: nested values that go with each row into results.json only.
+    """
+    rows = [row | details for row in table.to_dict("records")]
+    keys = {(row["checkpoint"], row["split"]) for row in rows}
+    rows += [row for row in read_results(run_dir) if (row["checkpoint"], row["split"]) not in keys]
+    rows.sort(key=lambda row: (str(row["stage"]), row["checkpoint"], row["split"]))
+    flat = pd.DataFrame([{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows])
+    flat = flat[[*table.columns, *(name for name in flat.columns if name not in table.columns)]]
+    write_json(Path(run_dir) / "results.json", rows)
+    atomic_write(Path(run_dir) / "results.csv", lambda file: flat.to_csv(file, index=False))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON atomically: tables as lists of records, numbers that JSON does not know as null."""
+    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, pd.DataFrame):
+        value = value.to_dict("records")
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value
+
+
+def content_hash(value: object) -> str:
+    """sha256 of a plain value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

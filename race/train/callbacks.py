@@ -1,0 +1,155 @@
+"""What watches over a training stage: its start, its earlier run, its loss, and how long it will take."""
+
+import math
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+from race import CHANCE, RaceError
+from race.train.checkpoints import weights_hash
+from race.train.state import not_finite
+
+CHANCE_LOSS = -math.log(CHANCE)
+STUCK = 5000  # questions
+
+
+class StartInForce(pl.Callback):
+    """Stops a stage before its first step if learning rate or weights are not those that the stage starts with."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Compare every parameter group and all weights with what the stage was given."""
+        rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        if rates != {module.learning_rate}:
+            raise RaceError(f"learning rate in force: {rates}; this stage's is {module.learning_rate}")
+        start = module.lineage.get("weights_start")
+        if trainer.global_step == 0 and start not in (None, weights_hash(module.model)):
+            raise RaceError("the weights have been trained since the model was made: run the model's cell again first")
+
+
+class EarlierRun(pl.Callback):
+    """Moves the files of an earlier run of a stage away, so that they are not mistaken for this run's."""
+
+    def __init__(self, stage):
+        self.stage = stage
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Move checkpoints and states of this stage, and of those built on it, to `earlier/`; not on a resume."""
+        if trainer.ckpt_path is not None or not trainer.is_global_zero:
+            return
+        states = [stage.state_path for stage in self.stage.onwards if stage.state_path.exists()]
+        files = [*states, *(file for stage in self.stage.onwards for file in stage.files())]  # states go first
+        if files:
+            aside = self._move(files)
+            print(f"{len(files)} file(s) of an earlier run, from {self.stage.name} on, are now in {aside}")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """An epoch that is validated again after a kill may have another loss on a GPU: keep its newest file."""
+        if trainer.is_global_zero:
+            found = [file for file in self.stage.files() if f"epoch={trainer.current_epoch - 1:02d}-" in file.name]
+            self._move(sorted(found, key=lambda file: file.stat().st_mtime_ns)[:-1])
+
+    on_train_end = on_train_epoch_start
+
+    def _move(self, files: list[Path]) -> Path:
+        aside = Path(self.stage.checkpoint_dir) / "earlier" / f"{self.stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for file in files:
+            aside.mkdir(parents=True, exist_ok=True)
+            os.replace(file, aside / (f"{file.stem}-state.ckpt" if file.parent.name == "resume" else file.name))
+        return aside
+
+
+class LossWatch(pl.Callback):
+    """Warns a user whose model does not learn, and stops a stage whose loss is NaN or infinite."""
+
+    def __init__(self):
+        self.told = False
+        self._seen, self._window = np.zeros(3), np.zeros(3)  # loss, correct answers, questions
+
+    def state_dict(self) -> dict:
+        """So that a resumed stage does not warn again."""
+        return {"told": self.told, "seen": self._seen.tolist(), "window": self._window.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The opposite of `state_dict`."""
+        self.told, self._seen, self._window = state["told"], np.array(state["seen"]), np.array(state["window"])
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Before the epoch's checkpoint is written."""
+        if not trainer.sanity_checking and not np.isfinite(float(trainer.callback_metrics["val_loss_epoch"])):
+            raise RaceError(not_finite(trainer))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+        """Look at the loss where it is logged anyway, so that a GPU is not waited for otherwise."""
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        now, before = np.array(module.sum_over_processes(module.sums["train"]).tolist()), self._seen
+        if not np.isfinite(now).all():
+            raise RaceError(not_finite(trainer))
+        self._window += now - before if now[2] > before[2] else now  # the sums begin anew with each epoch
+        self._seen = now
+        if self._window[2] < STUCK or self.told:
+            return
+        mean, self._window = self._window[0] / self._window[2], np.zeros(3)
+        if abs(mean - CHANCE_LOSS) < 0.01:
+            self.told = True
+            trainer.progress_bar_callback.print(
+                f"the loss has stayed at {mean:.3f} for about {STUCK:,} questions; chance is ln 4 = {CHANCE_LOSS:.3f}: "
+                "the model does not learn. What helps: a lower or higher LEARNING_RATE; pretrained weights (random "
+                "ones stay here for long); dropout 0 for ALBERT v2; a batch of 16 questions or more"
+            )
+
+
+class StageReport(pl.Callback):
+    """The speed in the log, a line after each epoch, and after the first minute how long the stage will take."""
+
+    def __init__(self, after_seconds: float = 60.0):
+        self.after_seconds, self.estimate = after_seconds, None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start the clock, and log short epochs more often, so that a trial run has curves too."""
+        self._batches = trainer.datamodule.batches_per_epoch()
+        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self._batches // 20))
+        self._started, self._first_step, self.estimate = time.perf_counter(), trainer.global_step, None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Time between epochs (validation, saving) does not count as training."""
+        self._step_ended = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx: int):
+        """Log the speed; print the estimate, once."""
+        now, before = time.perf_counter(), self._step_ended
+        self._step_ended = now
+        if before is not None:
+            tokens = torch.tensor(float(sum(batch.lengths)))
+            tokens = tokens if module.processes == 1 else module.sum_over_processes(tokens.to(module.device))
+            module.log("tokens_per_second", tokens / (now - before), on_step=True)
+        seconds = now - self._started
+        if self.estimate is None and seconds >= self.after_seconds:
+            per_step = seconds / (trainer.global_step - self._first_step)
+            total = timedelta(seconds=round(per_step * self._batches * trainer.max_epochs))
+            steps = f"{trainer.max_epochs} epochs of {self._batches:,} steps at {per_step:.2f} s a step"
+            self.estimate = f"about {total} for {steps}, without validation"
+            trainer.progress_bar_callback.print(self.estimate)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Report an epoch's validation."""
+        metrics = trainer.callback_metrics
+        if not trainer.sanity_checking and "val_acc" in metrics:
+            trainer.progress_bar_callback.print(
+                f"epoch {trainer.current_epoch}: validation loss {metrics['val_loss_epoch']:.4f}, "
+                f"accuracy {100 * metrics['val_acc']:.1f} %"
+            )
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's, without the number of the log."""
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict:
+        """What stands at the end of the bar."""
+        return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}

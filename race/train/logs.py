@@ -1,0 +1,39 @@
+"""The course of the training, read back from the logs on disk."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from race import RaceError
+
+
+def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:
+    """The metrics of a stage's newest run, from its CSV log; one row per logged step. Raises RaceError."""
+    logs = Path(run_dir) / "logs" / stage
+    versions = sorted(logs.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    if not versions:
+        raise RaceError(f"{logs} has no metrics.csv: run the training cell of the stage first")
+    return pd.read_csv(versions[-1])
+
+
+def learning_story(run_dir: str | Path, stages: list[str], questions_per_epoch: int) -> tuple[pd.DataFrame, list[str]]:
+    """Validation after each epoch of all stages over the questions seen, and notes on logs that are missing.
+
+    Columns: stage, epoch, questions (trained on by then, over all stages), val_loss, val_acc, learning_rate.
+    """
+    columns = ["stage", "epoch", "questions", "val_loss", "val_acc", "learning_rate"]
+    parts, notes, seen = [pd.DataFrame(columns=columns)], [], 0
+    for stage in stages:
+        try:
+            log = read_log(run_dir, stage)
+            rate = log["learning_rate"].dropna().iloc[-1]
+            epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last")
+        except (RaceError, KeyError, IndexError):
+            notes.append(f"no log of {stage} with a validated epoch in {run_dir}/logs: it is missing from the figure")
+            continue
+        part = epochs.rename(columns={"val_loss_epoch": "val_loss"}).assign(stage=stage, learning_rate=rate)
+        part["epoch"] = part["epoch"].astype(int)
+        part["questions"] = seen + (part["epoch"] + 1) * questions_per_epoch
+        parts.append(part[columns])
+        seen = part["questions"].max()
+    return pd.concat(parts[1:] or parts, ignore_index=True), notes

@@ -1,0 +1,116 @@
+"""The recipe: its stages, what each trains with, where their files lie, and which of their checkpoints is the best."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from race import RaceError
+from race.train.checkpoints import IN_NAME, Checkpoint
+
+
+class Settings(NamedTuple):
+    """What a stage trains with, unless its notebook's parameters say otherwise."""
+
+    notebook: str
+    learning_rate: float  # constant
+    max_epochs: int
+
+
+# Each stage starts from the best checkpoint of the one before, the first from the pretrained model.
+CHAIN = {"e1": Settings("ex01", 2e-5, 10), "e2": Settings("ex02", 2e-5, 3), "e3": Settings("ex03", 2e-6, 10)}
+# The same ratios for the demo's tiny model: about a minute of training on two CPU cores.
+DEMO = {"e1": Settings("ex01", 2.5e-4, 1), "e2": Settings("ex02", 2.5e-4, 2), "e3": Settings("ex03", 2.5e-5, 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of the chain and its files; raises RaceError for a name that the chain does not have."""
+
+    name: str
+    checkpoint_dir: str | Path = "checkpoints/race"
+    run_dir: str | Path = "runs/race"
+
+    def __post_init__(self):
+        if self.name not in CHAIN:
+            raise RaceError(f"stage {self.name!r}: expected one of {', '.join(CHAIN)}")
+
+    @property
+    def notebook(self) -> str:
+        """The notebook that trains it."""
+        return f"{CHAIN[self.name].notebook}.ipynb"
+
+    @property
+    def before(self) -> "Stage | None":
+        """The stage whose best checkpoint this one starts from."""
+        earlier = list(CHAIN)[: list(CHAIN).index(self.name)]
+        return dataclasses.replace(self, name=earlier[-1]) if earlier else None
+
+    @property
+    def onwards(self) -> list["Stage"]:
+        """This stage and those that are built on it."""
+        return [dataclasses.replace(self, name=name) for name in list(CHAIN)[list(CHAIN).index(self.name) :]]
+
+    @property
+    def state_path(self) -> Path:
+        """The whole state of a stage that has begun, from which it resumes."""
+        return Path(self.checkpoint_dir) / "resume" / f"{self.name}.ckpt"
+
+    def files(self) -> list[Path]:
+        """The checkpoint files of this stage, by name; none is read."""
+        return sorted(Path(self.checkpoint_dir).glob(f"{self.name}-*.ckpt"))
+
+    def checkpoints(self) -> pd.DataFrame:
+        """Its checkpoints, best first: path, epoch, val_loss_epoch (exact), val_acc; damaged ones are printed."""
+        found, damaged = self._read()
+        for _, problem in damaged:
+            print(f"passed over: {problem}")
+        rows = [(checkpoint.path, checkpoint.epoch, checkpoint.val_loss, checkpoint.val_acc) for checkpoint in found]
+        return pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"])
+
+    def best(self) -> Checkpoint:
+        """The checkpoint with the lowest validation loss, the earlier one of equals.
+
+        Raises RaceError if there is none, or if a damaged one may have been the best.
+        """
+        found, damaged = self._read()
+        lowest = found[0].val_loss if found else math.inf
+        if problems := [problem for loss, problem in damaged if loss <= lowest + 0.005]:  # names have two digits
+            raise RaceError("; ".join(problems))
+        if not found:
+            raise RaceError(f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: run {self.notebook} first")
+        if not math.isfinite(lowest):
+            raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no checkpoint has a finite validation loss")
+        return found[0]
+
+    def _read(self) -> tuple[list[Checkpoint], list[tuple[float, str]]]:
+        """(checkpoints, best first; of each damaged one: the loss in its name, and what is wrong)"""
+        found, damaged = [], []
+        for path in self.files():
+            try:
+                found.append(Checkpoint(path))
+            except RaceError as error:
+                named = IN_NAME.match(path.name)
+                damaged.append((float(named["loss"]) if named else -math.inf, str(error)))
+        found = [checkpoint for checkpoint in found if checkpoint.val_loss is not None]
+        return sorted(found, key=lambda it: (math.isnan(it.val_loss), it.val_loss, it.epoch)), damaged
+
+
+def begun_stages(checkpoint_dir: str | Path) -> list[Stage]:
+    """The stages that have checkpoints, in the order of the chain; raises RaceError if none has."""
+    stages = [stage for name in CHAIN if (stage := Stage(name, checkpoint_dir)).files()]
+    if not stages:
+        raise RaceError(f"{checkpoint_dir} has no checkpoints: run ex01.ipynb first")
+    return stages
+
+
+def best_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
+    """The best checkpoint of each stage that has any, in the order of the chain."""
+    return [stage.best() for stage in begun_stages(checkpoint_dir)]
+
+
+def latest_checkpoint(checkpoint_dir: str | Path) -> Checkpoint:
+    """The best checkpoint of the latest stage that has any."""
+    return begun_stages(checkpoint_dir)[-1].best()

@@ -1,0 +1,199 @@
+"""A stage from its start to its end: the module that it trains, its trainer, and training that resumes after a kill."""
+
+import errno
+import logging
+import subprocess
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
+
+from race import LETTERS, RaceError, check_least
+from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest
+from race.device import default_device, default_precision, processes, versions
+from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
+from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
+from race.train.recipe import Stage
+from race.train.state import KeepState, check_identity, only_process, read_state, signals_as_before, stage_identity
+from race_module import RaceModule
+
+ROOT = Path(__file__).resolve().parents[2]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
+    """One cached question decoded back to text: a row for each option, with the text of its two segments.
+
+    Segments of more than `width` characters are shown without their middle.
+    """
+    from transformers import AutoTokenizer
+
+    def shortened(text: str) -> str:
+        return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(dataset.cache_dir) / "model", trust_remote_code=False)
+    item, rows = dataset[index], []
+    for option, (ids, segments) in enumerate(zip(item["input_ids"], item["token_type_ids"], strict=True)):
+        texts = [shortened(tokenizer.decode(ids[segments == segment])) for segment in (0, 1)]
+        rows.append([LETTERS[option], "correct" if option == item["label"] else "", len(ids), *texts])
+    table = pd.DataFrame(rows, columns=["option", "answer", "tokens", "segment 0", "segment 1"])
+    return table.set_index("option").rename_axis(None)
+
+
+def start_stage(
+    stage: Stage,
+    cache_dir: str | Path,
+    base_model: str | Path | None = None,
+    base_checkpoint: str | Path | None = None,
+    **settings,
+) -> RaceModule:
+    """The module that a stage trains: the weights of its base, and no optimizer state.
+
+    The first stage starts from `base_model` (None: the model kept in the cache), others from `base_checkpoint` (None:
+    the best one of the stage before). settings: learning_rate, weight_decay, adam_epsilon, token_budget of RaceModule.
+    """
+    manifest = read_manifest(cache_dir)
+    identity = cache_identity(manifest)
+    if stage.before is None:
+        if base_model is not None:
+            check_tokenizer(base_model, manifest)
+        elif not manifest["model"]["weights"]:
+            raise RaceError(f"{cache_dir} keeps no weights ({manifest['model']['name']} had none); set BASE_MODEL")
+        else:
+            check_files(cache_dir, "model/")
+        module = RaceModule(model=base_model or Path(cache_dir) / "model", **settings)
+        encoder = module.model.base_model
+        base, chain = str(base_model or manifest["model"]["name"]), []
+        sha256 = weights_hash(encoder.embeddings, encoder.encoder)  # later stages: of the file
+    else:
+        checkpoint = Checkpoint(base_checkpoint) if base_checkpoint else stage.before.best()
+        checkpoint.check_encoding(manifest, cache_dir)
+        module = RaceModule.load_from_checkpoint(checkpoint.path, **settings)
+        base, sha256, chain = checkpoint.name, checkpoint.sha256, [*checkpoint.chain, checkpoint.stage]
+    known, used = module.model.config.vocab_size, manifest["tokenizer"]["vocabulary"]
+    if known < used:
+        raise RaceError(f"the model knows {known} tokens, the cache uses {used}: make a cache with its own tokenizer")
+    module.lineage = {"stage": stage.name, "cache": identity, "tokenizer": identity["tokenizer"]}
+    module.lineage |= {"base": base, "base_sha256": sha256, "chain": chain, "recipe": settings}
+    module.lineage |= {"weights_start": weights_hash(module.model), "versions": versions(), "commit": git_commit()}
+    return module
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "-dirty" if files differ from it; None outside a git repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def train_stage(
+    stage: Stage,
+    module: RaceModule,
+    data: pl.LightningDataModule,
+    max_epochs: int,
+    precision: str | None = None,
+    early_stopping: int | None = None,
+    save_minutes: float = 10.0,
+    fresh: bool = False,
+    log_every: int = 10,
+    callbacks: Sequence[pl.Callback] = (),
+) -> pl.Trainer:
+    """Train a stage, or resume it where a kill or an interrupt ended it; prints which. A finished one trains nothing.
+
+    precision: None chooses by device. early_stopping: end after N epochs without a lower validation loss.
+    save_minutes: how often the state is saved from which a stage resumes. fresh: train the stage again; checkpoints of
+    its earlier run, and of the stages built on it, are moved to `earlier/`. callbacks: further ones of Lightning's.
+
+    SIGTERM, SIGUSR1 and an interrupt end training after the step, with the state saved: the signal then has its usual
+    effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
+    """
+    check_least(max_epochs=(max_epochs, 1), save_minutes=(save_minutes, 0), early_stopping=(early_stopping, 1))
+    state = None if fresh else read_state(stage.state_path)
+    keeper = KeepState(stage, save_minutes)
+    callbacks = [StartInForce(), EarlierRun(stage), keeper, LossWatch(), StageReport(), *callbacks]
+    if early_stopping is not None:
+        callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))
+    trainer = _trainer(stage, module.model.config.model_type, state, max_epochs, precision, log_every, callbacks)
+    data.start_at(0, 0)
+    recipe = {name: getattr(data, name) for name in ("batch_size", "max_len", "seed", "limit_questions")}
+    recipe |= {"precision": trainer.precision, "processes": trainer.world_size}
+    module.lineage["recipe"] = module.lineage.get("recipe", {}) | recipe
+    if state is not None:
+        check_identity(state, stage_identity(module, data), stage.name)
+        if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):
+            say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train (FRESH = True retrains it)")
+            return trainer
+        say(f"{stage.name} resumes from epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}")
+    _fit(trainer, keeper, module, data, resume=state is not None)
+    return trainer
+
+
+def _trainer(
+    stage: Stage, family: str, state: dict | None, max_epochs: int, precision: str | None, log_every: int, callbacks
+) -> pl.Trainer:
+    """A checkpoint after each epoch, CSV and TensorBoard logs (of a resumed stage, those from before), progress bar."""
+    _quiet()
+    checkpoints = ModelCheckpoint(
+        stage.checkpoint_dir,
+        filename=f"{stage.name}-{family}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
+        monitor="val_loss_epoch",
+        save_top_k=-1,
+        save_weights_only=True,
+        enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
+    )
+    logs = Path(stage.run_dir) / "logs"
+    csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=log_every)
+    purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
+    devices, nodes, environment = processes()
+    return pl.Trainer(
+        max_epochs=max_epochs,
+        precision=precision or default_precision(),
+        accelerator=default_device().type,
+        devices=devices,
+        num_nodes=nodes,
+        strategy="auto" if devices * nodes == 1 else DDPStrategy(broadcast_buffers=False),
+        plugins=[AtomicCheckpointIO(), *environment],
+        callbacks=[checkpoints, *callbacks, ProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
+        logger=[csv, TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)],
+        log_every_n_steps=log_every,
+        use_distributed_sampler=False,
+        reload_dataloaders_every_n_epochs=1,  # the epoch in which a stage resumes has fewer batches than the others
+        enable_model_summary=False,
+    )
+
+
+def _fit(
+    trainer: pl.Trainer, keeper: KeepState, module: RaceModule, data: pl.LightningDataModule, resume: bool
+) -> None:
+    path = keeper.stage.state_path
+    try:
+        with only_process(keeper.stage), signals_as_before(keeper):
+            trainer.fit(module, data, ckpt_path=path if resume else None, weights_only=True)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise RaceError(
+            f"the disk is full ({error}): nothing that was finished is lost; make room and run this again to resume"
+        ) from error
+
+
+def say(line: str) -> None:
+    """Print a line once, however many processes there are."""
+    if rank_zero_only.rank == 0:
+        print(line, flush=True)
+
+
+def _quiet() -> None:
+    """Keep Lightning's hints out of the notebook: the reports say what runs where, and the loader needs few workers."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # the last one: sums are reduced over processes before their mean is logged
+    for hint in ("does not have many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist"):
+        warnings.filterwarnings("ignore", message=f".*{hint}.*")

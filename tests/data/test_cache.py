@@ -1,0 +1,175 @@
+"""The token cache: complete or absent, verified, and correctly described by its manifest."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import generate_race_cache
+from race import RaceError
+from race.data.cache import build_cache, check_tokenizer, read_manifest, template_of, verify_cache, write_manifest
+from race.data.encoding import Template
+from race.data.module import RaceDataset
+
+
+def test_a_model_without_a_tokenizer_is_refused(corpus, cache, tmp_path):
+    """transformers would make a tokenizer to which every word is unknown."""
+    from transformers import AutoModelForMultipleChoice
+
+    AutoModelForMultipleChoice.from_pretrained(cache / "model").save_pretrained(tmp_path / "weights")
+    with pytest.raises(RaceError, match="has no tokenizer files"):
+        build_cache(str(corpus), str(tmp_path / "weights"), tmp_path / "out")
+    with pytest.raises(RaceError, match="its tokenizer cannot be loaded"):
+        build_cache(str(corpus), "nobody/nothing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_storage_is_small(real_cache):
+    """At most 1 KiB of token storage a question."""
+    for counts in read_manifest(real_cache)["splits"].values():
+        assert counts["token_bytes"] / counts["questions"] <= 1024
+
+
+def test_manifest_counts_real_text(real_cache):
+    splits = read_manifest(real_cache)["splits"]
+    assert list(splits) == ["train", "validation"]
+    assert (splits["train"]["questions"], splits["validation"]["questions"]) == (49424, 2747)
+    assert (splits["train"]["passages"], splits["validation"]["passages"]) == (24998, 1389)
+
+
+def test_verify_finds_what_changed(corpus, tmp_path):
+    out = tmp_path / "cache"
+    build_cache(str(corpus), "demo", out)
+    assert verify_cache(out) == []
+    path = out / "train-questions.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    (out / "validation-passages.arrow").unlink()
+    (out / "test-questions.arrow").write_bytes(b"short")
+    (out / "stray").write_text("?")
+    problems = verify_cache(out)
+    assert [p.split(": ")[1] for p in problems] == [
+        "5 bytes, expected " + str(read_manifest(out)["files"]["test-questions.arrow"]["bytes"]),
+        "damaged, differs from the manifest (sha256)",
+        "missing",
+        "not in the manifest",
+    ]
+    assert generate_race_cache.main(["--verify", str(out)]) == 1
+
+
+def test_a_cache_is_kept_refused_or_replaced(corpus, cache, tmp_path, capsys):
+    out = tmp_path / "cache"
+    build_cache(str(corpus), "demo", out)
+    before = (out / "manifest.json").stat().st_mtime_ns
+    assert build_cache(str(corpus), "demo", out)["kept"]
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(RaceError, match="another cache.*max_qa_len"):
+        build_cache(str(corpus), "demo", out, max_qa_len=9)
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+    build_cache(str(corpus), "demo", out, max_qa_len=9, force=True)
+    assert read_manifest(out)["max_qa_len"] == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"], "nothing temporary is left"
+
+
+def test_nothing_is_written_for_a_bad_source(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.json").write_text("{")
+    out = tmp_path / "made" / "cache"
+    assert generate_race_cache.main(["--source", str(tmp_path), "--model", "demo", "--out", str(out)]) == 1
+    assert "train/a.json: not JSON" in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+def test_a_folder_that_is_no_cache_is_not_touched(corpus, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(RaceError, match="is not a cache"):
+        build_cache(str(corpus), "demo", tmp_path, force=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_summary_names_levels_truncation_and_missing_weights(corpus, cache, tmp_path, capsys):
+    from transformers import AutoConfig, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(cache / "model").save_pretrained(tmp_path / "bare")
+    AutoConfig.from_pretrained(cache / "model").save_pretrained(tmp_path / "bare")
+    arguments = ["--source", str(corpus), "--model", str(tmp_path / "bare"), "--out", str(tmp_path / "out")]
+    assert generate_race_cache.main(arguments) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "train",
+        "validation",
+        "test",
+        "middle",
+        "high",
+        "truncated",
+        "more than one split: 0",
+        "has no weights",
+    ):
+        assert part in said
+    assert read_manifest(tmp_path / "out")["model"]["weights"] is False
+
+
+def test_older_weight_files_are_kept_as_safetensors(corpus, cache, tmp_path):
+    """A model folder that holds pytorch_model.bin only: the same weights reach stage e1."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from race_module import RaceModule
+
+    original = RaceModule(model=cache / "model").model
+    for part in (AutoTokenizer, AutoConfig):
+        part.from_pretrained(cache / "model").save_pretrained(tmp_path / "old")
+    torch.save(original.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    assert build_cache(str(corpus), str(tmp_path / "old"), tmp_path / "cache")["model"]["weights"]
+    assert (tmp_path / "cache" / "model" / "model.safetensors").exists()
+    again = RaceModule(model=tmp_path / "cache" / "model").model
+    assert all(
+        torch.equal(tensor, again.albert.state_dict()[name]) for name, tensor in original.albert.state_dict().items()
+    )
+
+
+def test_articles_in_two_splits_are_counted(tmp_path):
+    record = {"article": "Tom.", "questions": ["Who?"], "options": [["a", "b", "c", "d"]], "answers": ["A"], "id": "1"}
+    for split, article in (("train", "Tom."), ("dev", "Tom."), ("test", "Ann.")):
+        (tmp_path / "race" / split).mkdir(parents=True)
+        (tmp_path / "race" / split / "1.json").write_text(json.dumps(record | {"article": article}))
+    manifest = build_cache(str(tmp_path / "race"), "demo", tmp_path / "cache")
+    assert manifest["articles_in_more_than_one_split"] == 1
+
+
+def test_another_format_is_refused(corpus, tmp_path):
+    build_cache(str(corpus), "demo", tmp_path / "cache")
+    path = tmp_path / "cache" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
+    with pytest.raises(RaceError, match=r"manifest.json: format 0, expected 2"):
+        read_manifest(tmp_path / "cache")
+    with pytest.raises(RaceError, match="format 0"):
+        build_cache(str(corpus), "demo", tmp_path / "cache")
+    build_cache(str(corpus), "demo", tmp_path / "cache", force=True)
+    assert verify_cache(tmp_path / "cache") == []
+
+
+def test_a_cache_of_before_opens(cache, tmp_path):
+    """Caches were once made without a template, with [CLS] and [SEP] under "tokenizer"."""
+    shutil.copytree(cache, tmp_path / "cache")
+    manifest = read_manifest(cache)
+    old = {key: value for key, value in manifest.items() if key != "template"}
+    write_manifest(tmp_path / "cache" / "manifest.json", old | {"tokenizer": old["tokenizer"] | {"cls": 2, "sep": 3}})
+    found = template_of(read_manifest(tmp_path / "cache"))
+    assert found == template_of(manifest) == Template(before=(2,), between=(3,), after=(3,), segments=(0, 1))
+    before, now = RaceDataset(tmp_path / "cache", "test"), RaceDataset(cache, "test")
+    assert all(map(np.array_equal, before[5]["input_ids"], now[5]["input_ids"]))
+    assert all(map(np.array_equal, before[5]["token_type_ids"], now[5]["token_type_ids"]))
+
+
+def test_a_base_model_with_another_tokenizer_is_refused(cache, tmp_path):
+    from transformers import BertTokenizer
+
+    manifest = read_manifest(cache)
+    check_tokenizer(cache / "model", manifest)
+    check_tokenizer(tmp_path, manifest)  # no tokenizer at all: nothing to compare
+    BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5}).save_pretrained(tmp_path)
+    with pytest.raises(RaceError, match="has another tokenizer than the cache"):
+        check_tokenizer(tmp_path, manifest)

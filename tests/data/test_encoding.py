@@ -1,0 +1,158 @@
+"""How questions become token ids: every sequence equals what the tokenizer gives for the pair, or the rule in words."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers import ALBERT
+
+from race import RaceError
+from race.data.cache import build_cache, encode_question, read_manifest, template_of
+from race.data.encoding import Template, keep_last, question_option
+from race.data.module import RaceDataset
+
+
+def test_question_option():
+    assert question_option("Tom has _ and _ .", "a dog") == "Tom has a dog and a dog ."
+    assert question_option("What has Tom?", "A dog") == "What has Tom? A dog"
+
+
+def test_keep_last_cuts_the_head():
+    lists = pa.array([[0, 1], [2, 3, 4, 5, 6], [], [7, 8]], pa.list_(pa.uint16()))
+    kept = keep_last(lists, 3)
+    assert kept.to_pylist() == [[0, 1], [4, 5, 6], [], [7, 8]] and kept.type == lists.type
+
+
+def test_a_sequence_by_hand():
+    template = Template(before=(2,), between=(3,), after=(3, 4), segments=(0, 1))
+    assert template.specials == 4
+    ids, segments = template.sequence([10, 11, 12], [20, 21], 512)
+    assert (ids.tolist(), segments.tolist()) == ([2, 10, 11, 12, 3, 20, 21, 3, 4], [0, 0, 0, 0, 0, 1, 1, 1, 1])
+    ids, segments = template.sequence([10, 11, 12], [20, 21], 7)  # the article's end goes first
+    assert (ids.tolist(), segments.tolist()) == ([2, 10, 3, 20, 21, 3, 4], [0, 0, 0, 1, 1, 1, 1])
+    assert template.sequence([10, 11, 12], [20, 21], 5)[0].tolist() == [2, 3, 21, 3, 4]
+    lengths = template.lengths(np.array([[3], [9]]), np.array([[2, 1], [4, 20]]), 16)
+    assert lengths.tolist() == [[9, 8], [16, 16]]
+    assert template.lengths(np.array([9]), np.array([20])).tolist() == [33]
+
+
+def test_every_sequence_of_real_dev_equals_the_tokenizer(real_cache):
+    """All options of RACE/dev: ids and segments as the tokenizer gives them for the pair, or the tail rule."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ALBERT)
+    dataset = RaceDataset(real_cache, "validation")
+    assert len(dataset) == 2747
+    texts = [dataset.text(i) for i in range(len(dataset))]
+    articles = [text["article"] for text in texts for _ in range(4)]
+    seconds = [question_option(text["question"], option) for text in texts for option in text["options"]]
+    options = {"max_length": 512, "return_token_type_ids": True, "truncation": "only_first"}
+    expected = tokenizer(articles, seconds, **options)
+    for i in range(len(dataset)):
+        item = dataset[i]
+        for option in range(4):
+            row = 4 * i + option
+            ids, segments = expected["input_ids"][row], expected["token_type_ids"][row]
+            assert len(tokenizer.tokenize(seconds[row])) <= 128  # all of dev; the tail rule has a test of its own
+            assert item["input_ids"][option].tolist() == ids, (texts[i]["example_id"], option)
+            assert item["token_type_ids"][option].tolist() == segments, (texts[i]["example_id"], option)
+
+
+def test_long_questions_keep_their_tail_and_articles_their_head(corpus, tmp_path):
+    """A plain restatement of the rule, on every option of a cache in which many question+options are too long."""
+    from transformers import AutoTokenizer
+
+    build_cache(str(corpus), "demo", tmp_path / "cache", max_qa_len=9)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cache" / "model")
+    dataset, cut = RaceDataset(tmp_path / "cache", "train", max_len=40), 0
+    for i in range(len(dataset)):
+        item, text = dataset[i], dataset.text(i)
+        article = tokenizer(text["article"], add_special_tokens=False)["input_ids"]
+        for option in range(4):
+            second = question_option(text["question"], text["options"][option])
+            qa = tokenizer(second, add_special_tokens=False)["input_ids"]
+            cut += len(qa) > 9
+            qa = qa[-9:]
+            first = [2, *article[: 40 - 3 - len(qa)], 3]
+            assert item["input_ids"][option].tolist() == [*first, *qa, 3]
+            assert item["token_type_ids"][option].tolist() == [0] * len(first) + [1] * (len(qa) + 1)
+    assert cut > 100
+
+
+def model_with_pairs(cache, folder, pair: str):
+    """The demo's tokenizer with another form of pairs, beside the demo's configuration."""
+    from tokenizers import processors
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(cache / "model")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save_pretrained(folder)
+    AutoConfig.from_pretrained(cache / "model").save_pretrained(folder)
+    return tokenizer
+
+
+def test_another_template_is_read_from_the_tokenizer_and_followed(corpus, cache, tmp_path):
+    """Two separators in the middle and other segments: no line of code but the Template's knows of them."""
+    tokenizer = model_with_pairs(cache, tmp_path / "model", "[CLS]:1 $A:1 [SEP]:1 [SEP]:1 $B [SEP]")
+    manifest = build_cache(str(corpus), str(tmp_path / "model"), tmp_path / "out")
+    assert template_of(manifest) == template_of(read_manifest(tmp_path / "out")) == Template((2,), (3, 3), (3,), (1, 0))
+    dataset, total = RaceDataset(tmp_path / "out", "test", 60), 0
+    for i in range(len(dataset)):
+        item, text = dataset[i], dataset.text(i)
+        typed = encode_question(tmp_path / "out", text["article"], text["question"], text["options"], 60)
+        for option in range(4):
+            second = question_option(text["question"], text["options"][option])
+            pair = tokenizer(
+                text["article"], second, truncation="only_first", max_length=60, return_token_type_ids=True
+            )
+            for name in ("input_ids", "token_type_ids"):
+                assert item[name][option].tolist() == typed[name][option].tolist() == pair[name]
+        total += sum(map(len, item["input_ids"]))
+    assert dataset.lengths().sum() == total and dataset.lengths().max() == 60
+    with pytest.raises(RaceError, match="max_len is 5, expected 6 or more"):
+        RaceDataset(tmp_path / "out", "test", 5)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("[CLS]:1 $A [SEP] $B:1 [SEP]:1", "encodes pairs of texts in another way"),
+        ("[CLS] $B [SEP] $A:1 [SEP]:1", "encodes pairs of texts in another way"),
+        ("$A [SEP] $B:1 [SEP]:1", "does not set a pair of texts between special tokens"),
+        ("[CLS] $A $B:1 [SEP]:1", "does not set a pair of texts between special tokens"),
+    ],
+)
+def test_pairs_that_no_template_describes_are_refused(corpus, cache, tmp_path, pair, message):
+    model_with_pairs(cache, tmp_path / "model", pair)
+    with pytest.raises(RaceError, match=message):
+        build_cache(str(corpus), str(tmp_path / "model"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("max_len", [512, 40])
+def test_a_typed_question_is_encoded_as_in_the_cache(cache, max_len):
+    dataset = RaceDataset(cache, "test", max_len)
+    for i in (0, 3, len(dataset) - 1):
+        assert_typed_as_cached(dataset, i)
+
+
+def test_real_questions_are_encoded_as_in_the_cache(real_cache):
+    """Among them the ones with the longest article and the longest question and option, which are cut."""
+    dataset = RaceDataset(real_cache, "validation")
+    article = np.diff(dataset._article_offsets)[dataset._passage]
+    longest_qa = np.diff(dataset._qa_offsets).reshape(-1, 4).max(1)
+    for i in (0, 1000, int(article.argmax()), int(longest_qa.argmax())):
+        assert_typed_as_cached(dataset, i)
+
+
+def assert_typed_as_cached(dataset, index: int) -> None:
+    text, item = dataset.text(index), dataset[index]
+    typed = encode_question(dataset.cache_dir, text["article"], text["question"], text["options"], dataset.max_len)
+    for name in ("input_ids", "token_type_ids"):
+        assert all(np.array_equal(a, b) for a, b in zip(typed[name], item[name], strict=True))
+
+
+def test_a_typed_question_must_be_whole(cache):
+    with pytest.raises(RaceError, match=r"article: empty; .*3 options, not 4"):
+        encode_question(cache, " ", "Who?", ["a", "b", "c"])

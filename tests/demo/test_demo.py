@@ -1,0 +1,40 @@
+"""The embedded default does what the README says: the chain learns, each stage from the one before."""
+
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+
+from race.data import RaceDataModule
+from race.data.cache import build_cache
+from race.score.predict import score
+from race.train.recipe import DEMO, Stage, best_checkpoints
+from race.train.stage import start_stage, train_stage
+
+
+@pytest.fixture(scope="module")
+def accuracy(tmp_path_factory):
+    """Test accuracy by stage and level, after the whole demo chain with its own parameters."""
+    folder = tmp_path_factory.mktemp("demo")
+    build_cache("demo", "demo", folder / "cache")
+    for name, settings in DEMO.items():
+        pl.seed_everything(0)
+        stage = Stage(name, folder / "checkpoints", folder / "run")
+        module = start_stage(stage, folder / "cache", learning_rate=settings.learning_rate)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train_stage(stage, module, RaceDataModule(folder / "cache"), settings.max_epochs)
+    checkpoints = best_checkpoints(folder / "checkpoints")
+    tables = [score(checkpoint, folder / "cache", "test", folder / "run")[1] for checkpoint in checkpoints]
+    return {table["stage"][0]: dict(zip(table["level"], table["accuracy"], strict=True)) for table in tables}
+
+
+def test_the_demo_learns(accuracy):
+    assert accuracy["e3"]["all"] >= 0.55
+    assert accuracy["e3"]["middle"] > accuracy["e3"]["high"] + 0.3
+    assert accuracy["e1"]["all"] < accuracy["e3"]["all"]
+
+
+def test_learning_rates_keep_the_ratio_of_the_recipe():
+    rates = [settings.learning_rate for settings in DEMO.values()]
+    assert rates == [rates[0], rates[0], pytest.approx(rates[0] / 10)]

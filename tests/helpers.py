@@ -1,0 +1,24 @@
+"""What several tests need: where things lie, and a batch as Hugging Face's models take it."""
+
+import os
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_DATA = Path(os.environ.get("RACE_TEST_DATA", ROOT.parent / "shared" / "data"))
+ALBERT = TEST_DATA / "albert-base-v2"
+STAGES = ("ex01", "ex02", "ex03")
+NOTEBOOKS = (*STAGES, "eval_test_dataset_race", "eval_test_dataset_race_2")
+
+
+def padded(batch) -> dict[str, torch.Tensor]:
+    """A PackedBatch as the padded [B, 4, L] tensors that Hugging Face's model takes."""
+    shape = len(batch.lengths), batch.max_seqlen
+    ids, segments, mask = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    for i, (start, length) in enumerate(zip(batch.cu_seqlens.tolist(), batch.lengths, strict=False)):
+        ids[i, :length] = batch.input_ids[start : start + length]
+        segments[i, :length] = batch.token_type_ids[start : start + length]
+        mask[i, :length] = 1
+    tensors = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
+    return {name: tensor.view(-1, 4, shape[1]) for name, tensor in tensors.items()} | {"labels": batch.labels}

@@ -1,0 +1,43 @@
+"""Made-up predictions: of known letters and confidences, and of a model that guesses."""
+
+import numpy as np
+import pandas as pd
+
+from race import LETTERS
+from race.score.statistics import KINDS, PROBABILITIES
+
+
+def made(answers: str, chosen: str, sure=None, levels=None, **columns) -> pd.DataFrame:
+    """Predictions that choose these letters with these confidences (0.25: all options alike)."""
+    count = len(answers)
+    sure = np.broadcast_to(0.25 if sure is None else sure, count)
+    probabilities = np.repeat((1 - sure)[:, None] / 3, 4, axis=1)
+    probabilities[np.arange(count), [LETTERS.index(letter) for letter in chosen]] = sure
+    table = pd.DataFrame({"example_id": "x", "question_index": range(count), "level": levels or [""] * count})
+    table = table.assign(answer=list(answers), prediction=list(chosen))
+    table[PROBABILITIES] = probabilities
+    return table.assign(**columns)
+
+
+def random_predictions(count: int, seed: int = 0) -> pd.DataFrame:
+    """A model that guesses, on made-up questions."""
+    rng = np.random.default_rng(seed)
+    probabilities = rng.dirichlet(np.ones(4), count)
+    table = made("".join(rng.choice(LETTERS, count)), "".join(np.take(LETTERS, probabilities.argmax(1))))
+    table[PROBABILITIES] = probabilities
+    table["level"] = rng.choice(["middle", "high"], count)
+    facts = {
+        "kind": rng.choice(KINDS, count),
+        "article_tokens": rng.integers(50, 900, count),
+        "truncated": rng.random(count) < 0.1,
+        "longest_option": rng.choice(LETTERS, count),
+        "article_in_train": pd.array(rng.random(count) < 0.02, dtype="boolean"),
+    }
+    return table.assign(**facts)
+
+
+def two(both: int, gained: int, lost: int, neither: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two models with so many questions of each outcome."""
+    first = "A" * both + "B" * gained + "A" * lost + "B" * neither
+    second = "A" * (both + gained) + "B" * (lost + neither)
+    return made("A" * len(first), first), made("A" * len(first), second)

@@ -1,0 +1,42 @@
+"""Stage e1 on a small cache, trained or resumed in this process, and what it leaves."""
+
+import pytorch_lightning as pl
+
+from race.data import RaceDataModule
+from race.files import read_archive
+from race.train.recipe import Stage
+from race.train.stage import start_stage, train_stage
+from race.train.state import read_state
+
+
+class At(pl.Callback):
+    """Does something once, before the step with this number."""
+
+    def __init__(self, step: int, what):
+        self.step, self.what = step, what
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            self.what(trainer, module)
+            self.step = -1
+
+
+def stage(folder, cache, *callbacks, epochs: int = 2, minutes: float = 60.0, data: dict | None = None, **settings):
+    """Train or resume e1 in this process; settings of RaceModule and train_stage."""
+    pl.seed_everything(0, verbose=False)
+    module = start_stage(e1(folder), cache, learning_rate=settings.pop("learning_rate", 1e-3))
+    settings = {"save_minutes": minutes, "log_every": 2, "callbacks": callbacks} | settings
+    data = RaceDataModule(cache, **({"batch_size": 8, "limit_questions": 64} | (data or {})))
+    return train_stage(e1(folder), module, data, epochs, **settings)
+
+
+def e1(folder) -> Stage:
+    return Stage("e1", folder / "checkpoints", folder / "run")
+
+
+def state(folder) -> dict:
+    return read_archive(e1(folder).state_path)
+
+
+def position(folder) -> dict:
+    return read_state(e1(folder).state_path)

@@ -1,0 +1,348 @@
+"""Stages chain: each starts from the best weights of the one before, at its own learning rate, and says what it did."""
+
+import warnings
+
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers import ROOT
+
+from race import RaceError
+from race.data import RaceDataModule
+from race.device import default_precision
+from race.score.predict import predict
+from race.train.callbacks import StageReport, StartInForce
+from race.train.checkpoints import weights_hash
+from race.train.logs import read_log
+from race.train.recipe import CHAIN, Stage, best_checkpoints, latest_checkpoint
+from race.train.stage import decoded_question, start_stage, train_stage
+from race_module import RaceModule
+
+
+def at(folder, name: str) -> Stage:
+    return Stage(name, folder / "checkpoints", folder / "run")
+
+
+def train(name: str, cache, folder, learning_rate: float, epochs: int = 1, **settings) -> RaceModule:
+    pl.seed_everything(0)
+    stage = at(folder, name)
+    module = start_stage(stage, cache, learning_rate=learning_rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = RaceDataModule(cache, batch_size=16, limit_questions=48)
+        train_stage(stage, module, data, epochs, log_every=1, **settings)
+    return module
+
+
+@pytest.fixture(scope="module")
+def chain(cache, tmp_path_factory):
+    """e1, e2 and e3 trained for a few steps."""
+    folder = tmp_path_factory.mktemp("chain")
+    for stage, rate, epochs in (("e1", 1e-2, 2), ("e2", 1e-2, 1), ("e3", 1e-3, 1)):
+        train(stage, cache, folder, rate, epochs)
+    return folder
+
+
+def test_every_stage_starts_from_the_best_weights_of_the_one_before(chain, cache):
+    assert torch.equal(
+        start_stage(Stage("e1"), cache).model.albert.embeddings.word_embeddings.weight,
+        RaceModule(model=cache / "model").model.albert.embeddings.word_embeddings.weight,
+    )
+    for stage, before in (("e2", "e1"), ("e3", "e2")):
+        base = at(chain, before).best()
+        saved = torch.load(base.path, weights_only=True)["state_dict"]
+        module = start_stage(at(chain, stage), cache)
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+        lineage = at(chain, stage).best().lineage
+        assert lineage["base"] == base.name
+        assert lineage["weights_start"] == weights_hash(RaceModule.load_from_checkpoint(base.path).model)
+    hashes = {
+        weights_hash(RaceModule.load_from_checkpoint(path).model) for path in (chain / "checkpoints").glob("*.ckpt")
+    }
+    assert len(hashes) == 4, "every checkpoint holds other weights"
+
+
+def test_only_weights_are_taken(chain, cache):
+    """A base trained with another learning rate does not bring it along; its optimizer state stays behind."""
+    module = start_stage(at(chain, "e2"), cache, learning_rate=2e-6)
+    optimizer = module.configure_optimizers()
+    assert {group["lr"] for group in optimizer.param_groups} == {2e-6} and not optimizer.state
+    assert module.training
+
+
+def test_lineage_names_the_chain(chain):
+    lineage = at(chain, "e3").best().lineage
+    assert (lineage["stage"], lineage["chain"]) == ("e3", ["e1", "e2"])
+    assert lineage["recipe"]["learning_rate"] == 1e-3
+
+
+def test_checkpoint_names_and_the_best(chain):
+    table = at(chain, "e1").checkpoints()
+    assert len(table) == 2 and table["val_loss_epoch"].is_monotonic_increasing
+    for row in table.itertuples():
+        assert row.path.name == f"e1-albert-race-epoch={row.epoch:02d}-val_loss_epoch={row.val_loss_epoch:.2f}.ckpt"
+    assert at(chain, "e1").best().path == table["path"][0]
+
+
+def test_best_is_decided_by_the_exact_loss(tmp_path):
+    """File names round to two digits; the checkpoint itself remembers the loss exactly."""
+    for epoch, loss in ((0, 0.7849), (1, 0.7751), (2, 0.7751)):
+        record = {"epoch": epoch, "metrics": {"val_loss_epoch": loss, "val_acc": 0.5}}
+        torch.save({"race": record}, tmp_path / f"e1-albert-race-epoch={epoch:02d}-val_loss_epoch=0.78.ckpt")
+    assert "epoch=01" in Stage("e1", tmp_path).best().name
+
+
+def test_a_checkpoint_from_elsewhere_is_ranked_by_its_name(tmp_path):
+    for loss in ("0.81", "0.79"):
+        torch.save({"state_dict": {}}, tmp_path / f"e1-albert-race-epoch=03-val_loss_epoch={loss}.ckpt")
+    assert "0.79" in Stage("e1", tmp_path).best().name
+    torch.save({}, tmp_path / "e1-last.ckpt")
+    assert len(Stage("e1", tmp_path).checkpoints()) == 2
+
+
+def test_a_damaged_checkpoint_is_named_and_no_silent_second_best(chain, tmp_path, capsys):
+    """One that may have been the best stops whoever asks for the best; a worse one is named and passed over."""
+    good = at(chain, "e1").best()
+    (tmp_path / good.name).write_bytes(good.path.read_bytes())
+    worse, better = (tmp_path / f"e1-albert-race-epoch=09-val_loss_epoch={loss}.ckpt" for loss in ("9.99", "0.01"))
+    worse.write_bytes(good.path.read_bytes()[:5000])
+    assert Stage("e1", tmp_path).best().name == good.name
+    assert len(Stage("e1", tmp_path).checkpoints()) == 1
+    assert f"passed over: {worse}: cut off or damaged" in capsys.readouterr().out
+    better.write_bytes(good.path.read_bytes()[:5000])
+    with pytest.raises(RaceError, match="val_loss_epoch=0.01.ckpt: cut off or damaged.*remove it"):
+        Stage("e1", tmp_path).best()
+
+
+def test_a_stage_that_diverged_says_so(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "e1-albert-race-epoch=00-val_loss_epoch=nan.ckpt")
+    with pytest.raises(RaceError, match="e1 diverged"):
+        Stage("e1", tmp_path).best()
+
+
+def test_a_trained_model_is_no_start(cache, tmp_path):
+    """Training afresh from a model that has been trained would still say that it starts from the base."""
+    module = train("e1", cache, tmp_path, 1e-2)
+    finished = at(tmp_path, "e1").best().path
+    data = RaceDataModule(cache, batch_size=16, limit_questions=48)
+    with pytest.raises(RaceError, match="run the model's cell again"):
+        train_stage(at(tmp_path, "e1"), module, data, 1, fresh=True)
+    assert at(tmp_path, "e1").best().path == finished, "the finished run stays where it was"
+
+
+def test_every_epoch_has_an_order_of_its_own(cache):
+    """Lightning tells the sampler the epoch: two epochs of a real fit see the same questions in two orders."""
+    seen: list[list[int]] = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, *_):
+            seen.append([])
+
+        def on_train_batch_start(self, trainer, module, batch, *_):
+            seen[-1] += [int(sum(batch.lengths[4 * i : 4 * i + 4])) for i in range(len(batch))]
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=2, limit_val_batches=0, callbacks=Watch(), **options)
+    trainer.fit(start_stage(Stage("e1"), cache), RaceDataModule(cache, batch_size=16, limit_questions=48))
+    assert len(seen) == 2 and seen[0] != seen[1] and sorted(seen[0]) == sorted(seen[1])
+
+
+def test_curves_can_be_drawn_before_the_first_validation(chain):
+    from race.report.figures import training_curves
+
+    log = read_log(chain / "run", "e1")
+    early = log[log["train_loss_step"].notna()].dropna(axis=1, how="all")
+    figure = training_curves(early, "e1")
+    assert "not validated yet" in figure.axes[0].get_title(loc="left")
+
+
+def test_log_on_disk(chain):
+    log = read_log(chain / "run", "e1")
+    columns = {"train_loss_step", "val_loss_epoch", "val_acc", "train_acc", "tokens_per_second", "epoch", "step"}
+    assert columns <= set(log.columns)
+    assert log["learning_rate"].dropna().unique().tolist() == pytest.approx([1e-2])
+    assert log["train_loss_step"].notna().sum() == 6
+    assert list((chain / "run" / "logs" / "e1").glob("version_0/events.out.tfevents*"))
+
+
+def test_validation_metrics_are_means_over_questions(chain, cache):
+    """Unequal batches: the logged loss and accuracy are those of all questions together."""
+    path = at(chain, "e1").best()
+    metrics = path.metrics
+    predictions = predict(path, cache, "validation", batch_size=16, limit_questions=48, device="cpu")
+    right = (predictions["answer"] == predictions["prediction"]).mean()
+    probability = [row[f"p_{row['answer']}"] for _, row in predictions.iterrows()]
+    assert metrics["val_acc"] == pytest.approx(right, abs=1e-6)
+    assert metrics["val_loss_epoch"] == pytest.approx(-pd.Series(probability).map(torch.math.log).mean(), abs=1e-5)
+
+
+def test_trainer_test_reports_loss_and_accuracy(chain, cache):
+    path = at(chain, "e3").best()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    module = RaceModule.load_from_checkpoint(path.path)
+    (metrics,) = trainer.test(module, RaceDataModule(cache), verbose=False)
+    predictions = predict(path, cache, "test", device="cpu")
+    assert metrics["test_acc"] == pytest.approx((predictions["answer"] == predictions["prediction"]).mean(), abs=1e-6)
+    assert 0 < metrics["test_loss"] < 10
+
+
+def test_a_wrong_learning_rate_in_force_stops_the_stage(cache, tmp_path):
+    module = start_stage(Stage("e1"), cache, learning_rate=1e-3)
+    make = module.configure_optimizers
+
+    def wrong():
+        optimizer = make()
+        optimizer.param_groups[0]["lr"] = 2e-5
+        return optimizer
+
+    module.configure_optimizers = wrong
+    trainer = pl.Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=StartInForce(),
+    )
+    with pytest.raises(RaceError, match="learning rate in force"):
+        trainer.fit(module, RaceDataModule(cache, limit_questions=8))
+
+
+def test_a_fresh_run_of_a_stage_overwrites_nothing(cache, tmp_path, capsys):
+    for _ in range(2):
+        train("e1", cache, tmp_path, 1e-2, fresh=True)
+    assert len(list((tmp_path / "checkpoints").glob("e1-*.ckpt"))) == 1
+    assert len(list((tmp_path / "checkpoints" / "earlier").glob("e1-*/e1-albert*.ckpt"))) == 1
+    assert len(list((tmp_path / "checkpoints" / "earlier").glob("e1-*/e1-state.ckpt"))) == 1
+    assert "of an earlier run, from e1 on, are now in" in capsys.readouterr().out
+
+
+def test_early_stopping_ends_a_stage(cache, tmp_path):
+    module = train("e1", cache, tmp_path, 0.0, epochs=5, early_stopping=1)
+    assert module.trainer.current_epoch == 2
+
+
+def test_estimate_is_given_once(cache, tmp_path, capsys):
+    report = StageReport(after_seconds=0.0)
+    trainer = pl.Trainer(max_epochs=2, logger=False, enable_checkpointing=False, callbacks=report)
+    trainer.fit(start_stage(Stage("e1"), cache), RaceDataModule(cache, batch_size=16, limit_questions=48))
+    out = capsys.readouterr().out
+    assert out.count("for 2 epochs of 3 steps") == 1 and out.count(": validation loss") == 2
+
+
+def test_effective_batch_does_not_depend_on_the_token_budget(cache):
+    """One step with parts and one with the whole batch move the weights alike."""
+
+    def step(token_budget: int):
+        pl.seed_everything(0)
+        module = start_stage(Stage("e1"), cache, learning_rate=1e-3, token_budget=token_budget).double()
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(max_epochs=1, precision="64-true", limit_val_batches=0, num_sanity_val_steps=0, **options)
+        trainer.fit(module, RaceDataModule(cache, batch_size=16, limit_questions=20))
+        assert trainer.global_step == 2
+        return module.state_dict()
+
+    whole, parts = step(1 << 20), step(600)
+    assert all(torch.allclose(whole[name], parts[name], rtol=0, atol=1e-9) for name in whole)
+
+
+@pytest.mark.parametrize("short", [0, 128])
+def test_half_precision_trains(cache, tmp_path, monkeypatch, short):
+    """bf16 autocast, as on a GPU: both ways of attention take it, and the weights stay float32."""
+    monkeypatch.setattr("race.encoder.SHORT", short)
+    module = train("e1", cache, tmp_path, 1e-3, precision="bf16-mixed")
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    losses = read_log(tmp_path / "run", "e1")["train_loss_step"].dropna()
+    assert len(losses) == 3 and losses.between(1.2, 1.6).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [(None, "32-true"), ((7, 0), "16-mixed"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")],
+)
+def test_precision_by_device(monkeypatch, capability, precision):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert default_precision() == precision
+
+
+def test_decoded_question_shows_text_options_and_segments(cache):
+    data = RaceDataModule(cache)
+    table, text = decoded_question(data.dataset("train"), 0), data.train_dataset.text(0)
+    assert list(table.index) == ["A", "B", "C", "D"] and list(table["answer"]).index("correct") == text["label"]
+    for option, row in zip(text["options"], table.itertuples(), strict=True):
+        assert option.lower() in row[4].lower() and row[4].endswith("[SEP]") and row[3].startswith("[CLS]")
+
+
+def test_the_recipe_is_that_of_the_notebooks():
+    """Its numbers stand in the notebooks' parameters too, where people look for them."""
+    import nbformat
+
+    assert {name: settings[1:] for name, settings in CHAIN.items()} == {
+        "e1": (2e-5, 10),
+        "e2": (2e-5, 3),
+        "e3": (2e-6, 10),
+    }
+    for name, settings in CHAIN.items():
+        cells = nbformat.read(ROOT / Stage(name).notebook, 4).cells
+        (parameters,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+        values = {}
+        exec(parameters, values)
+        assert (values["LEARNING_RATE"], values["MAX_EPOCHS"]) == (settings.learning_rate, settings.max_epochs)
+    with pytest.raises(RaceError, match="expected one of e1, e2, e3"):
+        Stage("e4")
+
+
+def test_the_best_of_each_stage_and_the_latest(chain):
+    best = best_checkpoints(chain / "checkpoints")
+    assert [checkpoint.stage for checkpoint in best] == ["e1", "e2", "e3"]
+    assert latest_checkpoint(chain / "checkpoints").path == best[-1].path
+    with pytest.raises(RaceError, match="no checkpoints: run ex01.ipynb first"):
+        latest_checkpoint(chain)
+
+
+def test_checkpoints_are_named_after_their_model(cache, tmp_path):
+    """A BERT's is not called albert."""
+    from transformers import BertConfig
+
+    config = BertConfig(
+        vocab_size=1000, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    module = RaceModule(config=config)
+    train_stage(at(tmp_path, "e1"), module, RaceDataModule(cache, limit_questions=8), 1)
+    assert at(tmp_path, "e1").best().name.startswith("e1-bert-race-epoch=00-val_loss_epoch=")
+
+
+def test_missing_bases_are_explained(cache, tmp_path):
+    with pytest.raises(RaceError, match="no checkpoint of stage e1: run ex01.ipynb first"):
+        start_stage(Stage("e2", tmp_path), cache)
+    with pytest.raises(RaceError, match="no such checkpoint"):
+        start_stage(Stage("e2"), cache, base_checkpoint=tmp_path / "none.ckpt")
+
+
+def test_a_cache_without_weights_needs_a_base_model(corpus, cache, tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    from race.data.cache import build_cache
+
+    for part in (AutoTokenizer, AutoConfig):
+        part.from_pretrained(cache / "model").save_pretrained(tmp_path / "bare")
+    build_cache(str(corpus), str(tmp_path / "bare"), tmp_path / "cache")
+    with pytest.raises(RaceError, match="keeps no weights"):
+        start_stage(Stage("e1"), tmp_path / "cache")
+    assert start_stage(Stage("e1"), tmp_path / "cache", base_model=cache / "model")
+    RaceModule(model=cache / "model").model.save_pretrained(tmp_path / "weights")
+    assert start_stage(Stage("e1"), tmp_path / "cache", base_model=tmp_path / "weights"), (
+        "weights without a tokenizer will do"
+    )
+
+
+def test_a_base_model_with_another_tokenizer_is_refused(cache, tmp_path):
+    from transformers import AlbertTokenizer
+
+    pieces = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]", "▁", "a"]
+    AlbertTokenizer(vocab=[(piece, 0.0) for piece in pieces]).save_pretrained(tmp_path)
+    RaceModule(model=cache / "model").model.save_pretrained(tmp_path)
+    with pytest.raises(RaceError, match="another tokenizer than the cache"):
+        start_stage(Stage("e1"), cache, base_model=tmp_path)
