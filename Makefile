@@ -17,8 +17,8 @@ $(VENV)/run.stamp: requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --requirement requirements.txt --editable .
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
-	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
 install: $(VENV)/run.stamp ## set up .venv only, as on a login node

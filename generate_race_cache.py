@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from race import RaceError
+from race import MAX_QA_LEN, RaceError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +37,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--source", help="hub id (ehovy/race), folder or tar of RACE files, or 'demo'")
     add("--model", help="hub name (albert-base-v2) or folder with the tokenizer to use; not needed for 'demo'")
     add("--out", help="the cache folder to make, such as cache/race")
-    add("--max-qa-len", type=int, default=128, help="truncate question+option to its last N tokens (default 128)")
+    add(
+        "--max-qa-len",
+        type=int,
+        default=MAX_QA_LEN,
+        metavar="N",
+        help="keep the last N tokens of question+option (default 128)",
+    )
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)")
     add("--force", action="store_true", help="replace a cache with other content")
     add("--skip-bad", action="store_true", help="leave out bad questions and passages, and list them in the cache")

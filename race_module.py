@@ -61,11 +61,11 @@ class RaceModule(pl.LightningModule):
 
     def loss(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed cross-entropy of B questions, and how many are answered correctly."""
-        if not len(batch):  # a process's share of a batch with fewer questions than processes
+        if not len(batch):  # a process's share of a batch with fewer questions than processes: DDP waits for gradients
             nothing = sum(parameter.sum() for parameter in self.parameters()) * 0.0
             return nothing, nothing.detach()
         logits = self(batch)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # at least float32
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         return loss, (logits.argmax(1) == batch.labels).sum().to(loss.dtype)
 
@@ -77,7 +77,7 @@ class RaceModule(pl.LightningModule):
         optimizer.step()
         loss = self.sum_over_processes(loss)
         self.log("train_loss_step", loss, prog_bar=True, batch_size=1)
-        rate = torch.tensor(optimizer.param_groups[0]["lr"])  # of a plain number Lightning makes a tensor on the GPU
+        rate = torch.tensor(optimizer.param_groups[0]["lr"])  # on the CPU; a float would be copied to the GPU
         self.log("learning_rate", rate)
         return loss
 
@@ -91,21 +91,22 @@ class RaceModule(pl.LightningModule):
 
     def model_step(self, batch, split: str) -> torch.Tensor:
         """This process's part of the mean loss of a batch; in training, its gradients are accumulated."""
-        questions = len(batch)
+        all_questions = len(batch)  # of all processes
         if split == "train" and self.processes > 1:  # in validation, processes may have different numbers of batches
-            questions = self.sum_over_processes(torch.tensor(float(questions), device=self.device))
-        parts = list(batch.micro_batches(self.token_budget))
+            all_questions = self.sum_over_processes(torch.tensor(float(len(batch)), device=self.device))
+        *parts, last = batch.micro_batches(self.token_budget)
         sums = []
-        for number, part in enumerate(parts, 1):
+        for part in (*parts, last):
             loss, correct = self.loss(part)
             if split == "train":
-                with contextlib.nullcontext() if number == len(parts) else self.no_sync():
-                    self.manual_backward(loss / questions * self.processes)  # DDP takes the mean over processes
+                with contextlib.nullcontext() if part is last else self.no_sync():
+                    # times the number of processes, by which DDP divides: the gradient is that of the whole batch
+                    self.manual_backward(loss / all_questions * self.processes)
             sums.append(torch.stack([loss.detach(), correct]))
         loss, correct = torch.stack(sums).sum(0)
         new = torch.stack([loss.double(), correct.double(), torch.full_like(loss, len(batch), dtype=torch.float64)])
         self.sums[split] = self.sums[split] + new if split in self.sums else new
-        return loss / questions
+        return loss / all_questions
 
     @property
     def processes(self) -> int:
@@ -117,14 +118,15 @@ class RaceModule(pl.LightningModule):
         return value if self.processes == 1 else self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
 
     def no_sync(self):
-        """Gradients are exchanged once a step, with the last micro-batch."""
+        """Without the exchange of gradients, which happens once a step, with the last micro-batch."""
         return contextlib.nullcontext() if self.processes == 1 else self.trainer.strategy.block_backward_sync()
 
-    # Sums and not torchmetrics.MeanMetric: a resumed epoch goes on from the exact sums of each process, and checkpoints
-    # hold Hugging Face's weights and nothing else.
-
     def log_means(self, split: str, loss_name: str) -> None:
-        """Log loss and accuracy as means over all questions of an epoch, of all processes."""
+        """Log loss and accuracy as means over all questions of an epoch, of all processes.
+
+        Sums and not torchmetrics.MeanMetric: a resumed epoch continues the exact sums of each process, and the weights
+        in a checkpoint are Hugging Face's and nothing else.
+        """
         none = torch.zeros(3, dtype=torch.float64, device=self.device)
         loss, correct, questions = self.sum_over_processes(self.sums.pop(split, none))
         self.log(loss_name, loss / questions, prog_bar=True, batch_size=1)

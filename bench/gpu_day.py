@@ -295,8 +295,8 @@ def run_stage(stage: str, options: argparse.Namespace) -> dict:
     """
     from race.score.predict import predict
     from race.score.results import accuracy_table
-    from race.train.recipe import Stage
-    from race.train.stage import start_stage, train_stage
+    from race.train.stages import Stage
+    from race.train.training import start_stage, train_stage
 
     folder, data = common.WORK / "gpu_day", _chain_data(options)
     place = Stage(stage, folder / "checkpoints", folder / "run")

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for _ in range(options.rounds):
         done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    timed = [sys.executable, "-X", "importtime", "-c", "import race.train.stage, race.report.figures"]
+    timed = [sys.executable, "-X", "importtime", "-c", "import race.train.training, race.report.figures"]
     imports = subprocess.run(timed, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stderr
     result = {"rounds": options.rounds, "seconds": {name: spread([run[name] for run in runs]) for name in PHASES}}
     result["total"] = statistics.median(sum(run.values()) for run in runs)
@@ -78,8 +78,8 @@ def stage(cache: str) -> dict[str, float]:
     done("transformers")
     from race.data import RaceDataModule
     from race.report.figures import training_curves
-    from race.train.recipe import Stage
-    from race.train.stage import start_stage, train_stage
+    from race.train.stages import Stage
+    from race.train.training import start_stage, train_stage
 
     assert training_curves
     done("ours")

@@ -6,7 +6,7 @@ CHANCE = 1 / OPTIONS
 LEVELS = ("middle", "high")
 SPLITS = ("train", "validation", "test")
 RACE_QUESTIONS = {"train": 87866, "validation": 4887, "test": 4934}  # Lai et al. 2017, arXiv:1704.04683
-MAX_LEN = 512  # tokens of a sequence
+MAX_LEN, MAX_QA_LEN = 512, 128  # tokens of a sequence, and of its question+option
 FAMILIES = ("albert", "bert")  # model types of transformers that RaceModule runs
 
 

@@ -18,7 +18,7 @@ from race import RaceError
 from race.data.cache import read_manifest, splits_of
 from race.score.results import RESULT_COLUMNS
 from race.score.seeds import main as report_over_seeds
-from race.train.recipe import CHAIN, DEMO
+from race.train.stages import CHAIN, DEMO
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
@@ -113,11 +113,10 @@ def plan(options: argparse.Namespace, split: str, seed: int | None = None) -> li
     notebooks = []
     for stage in options.stages:
         own = {"FRESH": options.fresh}
-        if options.name == "demo":
-            own |= {"LEARNING_RATE": DEMO[stage].learning_rate, "MAX_EPOCHS": DEMO[stage].max_epochs}
+        own |= DEMO[stage] if options.name == "demo" else {}
         if options.base_checkpoint and stage == options.stages[0]:
             own |= {"BASE_CHECKPOINT": options.base_checkpoint}
-        notebooks.append((CHAIN[stage].notebook, common | own))
+        notebooks.append((CHAIN[stage], common | own))
     return notebooks + [(notebook, common | {"SPLIT": split}) for notebook in EVALUATIONS]
 
 

@@ -12,12 +12,12 @@ import pytorch_lightning as pl
 import torch
 
 import race.files
-import race.train.stage
+import race.train.training
 from race.data import RaceDataModule
 from race.files import read_archive
-from race.train.recipe import Stage
-from race.train.stage import start_stage, train_stage
+from race.train.stages import Stage
 from race.train.state import KeepState
+from race.train.training import start_stage, train_stage
 
 RECIPE = (("e1", 1e-3, 2), ("e2", 1e-3, 1), ("e3", 1e-4, 2))
 MINUTES = 0.05 / 60  # between saves
@@ -26,7 +26,7 @@ MINUTES = 0.05 / 60  # between saves
 def run_chain(folder: Path, cache: Path, workers: int = 0, minutes: float = MINUTES) -> None:
     """Three stages with dropout, so that the random state matters."""
     warnings.simplefilter("ignore")
-    race.train.stage.git_commit = lambda: None  # somebody may be editing the code while the tests run
+    race.train.training.git_commit = lambda: None  # somebody may be editing the code while the tests run
     if torch.cuda.is_available():
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)

@@ -4,9 +4,9 @@ import pytorch_lightning as pl
 
 from race.data import RaceDataModule
 from race.files import read_archive
-from race.train.recipe import Stage
-from race.train.stage import start_stage, train_stage
+from race.train.stages import Stage
 from race.train.state import read_state
+from race.train.training import start_stage, train_stage
 
 
 class At(pl.Callback):

@@ -10,7 +10,7 @@ from kill import in_a_process
 from race import chain
 from race.data.cache import FORMAT, write_manifest
 from race.score.results import RESULT_COLUMNS
-from race.train.recipe import Stage
+from race.train.stages import Stage
 from race.train.state import read_state
 
 

@@ -26,8 +26,8 @@ from race.export.__main__ import main as export
 from race.files import atomic_write, file_hash, read_archive, save_archive
 from race.score.predict import predict, score
 from race.train.checkpoints import Checkpoint
-from race.train.recipe import Stage
-from race.train.stage import DISK_FULL, start_stage
+from race.train.stages import Stage
+from race.train.training import DISK_FULL, start_stage
 from race_module import RaceModule
 
 

@@ -10,7 +10,7 @@ from helpers import NOTEBOOKS, ROOT, STAGES
 from race import RaceError
 from race.chain import run_notebook
 from race.train.checkpoints import weights_hash
-from race.train.recipe import Stage
+from race.train.stages import Stage
 from race_module import RaceModule
 
 PARAMETERS = "CACHE_DIR CHECKPOINT_DIR RUN_DIR BATCH_SIZE MAX_LEN SEED LIMIT_QUESTIONS".split()

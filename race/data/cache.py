@@ -15,7 +15,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from race import LEVELS, MAX_LEN, OPTIONS, SPLITS, RaceError
+from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
 from race.data.encoding import Template, check_encoding, keep_last, question_option
 from race.data.sources import Passage, read_source, record_problems
@@ -31,7 +31,7 @@ def build_cache(
     source: str,
     model: str,
     out: str | Path,
-    max_qa_len: int = 128,
+    max_qa_len: int = MAX_QA_LEN,
     workers: int = 1,
     force: bool = False,
     skip_bad: bool = False,

@@ -1,7 +1,7 @@
 """How a question becomes token ids: the protocol of the ALBERT authors, top to bottom.
 
 One sequence an option: `[CLS] article [SEP] question+option [SEP]`. Question+option is truncated from the left, to
-128 tokens, when the cache is made; the article is truncated from the right, to 512 tokens in all, when it is read.
+MAX_QA_LEN tokens, when the cache is made; the article from the right, to MAX_LEN tokens in all, when it is read.
 """
 
 import itertools

@@ -71,6 +71,7 @@ def training_curves(log: pd.DataFrame, stage: str) -> Figure:
     percent_axis(accuracy.yaxis)
     schedule.set(title=f"{stage}: learning rate {rate(rates['learning_rate'].iloc[-1])}", ylabel="learning rate")
     schedule.set_ylim(0, rates["learning_rate"].max() * 1.3)
+    schedule.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
     for axes in (loss, accuracy, schedule):
         axes.set_xlabel("optimizer step")
     loss.legend(loc="lower left")

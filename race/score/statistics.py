@@ -114,7 +114,7 @@ def group_accuracies(predictions: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "kind of question": accuracy_by(predictions, predictions["kind"], KINDS),
         "article length (tokens)": accuracy_by(predictions, lengths, order),
         "sequence": accuracy_by(predictions, truncated, ["whole", "truncated"]),
-        "right answer": accuracy_by(predictions, predictions["answer"], LETTERS),
+        "correct answer": accuracy_by(predictions, predictions["answer"], LETTERS),
     }
     if predictions["article_in_train"].notna().any():
         seen = predictions["article_in_train"].map({True: "also in train", False: "not in train"})

@@ -8,8 +8,8 @@ import pytorch_lightning as pl
 from race.data import RaceDataModule
 from race.data.cache import build_cache
 from race.score.predict import score
-from race.train.recipe import DEMO, Stage, best_checkpoints
-from race.train.stage import start_stage, train_stage
+from race.train.stages import DEMO, Stage, best_checkpoints
+from race.train.training import start_stage, train_stage
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from race.export.folder import _hub_id, _is_race, _public, ancestry, export_chec
 from race.files import file_hash
 from race.score.results import RESULT_COLUMNS
 from race.train.checkpoints import Checkpoint
-from race.train.recipe import Stage
-from race.train.stage import start_stage, train_stage
+from race.train.stages import Stage
+from race.train.training import start_stage, train_stage
 from race_module import RaceModule
 
 

@@ -124,7 +124,7 @@ def test_length_groups_are_even_and_keep_equal_lengths_together():
 def test_group_accuracies_count_every_question_once():
     predictions = random_predictions(5000)
     tables = group_accuracies(predictions)
-    assert list(tables) == ["kind of question", "article length (tokens)", "sequence", "right answer", "article"]
+    assert list(tables) == ["kind of question", "article length (tokens)", "sequence", "correct answer", "article"]
     right = (predictions["answer"] == predictions["prediction"]).sum()
     for table in tables.values():
         assert (table["questions"].sum(), table["correct"].sum()) == (5000, right)

@@ -19,8 +19,8 @@ from race.data.cache import verify_cache
 from race.score.predict import predict
 from race.score.statistics import PROBABILITIES
 from race.train.logs import read_log
-from race.train.recipe import Stage
-from race.train.stage import start_stage, train_stage
+from race.train.stages import Stage
+from race.train.training import start_stage, train_stage
 
 
 @pytest.fixture

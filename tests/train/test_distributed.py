@@ -19,7 +19,7 @@ from helpers import ROOT
 from race.data import RaceDataModule
 from race.data.batches import ShuffledBatches
 from race.files import read_archive
-from race.train.recipe import Stage
+from race.train.stages import Stage
 from race.train.state import read_state
 
 

@@ -19,9 +19,9 @@ from race import RaceError
 from race.data import RaceDataModule
 from race.files import locked
 from race.train.logs import read_log
-from race.train.recipe import Stage
-from race.train.stage import start_stage, train_stage
+from race.train.stages import Stage
 from race.train.state import KeepState, random_state, set_random_state
+from race.train.training import start_stage, train_stage
 
 
 @pytest.fixture(scope="module")

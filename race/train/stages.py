@@ -1,28 +1,22 @@
-"""The recipe: its stages, what each trains with, where their files lie, and which of their checkpoints is the best."""
+"""The stages of the chain: the notebook of each, where its files lie, and which of its checkpoints is the best."""
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
 from race import RaceError
 from race.train.checkpoints import IN_NAME, Checkpoint
 
-
-class Settings(NamedTuple):
-    """What a stage trains with, unless its notebook's parameters say otherwise."""
-
-    notebook: str
-    learning_rate: float  # constant
-    max_epochs: int
-
-
-# Each stage starts from the best checkpoint of the one before, the first from the pretrained model.
-CHAIN = {"e1": Settings("ex01", 2e-5, 10), "e2": Settings("ex02", 2e-5, 3), "e3": Settings("ex03", 2e-6, 10)}
-# The same ratios for the demo's tiny model: about a minute of training on two CPU cores.
-DEMO = {"e1": Settings("ex01", 2.5e-4, 1), "e2": Settings("ex02", 2.5e-4, 2), "e3": Settings("ex03", 2.5e-5, 2)}
+# Each stage starts from the best checkpoint of the one before, the first from the pretrained model. Learning rate and
+# epochs of a stage have one home: the parameters of its notebook.
+CHAIN = {"e1": "ex01", "e2": "ex02", "e3": "ex03"}
+DEMO = {  # what the demo's tiny model takes instead: the same ratios, about a minute of training on two CPU cores
+    "e1": {"LEARNING_RATE": 2.5e-4, "MAX_EPOCHS": 1},
+    "e2": {"LEARNING_RATE": 2.5e-4, "MAX_EPOCHS": 2},
+    "e3": {"LEARNING_RATE": 2.5e-5, "MAX_EPOCHS": 2},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Stage:
     @property
     def notebook(self) -> str:
         """The notebook that trains it."""
-        return f"{CHAIN[self.name].notebook}.ipynb"
+        return f"{CHAIN[self.name]}.ipynb"
 
     @property
     def before(self) -> "Stage | None":

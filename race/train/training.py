@@ -19,7 +19,7 @@ from race.data.cache import cache_identity, check_files, check_tokenizer, read_m
 from race.device import default_device, default_precision, processes, versions
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
-from race.train.recipe import Stage
+from race.train.stages import Stage
 from race.train.state import KeepState, check_identity, only_process, read_state, signals_as_before, stage_identity
 from race_module import RaceModule
 
@@ -144,7 +144,7 @@ def _trainer(
     checkpoints = ModelCheckpoint(
         stage.checkpoint_dir,
         filename=f"{stage.name}-{family}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
-        monitor="val_loss_epoch",
+        monitor="val_loss_epoch",  # in the file name; Stage.best() chooses
         save_top_k=-1,
         save_weights_only=True,
         enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
