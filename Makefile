@@ -43,7 +43,7 @@ audit: $(VENV)/dev.stamp ## look all installed versions up in the database of kn
 test-browser: $(VENV)/dev.stamp ## all five notebooks in JupyterLab, in a headless chromium; pictures in runs/browser
 	$(BIN)/python -m pytest tests/browser.py
 
-screenshots: $(VENV)/dev.stamp ## remake the pictures of the README from the demo, in a headless chromium
+screenshots: $(VENV)/dev.stamp ## remake the pictures of docs/ from the demo, in a headless chromium
 	$(BIN)/python tests/screenshots.py
 
 bench: $(VENV)/run.stamp ## measure everything against what a user would otherwise run; BENCH_DEVICE=cuda on a GPU
@@ -61,7 +61,7 @@ lint: $(VENV)/dev.stamp ## ruff, and no notebook with outputs
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify *.ipynb
 
-format: $(VENV)/dev.stamp ## let ruff and nbstripout mend what lint complains about
+format: $(VENV)/dev.stamp ## let ruff and nbstripout fix what lint reports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/nbstripout *.ipynb

@@ -40,9 +40,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--max-qa-len",
         type=int,
-        default=MAX_QA_LEN,
         metavar="N",
-        help="keep the last N tokens of question+option (default 128)",
+        default=MAX_QA_LEN,
+        help="truncate question+option from the left to N tokens",
     )
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)")
     add("--force", action="store_true", help="replace a cache with other content")
@@ -67,7 +67,7 @@ def summary(manifest: dict, out: str | Path) -> str:
         lines.append(
             f"  {split:<10} {counts['passages']:>7,} passages {counts['questions']:>7,} questions ({levels}), "
             f"{counts['tokens'] / counts['sequences']:.1f} tokens per sequence, "
-            f"{counts['truncated'] / counts['sequences']:.1%} truncated, "
+            f"{100 * counts['truncated'] / counts['sequences']:.1f} % truncated, "
             f"{counts['token_bytes'] / counts['questions']:.0f} token bytes per question"
         )
     questions = sum(counts["questions"] for counts in manifest["splits"].values())

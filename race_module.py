@@ -1,4 +1,4 @@
-"""The method on one page: what a batch is, forward, the step, the means of an epoch, AdamW, loading.
+"""The method in one file: what a batch is, forward, the step, the means of an epoch, AdamW, loading.
 
 A question is four sequences, one for each option: [CLS] article [SEP] question+option [SEP]. A batch of B questions is
 one 1-D tensor with the token ids of all 4B sequences, and `cu_seqlens`, the start of each (race.data.batches); there
@@ -25,7 +25,7 @@ class RaceModule(pl.LightningModule):
     """Multiple choice on packed sequences: loss, optimizer and metrics of every stage.
 
     model: hub name or folder with weights; or config: a configuration (or its dict) for random weights. One of the two.
-    token_budget: tokens of a micro-batch; gradients are accumulated, so it never changes the result. None: by memory.
+    token_budget: tokens of a micro-batch; gradients are accumulated over the batch. None: by device.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RaceModule(pl.LightningModule):
         if token_budget is not None and token_budget < 1:
             problems.append(f"token_budget is {token_budget}")
         if problems:
-            raise RaceError(f"{'; '.join(problems)}; expected numbers from 0, and a token budget from 1")
+            raise RaceError(f"{'; '.join(problems)}; expected finite numbers ≥ 0 and a token budget ≥ 1")
         self.model = build_model(config) if model is None else load_pretrained(model)
         self.learning_rate, self.weight_decay, self.adam_epsilon = learning_rate, weight_decay, adam_epsilon
         self.token_budget = token_budget
@@ -70,7 +70,7 @@ class RaceModule(pl.LightningModule):
         return loss, (logits.argmax(1) == batch.labels).sum().to(loss.dtype)
 
     def training_step(self, batch, batch_idx: int) -> torch.Tensor:
-        """One optimizer step on a whole batch, of which each process has its share."""
+        """One optimizer step on one batch, which is divided among the processes."""
         optimizer = self.optimizers()
         optimizer.zero_grad()
         loss = self.model_step(batch, "train")

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"── {name}: done before, {path}")
             continue
         if time.monotonic() > deadline:
-            print(f"── {name}: no time left in this call; call again to go on")
+            print(f"── {name}: no time left in this call; call again to resume")
             return 2
         started = time.monotonic()
         print(f"── {name}", flush=True)

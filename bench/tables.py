@@ -82,7 +82,7 @@ def sides(name: str) -> str:
         "",
         "questions a second",
         "ours: times (parts)",
-        "share of the matrix-product rate",
+        "% of the matrix-product rate",
         "peak memory, GB",
     ]
     note = (
@@ -104,7 +104,7 @@ def loader() -> str:
         rates = values["questions_per_second"]
         rows.append([workers, f"{rates['median']:,.0f}", f"{values['batches_per_second']:,.0f}"])
         rows[-1].append("" if share is None else f"{share:.4%}")
-    head = ["workers", "questions a second", "batches of 32 a second", "share of a training step"]
+    head = ["workers", "questions a second", "batches of 32 a second", "% of a training step"]
     return table(head, rows) + machine(kept)
 
 
@@ -143,7 +143,7 @@ def startup() -> str:
     rows = [[phase, f"{values['median']:.2f}"] for phase, values in kept["seconds"].items()]
     imports = ", ".join(f"{name} {seconds:.2f}" for name, seconds in list(kept["slowest_imports"].items())[:6])
     total = [["together", f"{kept['total']:.2f}"]]
-    return table(["", "seconds"], rows + total) + machine(kept) + f"Slowest imports, seconds of their own: {imports}.\n"
+    return table(["", "seconds"], rows + total) + machine(kept) + f"Slowest imports, self time in seconds: {imports}.\n"
 
 
 def gpu() -> str:
@@ -170,7 +170,7 @@ def gpu() -> str:
         kept = result(f"gpu_chain-{stage}-cuda")
         score = f"{kept['accuracy']:.1%} ({kept['ci_low']:.1%} – {kept['ci_high']:.1%})" if kept else "not measured"
         rows.append([f"chain with all-MiniLM-L6-v2, {stage}, accuracy on RACE/dev", score, "", ""])
-    head = ["", "questions a second, or result", "times padded to 512", "share of the matrix-product rate"]
+    head = ["", "questions a second, or result", "times padded to 512", "% of the matrix-product rate"]
     return table(head, rows)
 
 

@@ -1,4 +1,4 @@
-"""RACE as a task: four options a question, two levels, three splits. What every room of this package agrees on."""
+"""RACE as a task: four options a question, two levels, three splits. Constants and the error class of the package."""
 
 LETTERS = ["A", "B", "C", "D"]
 OPTIONS = len(LETTERS)
@@ -11,7 +11,7 @@ FAMILIES = ("albert", "bert")  # model types of transformers that RaceModule run
 
 
 class RaceError(ValueError):
-    """Something that its user can mend: the message says what is wrong, where, and what to do."""
+    """Something that the user can fix: the message says what is wrong, where, and what to do."""
 
 
 def check_least(**values: tuple[float | None, float]) -> None:

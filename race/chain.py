@@ -71,7 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", help="base model of 'race' (default albert-base-v2)")
     add("--limit-questions", type=int, metavar="N", help="trial run on N random questions of each split")
     add("--stages", nargs="+", choices=CHAIN, default=list(CHAIN), help="only these (default: all)")
-    add("--base-checkpoint", help="what the first of --stages starts from, if that is not e1")
+    add("--base-checkpoint", help="checkpoint from which the first of --stages starts (e2 or e3)")
     add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished runs")
     add("--fresh", action="store_true", help="train the stages again from their start; old files move to earlier/")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """The encoder behind RaceModule: loaded from Hugging Face, run on packed sequences, in parts that fit into memory.
 
 Hugging Face's own modules compute everything here, layer by layer. Packing adds two things: attention that stays inside
-each sequence, and for ALBERT a last layer that is computed at [CLS] only, because nothing else of it is read.
+each sequence, and for ALBERT a last layer that is computed at [CLS] only, because only that output is used.
 """
 
 import pickle
@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from race import FAMILIES, MAX_LEN, OPTIONS, RaceError
 
-SHORT = 128  # tokens; up to here one masked call for all sequences is faster than one call each (on CPU)
+SHORT = 128  # tokens; up to here one attention call with a mask is faster than one call per sequence (on CPU)
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
 
 
@@ -35,8 +35,8 @@ def load_pretrained(model: str | Path) -> nn.Module:
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise RaceError(f"{model} has no weights (model.safetensors); name a model that has, or give config= instead")
-    settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
+        settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
         loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise RaceError(f"{model}: its weights cannot be loaded safely ({str(error).splitlines()[0]})") from error
@@ -181,8 +181,8 @@ def token_budget_for(config: PretrainedConfig, parameters: int, memory: int) -> 
 
     Kept for the backward pass, a token and layer, in float32: its input, query, key, value, context as attention gives
     it and as joined, two layer-norm inputs and one output (9 hidden), and the feed-forward before and after its
-    activation (2 intermediate); on its way back one layer holds about as much again in gradients. Half precision needs
-    less, which leaves room for its casts.
+    activation (2 intermediate). In the backward pass, one layer's gradients need about as much again. Half precision
+    needs less, which leaves room for its casts.
     """
     layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)
     hidden, intermediate = config.hidden_size, config.intermediate_size

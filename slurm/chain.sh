@@ -22,7 +22,7 @@ run() { # one step; srun passes the signal on to its processes, and ends all whe
     step=
   fi
   if [ -n "$stopped" ] || [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then
-    echo "stopped with the state saved: back into the queue, to go on from it"
+    echo "stopped with the state saved: requeued, to resume"
     scontrol requeue "$SLURM_JOB_ID"
     exit
   elif [ "$status" -ne 0 ]; then

@@ -48,7 +48,7 @@ class Template:
         parts = [(special, tuple(number for _, number in run)) for special, run in runs]
         if [special for special, _ in parts] != [1, 0, 1, 0, 1]:
             raise RaceError(
-                f"{tokenizer.name_or_path}: its tokenizer does not set a pair of texts between special tokens, as in "
+                f"{tokenizer.name_or_path}: its tokenizer does not encode a pair of texts as "
                 "[CLS] article [SEP] question [SEP]; choose an ALBERT or BERT model"
             )
         return cls(*(tokens for _, tokens in parts[::2]), segments=(types[0], types[-1]))

@@ -109,7 +109,7 @@ def record_problems(record: object) -> list[tuple[int | None, str]]:
         return [(None, f"expected a JSON object, found {type(record).__name__}")]
     expected = {"article": str, "questions": list, "options": list, "answers": list, "id": str}
     problems = [
-        f"'{key}' is missing" if key not in record else f"'{key}' is no {kind.__name__}"
+        f"'{key}' is missing" if key not in record else f"'{key}' is not a {kind.__name__}"
         for key, kind in expected.items()
         if not isinstance(record.get(key), kind)
     ]
@@ -131,8 +131,8 @@ def _question_problems(place: str, question: object, options: object, answer: ob
     if not isinstance(answer, str) or answer not in LABELS:
         problems.append(f"{place}: the answer is {answer!r}, not one of {', '.join(LETTERS)}")
     if not isinstance(options, list) or len(options) != OPTIONS:
-        count = len(options) if isinstance(options, list) else "no list of"
-        return [*problems, f"{place}: {count} options, not {OPTIONS}"]
+        count = f"{len(options)} options, not {OPTIONS}" if isinstance(options, list) else "options are not a list"
+        return [*problems, f"{place}: {count}"]
     for letter, option in zip(LETTERS, options, strict=True):
         problems += _text_problems(f"{place}, option {letter}", option)
     return problems
@@ -158,14 +158,13 @@ def _records(files: Iterator[tuple[str, bytes | RaceError]], source: str) -> Rec
     for name, content in tqdm(files, desc=f"reading {source}", unit=" passages", delay=2, leave=False):
         name = name.encode("utf-8", "backslashreplace").decode()  # bytes that are not UTF-8 become \udcXX
         split, level = _split_and_level(name)
-        record: Any = content
-        if isinstance(content, bytes):
-            try:
-                record = json.loads(content.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                record = RaceError(f"not UTF-8 at byte {error.start}")
-            except (ValueError, RecursionError) as error:
-                record = RaceError(f"not JSON ({error})")
+        record: Any
+        try:
+            record = json.loads(content.decode("utf-8-sig")) if isinstance(content, bytes) else content
+        except UnicodeDecodeError as error:
+            record = RaceError(f"not UTF-8 at byte {error.start}")
+        except (ValueError, RecursionError) as error:
+            record = RaceError(f"not JSON ({error})")
         if isinstance(record, dict):
             record["level"] = level
             record.setdefault("id", PurePosixPath(name).name)
@@ -260,7 +259,8 @@ def _dataset_records(source: str) -> Records:
     for name, rows in dataset.items():
         split, missing = SPLIT_OF_FOLDER.get(name), COLUMNS.difference(rows.column_names)
         if split is None or missing:
-            problem = f"split {name!r} lacks {', '.join(sorted(missing)) or 'a known name'}"
+            wrong = f"has no column {', '.join(sorted(missing))}" if missing else "is not train, validation or test"
+            problem = f"split {name!r} {wrong}"
             records.setdefault("train", []).append((name, RaceError(problem)))
             continue
         passages: dict[tuple[str, str], dict] = {}

@@ -49,7 +49,7 @@ def validation_predictions(
     """Predictions on validation, to fit a temperature for `split`; None if that makes no sense, the reason printed."""
     if split == "validation" or "validation" not in RaceDataModule(cache_dir).manifest["splits"]:
         reason = "the scored split is validation itself" if split == "validation" else f"{cache_dir} has none"
-        print(f"no temperature is fitted, which needs a validation split of its own: {reason}")
+        print(f"no temperature is fitted: {reason}")
         return None
     return saved_predictions(checkpoint, cache_dir, "validation", run_dir, fresh, **settings)[0]
 
@@ -68,7 +68,7 @@ def saved_predictions(
         print(f"{path.name}: saved predictions are used, made {found[1]['made']}")
         return found
     if found != "no saved predictions":
-        print(f"{path.name}: made again, {found}")
+        print(f"{path.name}: scored again, because {found}")
     started = time.perf_counter()
     predictions = predict(checkpoint, cache_dir, split, **settings)
     made = {
@@ -142,7 +142,7 @@ def predict(checkpoint: Checkpoint, cache_dir: str | Path, split: str = "test", 
     if bad := int((~np.isfinite(probabilities)).any(1).sum()):
         raise RaceError(
             f"{checkpoint}: the output is not finite on {bad:,} of {len(dataset):,} questions; it has diverged, "
-            f'or {resolved["precision"]} is too narrow: try PRECISION = "32-true"'
+            f'or {resolved["precision"]} has too small a range: try PRECISION = "32-true"'
         )
     columns = dataset.columns()
     predictions = pd.DataFrame({name: columns[name] for name in ("example_id", "question_index", "level")})

@@ -19,14 +19,15 @@ from race.score.results import RESULT_COLUMNS
 KEYS = ["stage", "split", "level"]
 WHAT_IS_COVERED = (
     "The t interval covers the training seed: where the mean of many seeds would lie, on these same questions.\n"
-    "The Wilson interval in each results.csv covers the questions: how this one model would do on others like them.\n"
-    "Neither covers both."
+    "The Wilson interval in each results.csv covers the sampling of the questions, for this one model.\n"
+    "Neither covers both sources of variation."
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table over seeds, and save it if asked; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Mean, standard deviation and 95 % t interval over training seeds.")
+    about = "Mean, standard deviation and 95 % t interval over training seeds."
+    parser = argparse.ArgumentParser(prog="python -m race.score.seeds", description=about)
     parser.add_argument("runs", nargs="+", help="the run folder of each seed, which holds results.csv")
     parser.add_argument("--out", help="also save the table, as CSV")
     options = parser.parse_args(arguments)
@@ -118,7 +119,7 @@ def report(table: pd.DataFrame) -> str:
     if (table["questions"] < table["questions_most"]).any():
         lines.append("\nThe seeds answered different questions: the spread includes the choice of questions.")
     if (table["ci_low"] < 0).any() or (table["ci_high"] > 1).any():
-        lines.append("\nAn interval reaches beyond 0 or 100 %: so few seeds, so far apart, say next to nothing.")
+        lines.append("\nAn interval reaches beyond 0 or 100 %: too few seeds for a useful interval.")
     return "\n".join([*lines, "", WHAT_IS_COVERED])
 
 

@@ -109,11 +109,11 @@ def length_groups(tokens, count: int = 5) -> tuple[np.ndarray, list[str]]:
 def group_accuracies(predictions: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Accuracy by what a question is like: {name of the grouping: table}."""
     lengths, order = length_groups(predictions["article_tokens"])
-    truncated = predictions["truncated"].map({True: "truncated", False: "whole"})
+    truncated = predictions["truncated"].map({True: "truncated", False: "not truncated"})
     tables = {
         "kind of question": accuracy_by(predictions, predictions["kind"], KINDS),
         "article length (tokens)": accuracy_by(predictions, lengths, order),
-        "sequence": accuracy_by(predictions, truncated, ["whole", "truncated"]),
+        "sequence": accuracy_by(predictions, truncated, ["not truncated", "truncated"]),
         "correct answer": accuracy_by(predictions, predictions["answer"], LETTERS),
     }
     if predictions["article_in_train"].notna().any():

@@ -1,4 +1,4 @@
-"""What watches over a training stage: its start, its earlier run, its loss, and how long it will take."""
+"""Callbacks that check a training stage: its start, its earlier run, its loss, and how long it will take."""
 
 import math
 import os
@@ -85,7 +85,7 @@ class LossWatch(pl.Callback):
             raise RaceError(not_finite(trainer))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
-        """Look at the loss where it is logged anyway, so that a GPU is not waited for otherwise."""
+        """Look at the loss where it is logged anyway, which avoids another wait for the GPU."""
         if trainer.global_step % trainer.log_every_n_steps:
             return
         now, before = np.array(module.sum_over_processes(module.sums["train"]).tolist()), self._seen

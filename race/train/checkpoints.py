@@ -17,7 +17,7 @@ IN_NAME = re.compile(r"(?P<stage>e\d+)-.*epoch=(?P<epoch>\d+)-val_loss_epoch=(?P
 class Checkpoint:
     """A checkpoint file, read once. Raises RaceError if it is missing, damaged, or could run code.
 
-    lineage: what the file says of itself; empty for one from elsewhere, of which only the file name tells something.
+    lineage: what the file says of itself; empty for a checkpoint of other code, of which only the file name is used.
     Everything unknown is None.
     """
 
@@ -49,11 +49,11 @@ class Checkpoint:
         known = self.lineage.get("cache")
         known = known if isinstance(known, dict) else {}
         if self.lineage.get("tokenizer") not in (None, manifest["tokenizer"]["sha256"]):
-            raise RaceError(f"{self} was trained with another tokenizer than {cache_dir} holds; name its own cache")
+            raise RaceError(f"{self} was trained with another tokenizer than {cache_dir} has; name its own CACHE_DIR")
         if known.get("max_qa_len") not in (None, manifest["max_qa_len"]):
             raise RaceError(
                 f"{self} was trained with question+option truncated to {known['max_qa_len']} tokens, {cache_dir} "
-                f"truncates to {manifest['max_qa_len']}; name its own cache"
+                f"truncates to {manifest['max_qa_len']}; name its own CACHE_DIR"
             )
 
 

@@ -10,7 +10,7 @@ from race import RaceError
 from race.train.checkpoints import IN_NAME, Checkpoint
 
 # Each stage starts from the best checkpoint of the one before, the first from the pretrained model. Learning rate and
-# epochs of a stage have one home: the parameters of its notebook.
+# epochs of a stage are defined in its notebook's parameters.
 CHAIN = {"e1": "ex01", "e2": "ex02", "e3": "ex03"}
 DEMO = {  # what the demo's tiny model takes instead: the same ratios, about a minute of training on two CPU cores
     "e1": {"LEARNING_RATE": 2.5e-4, "MAX_EPOCHS": 1},
@@ -60,7 +60,7 @@ class Stage:
         """Its checkpoints, best first: path, epoch, val_loss_epoch (exact), val_acc; damaged ones are printed."""
         found, damaged = self._read()
         for _, problem in damaged:
-            print(f"passed over: {problem}")
+            print(f"skipped: {problem}")
         rows = [(checkpoint.path, checkpoint.epoch, checkpoint.val_loss, checkpoint.val_acc) for checkpoint in found]
         return pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"])
 

@@ -78,7 +78,7 @@ def start_stage(
         base, sha256, chain = checkpoint.name, checkpoint.sha256, [*checkpoint.chain, checkpoint.stage]
     known, used = module.model.config.vocab_size, manifest["tokenizer"]["vocabulary"]
     if known < used:
-        raise RaceError(f"the model knows {known} tokens, the cache uses {used}: make a cache with its own tokenizer")
+        raise RaceError(f"the model has {known} tokens, the cache {used}: make a cache with the model's own tokenizer")
     module.lineage = {"stage": stage.name, "cache": identity, "tokenizer": identity["tokenizer"]}
     module.lineage |= {"base": base, "base_sha256": sha256, "chain": chain, "recipe": settings}
     module.lineage |= {"weights_start": weights_hash(module.model), "versions": versions(), "commit": git_commit()}
