@@ -11,14 +11,16 @@ export TOKENIZERS_PARALLELISM := true
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-$(VENV)/run.stamp: requirements.txt pyproject.toml
+$(VENV)/run.stamp: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements.txt --editable .
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	@mkdir -p runs
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(BIN)/pip install --quiet --editable '.[dev]'
+$(VENV)/dev.stamp: $(VENV)/run.stamp pyproject.toml
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 install: $(VENV)/run.stamp ## set up .venv only, as on a login node

@@ -7,6 +7,7 @@ over a question's four numbers gives the probabilities of its options.
 """
 
 import contextlib
+import inspect
 import json
 from pathlib import Path
 
@@ -50,7 +51,9 @@ class RaceModule(pl.LightningModule):
         self.learning_rate, self.weight_decay, self.adam_epsilon = learning_rate, weight_decay, adam_epsilon
         self.token_budget = token_budget
         self.lineage: dict = {}  # where these weights come from; saved in checkpoints
-        self.sums: dict[str, torch.Tensor] = {}  # of the epoch so far, by split: loss, correct answers, questions
+        # Of the epoch so far, by split: loss, correct answers, questions. Not torchmetrics.MeanMetric: a resumed epoch
+        # continues the exact sums of each process, and a checkpoint's weights are Hugging Face's and nothing else.
+        self.sums: dict[str, torch.Tensor] = {}
         self.automatic_optimization = False  # one optimizer step over several micro-batches
         self.save_hyperparameters({"config": self.model.config.to_dict()} | recipe)
 
@@ -99,13 +102,15 @@ class RaceModule(pl.LightningModule):
         for part in (*parts, last):
             loss, correct = self.loss(part)
             if split == "train":
-                with contextlib.nullcontext() if part is last else self.no_sync():
+                sync = part is last or self.processes == 1  # processes exchange gradients once a step
+                with contextlib.nullcontext() if sync else self.trainer.strategy.block_backward_sync():
                     # times the number of processes, by which DDP divides: the gradient is that of the whole batch
                     self.manual_backward(loss / all_questions * self.processes)
             sums.append(torch.stack([loss.detach(), correct]))
         loss, correct = torch.stack(sums).sum(0)
         new = torch.stack([loss.double(), correct.double(), torch.full_like(loss, len(batch), dtype=torch.float64)])
-        self.sums[split] = self.sums[split] + new if split in self.sums else new
+        before = self.sums.get(split)  # on the CPU after a resume
+        self.sums[split] = new if before is None else before.to(new.device) + new
         return loss / all_questions
 
     @property
@@ -117,16 +122,8 @@ class RaceModule(pl.LightningModule):
         """all_reduce; the value itself where there is one process."""
         return value if self.processes == 1 else self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
 
-    def no_sync(self):
-        """Without the exchange of gradients, which happens once a step, with the last micro-batch."""
-        return contextlib.nullcontext() if self.processes == 1 else self.trainer.strategy.block_backward_sync()
-
     def log_means(self, split: str, loss_name: str) -> None:
-        """Log loss and accuracy as means over all questions of an epoch, of all processes.
-
-        Sums and not torchmetrics.MeanMetric: a resumed epoch continues the exact sums of each process, and the weights
-        in a checkpoint are Hugging Face's and nothing else.
-        """
+        """Log loss and accuracy as means over all questions of an epoch, of all processes."""
         none = torch.zeros(3, dtype=torch.float64, device=self.device)
         loss, correct, questions = self.sum_over_processes(self.sums.pop(split, none))
         self.log(loss_name, loss / questions, prog_bar=True, batch_size=1)
@@ -169,11 +166,12 @@ class RaceModule(pl.LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location="cpu", **settings) -> "RaceModule":
         """Weights and settings of a checkpoint, from this file alone; no code in it is run. Raises RaceError."""
-        content = read_archive(checkpoint_path)
+        content, known = read_archive(checkpoint_path), inspect.signature(cls).parameters
+        saved = {name: value for name, value in content.get("hyper_parameters", {}).items() if name in known}
         try:
-            module = cls(**(content["hyper_parameters"] | settings))
+            module = cls(**(saved | settings))
             module.load_state_dict(content["state_dict"])
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RaceError(f"{checkpoint_path}: holds no RaceModule that can be loaded ({error})") from error
         return module.to(map_location)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
 from transformers.activations import NewGELUActivation
@@ -31,14 +32,16 @@ def build_model(config: PretrainedConfig | dict) -> nn.Module:
 
 def load_pretrained(model: str | Path) -> nn.Module:
     """A pretrained encoder (hub name or folder) with a new multiple-choice head, in float32; raises RaceError."""
-    _check_family(AutoConfig.from_pretrained(model, trust_remote_code=False))
     folder = Path(model)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise RaceError(f"{model} has no weights (model.safetensors); name a model that has, or give config= instead")
     try:
+        _check_family(AutoConfig.from_pretrained(model, trust_remote_code=False))
+        if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            raise RaceError(
+                f"{model} has no weights (model.safetensors); name a model that has, or give config= instead"
+            )
         settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
         loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError) as error:
         raise RaceError(f"{model}: its weights cannot be loaded safely ({str(error).splitlines()[0]})") from error
     head = ("classifier.", f"{loaded.base_model_prefix}.pooler.")
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(head))

@@ -140,9 +140,15 @@ def file_hash(path: str | Path) -> str:
 
 
 def file_identity(path: str | Path) -> tuple:
-    """What changes when a file is written again: to remember that this version has been checked."""
+    """What changes when a file is written again: to remember what is known of this version."""
     status = os.stat(path)
     return str(path), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1024)
+def known_hash(identity: tuple) -> str:
+    """`file_hash` of a file by its `file_identity`; it is read once a process, and again if it has been written."""
+    return file_hash(identity[0])
 
 
 def save_archive(content: dict, path: str | Path) -> None:
@@ -167,17 +173,18 @@ def read_archive(path: str | Path, mmap: bool = False) -> dict:
     import torch
 
     try:
-        if problem := _archive_problem(file_identity(path)):
-            raise RaceError(f"{path}: {problem}; remove it, or put a good copy in its place")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        problem = _archive_problem(file_identity(path))
+        content = None if problem else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise RaceError(f"{path}: no such checkpoint") from error
     except pickle.UnpicklingError as error:
         raise RaceError(f"{path}: holds more than weights and plain values, and could run code; refused") from error
     except OSError as error:
         raise RaceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
         raise RaceError(f"{path}: not a checkpoint ({str(error).splitlines()[0]}); remove it") from error
+    if problem:
+        raise RaceError(f"{path}: {problem}; remove it, or put a good copy in its place")
     if not isinstance(content, dict):
         raise RaceError(f"{path}: holds a {type(content).__name__}, not a checkpoint; remove it")
     return content
@@ -188,6 +195,8 @@ def _archive_problem(identity: tuple) -> str | None:
     """What is wrong with a zip archive, by its own checksums; once for each version of a file."""
     try:
         with zipfile.ZipFile(identity[0]) as archive:
+            if any(entry.compress_type or entry.external_attr for entry in archive.infolist()):  # torch writes zeros
+                return "damaged, or not written by torch.save"
             bad = archive.testzip()
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
         return f"cut off or damaged ({error})"

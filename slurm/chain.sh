@@ -4,7 +4,7 @@
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 RUN=runs/race # as in the notebooks' parameters
 BIN=${BIN:-.venv/bin}
-export MPLBACKEND=agg PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD MPLBACKEND=agg PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-4}
 mkdir -p "$RUN/scripts"
 

@@ -1,6 +1,6 @@
 #!/bin/bash
 # The chain on one GPU, requeued until it is done.
-#   sbatch slurm/one_gpu.sh
+#   mkdir -p runs && sbatch slurm/one_gpu.sh
 #SBATCH --job-name=race
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,6 +1,6 @@
 #!/bin/bash
 # The chain on four GPUs of one node: the batch stays 32 questions, each GPU gets a quarter of it.
-#   sbatch slurm/one_node.sh
+#   mkdir -p runs && sbatch slurm/one_node.sh
 #SBATCH --job-name=race
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4      # one process a GPU

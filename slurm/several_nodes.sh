@@ -1,6 +1,6 @@
 #!/bin/bash
 # The chain on two nodes of four GPUs: the batch stays 32 questions, each GPU gets an eighth of it.
-#   sbatch slurm/several_nodes.sh
+#   mkdir -p runs && sbatch slurm/several_nodes.sh
 #SBATCH --job-name=race
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4      # one process a GPU

@@ -101,6 +101,12 @@ def test_a_checkpoint_from_elsewhere_is_taken_if_it_is_whole(tmp_path):
     (tmp_path / "theirs.ckpt").write_bytes(content)
     with pytest.raises(RaceError, match=r"theirs.ckpt: damaged"):
         Checkpoint(tmp_path / "theirs.ckpt")
+    torch.save({"state_dict": {"a": torch.arange(1000)}}, tmp_path / "theirs.ckpt")
+    content = bytearray((tmp_path / "theirs.ckpt").read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 38] |= 16  # torch would take the entry for a folder, and read no weights
+    (tmp_path / "theirs.ckpt").write_bytes(content)
+    with pytest.raises(RaceError, match=r"theirs.ckpt: damaged"):
+        Checkpoint(tmp_path / "theirs.ckpt")
     (tmp_path / "theirs.ckpt").write_text("hello")
     with pytest.raises(RaceError, match="cut off or damaged"):
         Checkpoint(tmp_path / "theirs.ckpt")

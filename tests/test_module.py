@@ -228,6 +228,23 @@ def test_checkpoint_loads_without_network_cache_or_hub(cache, tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+def test_a_checkpoint_without_settings_takes_those_given(albert_config, items, tmp_path):
+    module = RaceModule(config=albert_config).eval()
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": {"of_others": 1}}, tmp_path / "x.ckpt")
+    loaded = RaceModule.load_from_checkpoint(tmp_path / "x.ckpt", config=albert_config, learning_rate=1e-3).eval()
+    batch = collate(items(2))
+    assert torch.equal(loaded(batch), module(batch)) and loaded.learning_rate == 1e-3
+    with pytest.raises(RaceError, match="x.ckpt: holds no RaceModule that can be loaded"):
+        RaceModule.load_from_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_a_damaged_base_model_is_named(albert_config, tmp_path):
+    AlbertForMultipleChoice(albert_config).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(RaceError, match=f"{tmp_path}: its weights cannot be loaded"):
+        RaceModule(model=tmp_path)
+
+
 def test_a_checkpoint_that_brings_code_is_refused(tmp_path):
     import os
 

@@ -64,6 +64,8 @@ class PackedBatch:
 
     def _part(self, first: int, last: int) -> "PackedBatch":
         """Questions `first` to `last` - 1."""
+        if (first, last) == (0, len(self)):
+            return self
         sequences = slice(OPTIONS * first, OPTIONS * last)
         lengths = self.lengths[sequences]
         start = sum(self.lengths[: sequences.start])

@@ -1,7 +1,6 @@
 """The token cache: passages encoded once, written as Arrow files beside their text, and described by a manifest."""
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -15,12 +14,12 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
+from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError, check_least
 from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
 from race.data.encoding import Template, check_encoding, keep_last, question_option
 from race.data.sources import Passage, read_source, record_problems
 from race.data.tokenizing import WordTokenizer
-from race.files import file_hash, file_identity, move_into_place, temporary_folder
+from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
 
 FORMAT = 2
 NO_HASH = "0" * 64
@@ -42,8 +41,8 @@ def build_cache(
     replaced only with `force`. With `skip_bad`, what is bad in the source is left out and listed in
     `out`/left-out.txt. Raises RaceError.
     """
-    started = time.perf_counter()
-    out = Path(out)
+    started, out = time.perf_counter(), Path(out)
+    check_least(**{"--max-qa-len": (max_qa_len, 1)})
     if out.exists() and not (out / "manifest.json").is_file():
         raise RaceError(f"{out} exists and is not a cache; choose another --out")
     splits, left_out = read_source(source, skip_bad)
@@ -219,15 +218,10 @@ def _file_problem(path: Path, expected: dict) -> str | None:
     if path.stat().st_size != expected["bytes"]:
         return f"{path}: {path.stat().st_size} bytes, expected {expected['bytes']}"
     try:
-        found = _known_hash(file_identity(path))
+        found = known_hash(file_identity(path))
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     return None if found == expected["sha256"] else f"{path}: damaged, differs from the manifest (sha256)"
-
-
-@functools.lru_cache(maxsize=1024)
-def _known_hash(identity: tuple) -> str:
-    return file_hash(identity[0])
 
 
 def cache_identity(manifest: dict) -> dict:
@@ -243,7 +237,7 @@ def cache_identity(manifest: dict) -> dict:
 def verify_cache(cache_dir: str | Path) -> list[str]:
     """Re-read every file of a cache and compare it with the manifest; returns what is wrong."""
     folder, manifest = Path(cache_dir), read_manifest(cache_dir)
-    _known_hash.cache_clear()  # read again what was read before
+    known_hash.cache_clear()  # read again what was read before
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     others = sorted(present - {"manifest.json", *manifest["files"]})
     return _problems(folder, manifest) + [f"{folder / name}: not in the manifest" for name in others]

@@ -146,10 +146,11 @@ class RaceDataModule(pl.LightningDataModule):
         held = splits_of(self.manifest)
         for split in held:
             check_files(self.cache_dir, split)
-        datasets = {split: self._open(split) for split in held}
+        datasets = {split: self.open_split(split) for split in held}
         self.train_dataset, self.val_dataset, self.test_dataset = map(datasets.get, SPLITS)
 
-    def _open(self, split: str) -> RaceDataset:
+    def open_split(self, split: str) -> RaceDataset:
+        """Open one split, without a check of its files; raises RaceError if the cache lacks it."""
         dataset = RaceDataset(self.cache_dir, split, self.max_len)
         if self.limit_questions is None or self.limit_questions >= len(dataset):
             return dataset
@@ -160,7 +161,7 @@ class RaceDataModule(pl.LightningDataModule):
         """The dataset of "train", "validation" or "test"; raises RaceError if the cache lacks it."""
         self.setup()
         datasets = dict(zip(SPLITS, (self.train_dataset, self.val_dataset, self.test_dataset), strict=True))
-        return datasets.get(split) or self._open(split)  # which raises
+        return datasets.get(split) or self.open_split(split)  # which raises
 
     def encode_question(self, article: str, question: str, options: list[str]) -> dict:
         """A typed question as an item of a dataset, with the ids that it would have in the cache; raises RaceError."""

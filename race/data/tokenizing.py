@@ -43,6 +43,8 @@ class WordTokenizer:
         return pa.ListArray.from_arrays(ids.offsets.take(words.offsets), ids.values)
 
     def _ids_of(self, words: list[str]) -> pa.ListArray:
+        if not self._not_split:  # whole texts do not come again
+            self._rows, self._ids = {}, self._ids[:0]
         new = [word for word in words if word not in self._rows]
         if new:
             encoded = self.tokenizer(

@@ -14,13 +14,12 @@ from race import LETTERS, MAX_LEN, OPTIONS, RACE_QUESTIONS, SPLITS, RaceError
 from race.data import RaceDataModule, collate
 from race.data.cache import check_files, read_manifest
 from race.export.card import model_card
-from race.files import move_into_place, temporary_folder
+from race.files import file_hash, move_into_place, temporary_folder
 from race.train.checkpoints import Checkpoint
 from race_module import RaceModule
 
 FORMAT = 1
 LOGIT_TOLERANCE = 1e-4  # float32 sums in another order differ by about 1e-6; wrong weights by far more
-CHECKED_QUESTIONS = 2
 MODEL_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]  # ALBERT's default leaves the segments out
 RESULTS_NEEDED = ["checkpoint", "split", "level", "questions", "accuracy", "ci_low", "ci_high"]
 
@@ -47,9 +46,9 @@ def export_checkpoint(
         folder = temporary / out.name
         try:
             _write_model(module, Path(cache_dir) / "model", folder)
+            facts["largest_logit_difference"] = difference = _largest_difference(module, folder, cache_dir, facts)
         except SafetensorError as error:
             raise RaceError(f"{out}: the weights cannot be written ({error})") from error
-        facts["largest_logit_difference"] = difference = _largest_difference(module, folder, cache_dir)
         if not difference <= LOGIT_TOLERANCE:
             raise RaceError(f"{checkpoint}: the exported model's logits differ by {difference:g}; not exported")
         if scores is not None:
@@ -80,7 +79,7 @@ def _read(checkpoint: Path, out: Path, cache_dir: Path, results, repo: str | Non
     module = lineage and attempt(RaceModule.load_from_checkpoint, checkpoint)
     manifest = attempt(read_manifest, cache_dir)
     if manifest:
-        attempt(check_files, cache_dir, "model/")
+        attempt(check_files, cache_dir, "model/tokenizer")
     scores = attempt(_scores, Path(results), lineage[-1], manifest) if manifest and lineage and results else None
     if manifest and lineage:
         before = len(problems)
@@ -97,10 +96,9 @@ def ancestry(path: str | Path) -> list[Checkpoint]:
     """A checkpoint and those that it was built on, oldest first, as far as they lie beside it."""
     links = [Checkpoint(path)]
     while links[0].base_sha256 and (beside := links[0].path.parent / links[0].base).is_file():
-        base = Checkpoint(beside)
-        if base.sha256 != links[0].base_sha256:
+        if file_hash(beside) != links[0].base_sha256:
             break
-        links.insert(0, base)
+        links.insert(0, Checkpoint(beside))
     return links
 
 
@@ -144,7 +142,7 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], manifest: dict) -> dic
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "optimizer": {"weight_decay": module.weight_decay, "epsilon": module.adam_epsilon},
         "learning_rate": module.learning_rate,
-        "max_len": _max_len(module),
+        "max_len": min(MAX_LEN, module.model.config.max_position_embeddings),
         "max_qa_len": manifest["max_qa_len"],
         "lineage": links,
         "base_model": _hub_id(lineage[0]),
@@ -152,10 +150,6 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], manifest: dict) -> dic
         "questions": {split: counts["questions"] for split, counts in manifest["splits"].items()},
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
     }
-
-
-def _max_len(module: RaceModule) -> int:
-    return min(MAX_LEN, module.model.config.max_position_embeddings)
 
 
 def _is_race(manifest: dict, data: dict) -> bool:
@@ -193,11 +187,11 @@ def _write_model(module: RaceModule, tokenizer: Path, folder: Path) -> None:
         path.chmod(0o644)  # safetensors writes files that others cannot read
 
 
-def _largest_difference(module: RaceModule, folder: Path, cache_dir: str | Path) -> float:
+def _largest_difference(module: RaceModule, folder: Path, cache_dir: str | Path, facts: dict) -> float:
     """The largest difference between the logits of the exported folder and of the checkpoint, on cached questions."""
-    data = RaceDataModule(cache_dir, max_len=_max_len(module))
-    dataset = data.dataset([split for split in SPLITS if split in data.manifest["splits"]][-1])
-    items = [dataset[i] for i in range(min(CHECKED_QUESTIONS, len(dataset)))]
+    data = RaceDataModule(cache_dir, max_len=facts["max_len"])
+    dataset = data.open_split([split for split in SPLITS if split in data.manifest["splits"]][-1])
+    items = [dataset[i] for i in range(min(2, len(dataset)))]
     rows = [
         {"input_ids": ids.tolist(), "token_type_ids": segments.tolist()}
         for item in items

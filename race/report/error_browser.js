@@ -1,4 +1,4 @@
-// NAME and MENUS are filled in by error_browser.py.
+// error_browser.py fills in the two words in capitals.
 for (const root of document.querySelectorAll('[data-race-browser="NAME"]')) {
   const filters = root.querySelector(".race-filters"), cards = [...root.querySelectorAll("details")];
   const show = () => {

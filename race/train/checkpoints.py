@@ -1,6 +1,5 @@
 """A checkpoint as the rest of the code knows it: its file, its hash, and what it remembers of where it comes from."""
 
-import functools
 import hashlib
 import re
 from pathlib import Path
@@ -9,9 +8,9 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from race import RaceError
-from race.files import file_hash, read_archive, save_archive
+from race.files import file_identity, known_hash, read_archive, save_archive
 
-IN_NAME = re.compile(r"(?P<stage>e\d+)-.*epoch=(?P<epoch>\d+)-val_loss_epoch=(?P<loss>\d+\.\d+|nan|inf)")
+IN_NAME = re.compile(r"e\d+-.*epoch=(?P<epoch>\d+)-val_loss_epoch=(?P<loss>\d+\.\d+|nan|inf)")
 
 
 class Checkpoint:
@@ -36,18 +35,17 @@ class Checkpoint:
         self.chain: list[str] = self.lineage.get("chain", [])  # the stages before this one
         self.learning_rate: float | None = self.lineage.get("recipe", {}).get("learning_rate")
 
-    @functools.cached_property
+    @property
     def sha256(self) -> str:
         """Of the file's content."""
-        return file_hash(self.path)
+        return known_hash(file_identity(self.path))
 
     def __str__(self) -> str:
         return str(self.path)
 
     def check_encoding(self, manifest: dict, cache_dir: str | Path) -> None:
         """Raise RaceError if this was trained on another tokenizer or encoding than a cache holds."""
-        known = self.lineage.get("cache")
-        known = known if isinstance(known, dict) else {}
+        known = self.lineage.get("cache") if isinstance(self.lineage.get("cache"), dict) else {}
         if self.lineage.get("tokenizer") not in (None, manifest["tokenizer"]["sha256"]):
             raise RaceError(f"{self} was trained with another tokenizer than {cache_dir} has; name its own CACHE_DIR")
         if known.get("max_qa_len") not in (None, manifest["max_qa_len"]):

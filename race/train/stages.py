@@ -54,7 +54,9 @@ class Stage:
 
     def files(self) -> list[Path]:
         """The checkpoint files of this stage, by name; none is read."""
-        return sorted(Path(self.checkpoint_dir).glob(f"{self.name}-*.ckpt"))
+        return sorted(
+            path for path in Path(self.checkpoint_dir).glob(f"{self.name}-*.ckpt") if IN_NAME.match(path.name)
+        )
 
     def checkpoints(self) -> pd.DataFrame:
         """Its checkpoints, best first: path, epoch, val_loss_epoch (exact), val_acc; damaged ones are printed."""
@@ -62,7 +64,7 @@ class Stage:
         for _, problem in damaged:
             print(f"skipped: {problem}")
         rows = [(checkpoint.path, checkpoint.epoch, checkpoint.val_loss, checkpoint.val_acc) for checkpoint in found]
-        return pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"])
+        return pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"]).astype({"val_acc": float})
 
     def best(self) -> Checkpoint:
         """The checkpoint with the lowest validation loss, the earlier one of equals.
@@ -86,9 +88,7 @@ class Stage:
             try:
                 found.append(Checkpoint(path))
             except RaceError as error:
-                named = IN_NAME.match(path.name)
-                damaged.append((float(named["loss"]) if named else -math.inf, str(error)))
-        found = [checkpoint for checkpoint in found if checkpoint.val_loss is not None]
+                damaged.append((float(IN_NAME.match(path.name)["loss"]), str(error)))
         return sorted(found, key=lambda it: (math.isnan(it.val_loss), it.val_loss, it.epoch)), damaged
 
 

@@ -35,8 +35,8 @@ MORE_BAD = {
     "answer of two letters": (RECORD | {"answers": ["AB", "C"]}, "question 0: the answer is 'AB'"),
     "answer of a small letter": (RECORD | {"answers": ["a", "C"]}, "question 0: the answer is 'a'"),
     "answer null": (RECORD | {"answers": [None, "C"]}, "question 0: the answer is None"),
-    "options null": (RECORD | {"options": [None, RECORD["options"][1]]}, "question 0: no list of options"),
-    "id no text": (RECORD | {"id": 7}, "'id' is no str"),
+    "options null": (RECORD | {"options": [None, RECORD["options"][1]]}, "question 0: options are not a list"),
+    "id no text": (RECORD | {"id": 7}, "'id' is not a str"),
     "empty id": (RECORD | {"id": " "}, "id: empty"),
 }
 
@@ -192,10 +192,7 @@ def test_a_tokenizer_without_cls(corpus, cache, tmp_path, capsys):
     AutoConfig.from_pretrained(cache / "model").save_pretrained(tmp_path / "model")
     arguments = ["--source", str(corpus), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "cache")]
     assert generate_race_cache.main(arguments) == 1
-    assert (
-        "does not set a pair of texts between special tokens" in capsys.readouterr().err
-        and not (tmp_path / "cache").exists()
-    )
+    assert "does not encode a pair of texts as" in capsys.readouterr().err and not (tmp_path / "cache").exists()
 
 
 def test_a_model_of_another_family(corpus, cache, tmp_path, capsys):
@@ -212,9 +209,9 @@ def test_a_model_of_another_family(corpus, cache, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-qa-len", "0"], "--max-qa-len 0: expected 1 to 509"),
+        (["--max-qa-len", "0"], "--max-qa-len is 0, expected 1 or more"),
         (["--max-qa-len", "510"], "--max-qa-len 510"),
-        (["--max-qa-len", "-5"], "--max-qa-len -5"),
+        (["--max-qa-len", "-5"], "--max-qa-len is -5"),
         (["--workers", "0"], "--workers 0"),
     ],
 )

@@ -119,8 +119,8 @@ def test_another_template_is_read_from_the_tokenizer_and_followed(corpus, cache,
     [
         ("[CLS]:1 $A [SEP] $B:1 [SEP]:1", "encodes pairs of texts in another way"),
         ("[CLS] $B [SEP] $A:1 [SEP]:1", "encodes pairs of texts in another way"),
-        ("$A [SEP] $B:1 [SEP]:1", "does not set a pair of texts between special tokens"),
-        ("[CLS] $A $B:1 [SEP]:1", "does not set a pair of texts between special tokens"),
+        ("$A [SEP] $B:1 [SEP]:1", "does not encode a pair of texts as"),
+        ("[CLS] $A $B:1 [SEP]:1", "does not encode a pair of texts as"),
     ],
 )
 def test_pairs_that_no_template_describes_are_refused(corpus, cache, tmp_path, pair, message):

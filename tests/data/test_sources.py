@@ -85,7 +85,7 @@ BAD = {
     "no object": ([1], "expected a JSON object, found list"),
     "not UTF-8": (b'{"article": "\xff"}', "not UTF-8 at byte 13"),
     "no article": ({k: v for k, v in RECORD.items() if k != "article"}, "'article' is missing"),
-    "article no text": (RECORD | {"article": 3}, "'article' is no str"),
+    "article no text": (RECORD | {"article": 3}, "'article' is not a str"),
     "unequal": (RECORD | {"answers": ["A"]}, "questions (2), options (2), answers (1)"),
     "answer": (RECORD | {"answers": ["B", "E"]}, "question 1: the answer is 'E', not one of A, B, C, D"),
     "answer no text": (RECORD | {"answers": ["B", ["A"]]}, "question 1: the answer is ['A']"),

@@ -20,10 +20,10 @@ def accuracy(tmp_path_factory):
     for name, settings in DEMO.items():
         pl.seed_everything(0)
         stage = Stage(name, folder / "checkpoints", folder / "run")
-        module = start_stage(stage, folder / "cache", learning_rate=settings.learning_rate)
+        module = start_stage(stage, folder / "cache", learning_rate=settings["LEARNING_RATE"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            train_stage(stage, module, RaceDataModule(folder / "cache"), settings.max_epochs)
+            train_stage(stage, module, RaceDataModule(folder / "cache"), settings["MAX_EPOCHS"])
     checkpoints = best_checkpoints(folder / "checkpoints")
     tables = [score(checkpoint, folder / "cache", "test", folder / "run")[1] for checkpoint in checkpoints]
     return {table["stage"][0]: dict(zip(table["level"], table["accuracy"], strict=True)) for table in tables}
@@ -36,5 +36,5 @@ def test_the_demo_learns(accuracy):
 
 
 def test_learning_rates_keep_the_ratio_of_the_recipe():
-    rates = [settings.learning_rate for settings in DEMO.values()]
+    rates = [settings["LEARNING_RATE"] for settings in DEMO.values()]
     assert rates == [rates[0], rates[0], pytest.approx(rates[0] / 10)]

@@ -98,18 +98,19 @@ def test_a_checkpoint_from_elsewhere_is_ranked_by_its_name(tmp_path):
         torch.save({"state_dict": {}}, tmp_path / f"e1-albert-race-epoch=03-val_loss_epoch={loss}.ckpt")
     assert "0.79" in Stage("e1", tmp_path).best().name
     torch.save({}, tmp_path / "e1-last.ckpt")
+    (tmp_path / "e1-notes.ckpt").write_text("no checkpoint of this chain, and no reason to stop it")
     assert len(Stage("e1", tmp_path).checkpoints()) == 2
 
 
 def test_a_damaged_checkpoint_is_named_and_no_silent_second_best(chain, tmp_path, capsys):
-    """One that may have been the best stops whoever asks for the best; a worse one is named and passed over."""
+    """One that may have been the best stops whoever asks for the best; a worse one is named and skipped."""
     good = at(chain, "e1").best()
     (tmp_path / good.name).write_bytes(good.path.read_bytes())
     worse, better = (tmp_path / f"e1-albert-race-epoch=09-val_loss_epoch={loss}.ckpt" for loss in ("9.99", "0.01"))
     worse.write_bytes(good.path.read_bytes()[:5000])
     assert Stage("e1", tmp_path).best().name == good.name
     assert len(Stage("e1", tmp_path).checkpoints()) == 1
-    assert f"passed over: {worse}: cut off or damaged" in capsys.readouterr().out
+    assert f"skipped: {worse}: cut off or damaged" in capsys.readouterr().out
     better.write_bytes(good.path.read_bytes()[:5000])
     with pytest.raises(RaceError, match="val_loss_epoch=0.01.ckpt: cut off or damaged.*remove it"):
         Stage("e1", tmp_path).best()
