@@ -42,7 +42,7 @@ def load_pretrained(model: str | Path) -> nn.Module:
         settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
         loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError) as error:
-        raise RaceError(f"{model}: its weights cannot be loaded safely ({str(error).splitlines()[0]})") from error
+        raise RaceError(f"{model}: cannot be loaded safely ({str(error).splitlines()[0]})") from error
     head = ("classifier.", f"{loaded.base_model_prefix}.pooler.")
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(head))
     if missing:
