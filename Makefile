@@ -34,7 +34,7 @@ race: $(VENV)/run.stamp ## the whole chain on RACE with albert-base-v2, on a GPU
 test: $(VENV)/dev.stamp lint ## lint, unit tests, and all five notebooks on a small demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-kill: $(VENV)/dev.stamp ## over a hundred kills of a small chain, compared byte for byte (about half an hour)
+test-kill: $(VENV)/dev.stamp ## over a hundred kills of a small chain, compared byte for byte (about a quarter of an hour)
 	$(BIN)/python -m pytest -m kill -s
 
 audit: $(VENV)/dev.stamp ## look all installed versions up in the database of known vulnerabilities (needs the network)

@@ -187,7 +187,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
             axes.plot(part["questions"], part[name], "o-", color=color, markersize=4)
             axes.axvline(end, color=INK, linewidth=1, linestyle="--")
             axes.plot(best["questions"], best[name], "o", markersize=10, markerfacecolor="none", color=color)
-            if before is not None:  # the weights from which a stage goes on
+            if before is not None:  # the weights from which the next stage starts
                 ends = [before["questions"], first["questions"]], [before[name], first[name]]
                 axes.plot(*ends, color=color, linewidth=1, linestyle=":")
         label, place = f"{stage}\nlr {rate(first['learning_rate'])}", ((start + end) / 2, 0.97)
