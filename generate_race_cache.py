@@ -15,12 +15,15 @@ from race import MAX_QA_LEN, RaceError
 def main(arguments: list[str] | None = None) -> int:
     """Build or verify a cache; returns the exit status."""
     options = parse(arguments)
-    from race.data.cache import build_cache, verify_cache  # not before --help and usage errors: it takes seconds
+    # not before --help and usage errors: it takes seconds
+    from race.data.cache import build_cache, left_by_system, verify_cache
 
     try:
         if options.verify:
             problems = verify_cache(options.verify)
             print("\n".join(problems) or f"{options.verify}: every file agrees with the manifest")
+            if left := left_by_system(options.verify):
+                print(f"note: not part of the cache, left by a desktop or file system: {', '.join(left)}")
             return 1 if problems else 0
         manifest = build_cache(**{name: value for name, value in vars(options).items() if name != "verify"})
     except (RaceError, OSError) as error:
@@ -34,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; ends the process after --help or a usage error."""
     parser = argparse.ArgumentParser(description="Turn RACE into a token cache, once.")
     add = parser.add_argument
-    add("--source", help="hub id (ehovy/race), folder or tar of RACE files, or 'demo'")
+    add("--source", help="hub id (ehovy/race), folder, tar, zip or file of questions, or 'demo'")
     add("--model", help="hub name (albert-base-v2) or folder with the tokenizer to use; not needed for 'demo'")
     add("--out", help="the cache folder to make, such as cache/race")
     add(

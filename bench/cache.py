@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def peers(files: str, out: Path) -> dict:
     def encode(batch: dict) -> dict:
         first = [article for article in batch["article"] for _ in range(4)]
         second = [
-            question.replace("_", option) if "_" in question else f"{question} {option}"
+            re.sub("_+", lambda _, option=option: option, question) if "_" in question else f"{question} {option}"
             for question, options in zip(batch["question"], batch["options"], strict=True)
             for option in options
         ]

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 import signal
 import sys
 import time
@@ -18,9 +19,9 @@ from race import RaceError
 from race.data.cache import read_manifest, splits_of
 from race.score.results import RESULT_COLUMNS
 from race.score.seeds import main as report_over_seeds
+from race.settings import ROOT, parse_set, read
 from race.train.stages import CHAIN, DEMO
 
-ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
 
@@ -29,11 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the chain "demo" or "race", once or with each seed; returns the exit status."""
     options = parse(arguments)
     logging.getLogger("papermill").setLevel(logging.WARNING)
-    cache = ROOT / "cache" / options.name
+    cache = ROOT / parse_set(options.pairs).get("CACHE_DIR", f"cache/{options.name}")
     if status := prepare_cache(cache, options):
         return status
     splits = splits_of(read_manifest(cache))
-    if missing := {"train", "validation"} - set(splits):
+    if options.stages and (missing := {"train", "validation"} - set(splits)):
         print(f"error: {cache} has no {' and no '.join(sorted(missing))} split; the stages need both", file=sys.stderr)
         return 1
     if "test" not in splits:
@@ -70,12 +71,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--source", help="source of the cache of 'race' (default ehovy/race)")
     add("--model", help="base model of 'race' (default albert-base-v2)")
     add("--limit-questions", type=int, metavar="N", help="trial run on N random questions of each split")
-    add("--stages", nargs="+", choices=CHAIN, default=list(CHAIN), help="only these (default: all)")
+    add("--stages", nargs="*", choices=CHAIN, default=list(CHAIN), help="only these; none: the evaluations only")
     add("--base-checkpoint", help="checkpoint from which the first of --stages starts (e2 or e3)")
     add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished runs")
-    add("--fresh", action="store_true", help="train the stages again from their start; old files move to earlier/")
+    again = "train the stages again from their start, once (--fresh 2: once more); old files move to earlier/"
+    add("--fresh", nargs="?", const=1, default=0, type=int, metavar="N", help=again)
+    given = "parameters of the notebooks, such as MAX_EPOCHS=3; e3.MAX_EPOCHS=3 for one stage"
+    add("--set", nargs="+", action="extend", default=[], dest="pairs", metavar="NAME=VALUE", help=given)
     options = parser.parse_args(arguments)
-    if options.base_checkpoint and options.stages[0] == "e1":
+    try:
+        named = {name: read(parse_set(options.pairs, name)) for name in (None, *CHAIN)}[None]
+    except RaceError as error:
+        parser.error(str(error))
+    if taken := {"CACHE_DIR"} & named.keys() if options.name == "demo" else set():
+        parser.error(f"--set {', '.join(taken)}: the demo makes a cache of its own")
+    if options.seeds and (taken := {"CHECKPOINT_DIR", "RUN_DIR", "SEED"} & named.keys()):
+        parser.error(f"--set {', '.join(sorted(taken))}: --seeds sets it for each seed")
+    if options.base_checkpoint and options.stages[:1] in ([], ["e1"]):
         parser.error("--base-checkpoint goes with --stages e2 or e3: e1 starts from the pretrained model")
     if sorted(set(options.stages)) != options.stages:
         parser.error(f"--stages {' '.join(options.stages)}: name each once, in the order of the chain")
@@ -116,8 +128,17 @@ def plan(options: argparse.Namespace, split: str, seed: int | None = None) -> li
         own |= DEMO[stage] if options.name == "demo" else {}
         if options.base_checkpoint and stage == options.stages[0]:
             own |= {"BASE_CHECKPOINT": options.base_checkpoint}
-        notebooks.append((CHAIN[stage], common | own))
-    return notebooks + [(notebook, common | {"SPLIT": split}) for notebook in EVALUATIONS]
+        notebooks.append((CHAIN[stage], common | own, stage))
+    notebooks += [(notebook, common | {"SPLIT": split}, None) for notebook in EVALUATIONS]
+    return [(notebook, parameters | _given(options, notebook, stage)) for notebook, parameters, stage in notebooks]
+
+
+def _given(options: argparse.Namespace, notebook: str, stage: str | None) -> dict:
+    """What --set says for a notebook: those of its parameters that are named."""
+    content = json.loads(Path(__file__).parents[1].joinpath(f"{notebook}.ipynb").read_text(encoding="utf-8"))
+    (cell,) = [cell for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    known = re.findall(r"^([A-Z_]+) = ", "".join(cell["source"]), re.MULTILINE)
+    return {name: value for name, value in parse_set(options.pairs, stage).items() if name in known}
 
 
 def run_name(options: argparse.Namespace) -> str:

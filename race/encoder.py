@@ -4,19 +4,22 @@ Hugging Face's own modules compute everything here, layer by layer. Packing adds
 each sequence, and for ALBERT a last layer that is computed at [CLS] only, because only that output is used.
 """
 
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
-from transformers.activations import NewGELUActivation
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from race import FAMILIES, MAX_LEN, OPTIONS, RaceError
+from race import MAX_LEN, OPTIONS, RaceError
+from race.model_files import check_family, load_config, not_loaded, tensorflow_file, weights_problem, wrong_transformers
+
+try:
+    from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
+    from transformers.activations import NewGELUActivation
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+except ImportError as error:
+    raise wrong_transformers() from error
 
 SHORT = 128  # tokens; up to here one attention call with a mask is faster than one call per sequence (on CPU)
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
@@ -26,33 +29,31 @@ def build_model(config: PretrainedConfig | dict) -> nn.Module:
     """A multiple-choice model with this configuration and random weights."""
     if isinstance(config, dict):
         config = AutoConfig.for_model(**config)
-    _check_family(config)
+    check_family(config)
     return _prepared(AutoModelForMultipleChoice.from_config(config))
 
 
 def load_pretrained(model: str | Path) -> nn.Module:
     """A pretrained encoder (hub name or folder) with a new multiple-choice head, in float32; raises RaceError."""
+    load_config(model)
     folder = Path(model)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        others = f", only those of TensorFlow ({name})" if (name := tensorflow_file(folder)) else ""
+        raise RaceError(
+            f"{model} has no weights (model.safetensors){others}; name a model that has, or give config= instead"
+        )
+    settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
-        _check_family(AutoConfig.from_pretrained(model, trust_remote_code=False))
-        if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-            raise RaceError(
-                f"{model} has no weights (model.safetensors); name a model that has, or give config= instead"
-            )
-        settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
         loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError) as error:
-        raise RaceError(f"{model}: cannot be loaded safely ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # damaged files make the libraries raise anything
+        if not folder.is_dir():
+            raise not_loaded(model, "weights", error, "") from error
+        raise RaceError(f"{model}: cannot be loaded safely: its weights: {weights_problem(error)}") from error
     head = ("classifier.", f"{loaded.base_model_prefix}.pooler.")
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(head))
     if missing:
         raise RaceError(f"{model} lacks {len(missing)} weights of {type(loaded).__name__}, such as {missing[0]}")
     return _prepared(loaded)
-
-
-def _check_family(config: PretrainedConfig) -> None:
-    if config.model_type not in FAMILIES:
-        raise RaceError(f"a model of type {config.model_type!r}; expected {' or '.join(FAMILIES)}")
 
 
 def _prepared(model: nn.Module) -> nn.Module:
@@ -61,6 +62,8 @@ def _prepared(model: nn.Module) -> nn.Module:
     `gelu_new` is the same function, written as many elementwise operations.
     """
     model.set_attn_implementation("packed")
+    if model.config._attn_implementation != "packed":
+        raise wrong_transformers()
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -79,12 +82,22 @@ def encode(encoder: nn.Module, batch) -> torch.Tensor:
         hidden = encoder.encoder.embedding_hidden_mapping_in(hidden)
         *layers, last = albert_layers(encoder)
         for layer in layers:
-            hidden = layer(hidden, None, packing=batch)
+            hidden = _apply(layer, hidden, batch)
         return encoder.pooler_activation(encoder.pooler(_albert_layer_at_cls(last, hidden, batch)))[0]
     for layer in encoder.encoder.layer:
-        hidden = layer(hidden, None, packing=batch)
+        hidden = _apply(layer, hidden, batch)
     cls = hidden.index_select(1, batch.cu_seqlens[:-1])
     return encoder.pooler(cls.transpose(0, 1))  # it reads position 0 of each sequence
+
+
+def _apply(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Tensor:
+    """A layer of transformers, which hands `packing` down to the attention; raises RaceError if it does not take it."""
+    try:
+        return layer(hidden, None, packing=batch)
+    except TypeError as error:
+        if "'packing'" not in str(error):
+            raise
+        raise wrong_transformers() from error
 
 
 def albert_layers(encoder: nn.Module) -> list[nn.Module]:

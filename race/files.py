@@ -19,6 +19,8 @@ from race import RaceError
 
 DAY = 86400.0  # seconds; on a file system without locks, an unfinished folder of that age belongs to nobody
 UNFINISHED = ".tmp"  # ".NAME.….tmp" is work that has not been finished
+NO_SUCH_CALL = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # how file systems say that they do not offer something
+NOT_ALLOWED = (errno.EPERM, errno.EACCES)
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -35,7 +37,7 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner only
+        set_mode(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner only
         flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
@@ -53,12 +55,29 @@ def _umask() -> int:
 
 
 def flush(path: str | Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or a folder's list of names, is on disk; not where the file system does not offer that."""
+    with _where_offered(*NO_SUCH_CALL, *(NOT_ALLOWED if os.path.isdir(path) else ())):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def set_mode(path: str | Path, mode: int) -> None:
+    """chmod; on a file system without permissions of its own, nothing."""
+    with _where_offered(*NO_SUCH_CALL, *NOT_ALLOWED):
+        os.chmod(path, mode)
+
+
+@contextlib.contextmanager
+def _where_offered(*missing: int) -> Iterator[None]:
+    """Go on after an OSError with one of these numbers; what is not promised then is in docs/resuming.md."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in missing:
+            raise
 
 
 @contextlib.contextmanager
@@ -165,16 +184,39 @@ def save_archive(content: dict, path: str | Path) -> None:
     atomic_write(path, write)
 
 
-def read_archive(path: str | Path, mmap: bool = False) -> dict:
+class Nothing(dict):
+    """Stands for an object of another library in a checkpoint: takes everything, does nothing."""
+
+    def __new__(cls, *_, **__):
+        return super().__new__(cls)
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    __hash__ = object.__hash__
+
+
+def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = ()) -> dict:
     """Tensors (on the CPU) and plain values of a file that torch.save wrote; code in it is never run.
 
-    Raises RaceError if the file is missing, damaged (by the archive's checksums), or holds anything else.
+    inert: libraries whose objects are read as Nothing. Raises RaceError if the file is missing, damaged (by the
+    archive's checksums), or holds anything else.
     """
     import torch
 
     try:
-        problem = _archive_problem(file_identity(path))
-        content = None if problem else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with open(path, "rb") as file:
+            old = file.read(2) == b"\x80\x02"  # torch before 1.6 wrote no archive, and no checksums
+        problem = None if old else _archive_problem(file_identity(path))
+        content = None
+        if not problem:
+            others = [] if old or not inert else torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            stubs = [(type(name, (Nothing,), {}), name) for name in others if name.split(".")[0] in inert]
+            with torch.serialization.safe_globals(stubs):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and not old)
     except FileNotFoundError as error:
         raise RaceError(f"{path}: no such checkpoint") from error
     except pickle.UnpicklingError as error:

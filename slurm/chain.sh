@@ -1,12 +1,13 @@
 # The chain inside a batch job: one step a stage, and the job back into the queue when its time runs out.
 # Sourced by the batch files beside it. A stage that is finished trains nothing, so a job begins at the top each time.
+# What follows the file's name goes to every stage and to the evaluations: sbatch slurm/one_gpu.sh --set MAX_EPOCHS=3
 
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
-RUN=runs/race # as in the notebooks' parameters
+SCRIPTS=runs/race/scripts
 BIN=${BIN:-.venv/bin}
 export PYTHONPATH=$PWD MPLBACKEND=agg PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-4}
-mkdir -p "$RUN/scripts"
+mkdir -p "$SCRIPTS"
 
 stopped=
 trap 'stopped=1; [ -n "$step" ] && kill -USR1 "$step"' USR1
@@ -21,7 +22,7 @@ run() { # one step; srun passes the signal on to its processes, and ends all whe
     done
     step=
   fi
-  if [ -n "$stopped" ] || [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then
+  if [ -n "$stopped" ] || [ "$status" -eq 138 ] || [ "$status" -eq 143 ] || [ "$status" -eq 75 ]; then
     echo "stopped with the state saved: requeued, to resume"
     scontrol requeue "$SLURM_JOB_ID"
     exit
@@ -32,10 +33,7 @@ run() { # one step; srun passes the signal on to its processes, and ends all whe
 }
 
 for stage in ex01 ex02 ex03; do
-  "$BIN/jupyter" nbconvert --to script --log-level WARN --output-dir "$RUN/scripts" "$stage.ipynb" || exit 1
-  run "$BIN/python" "$RUN/scripts/$stage.py"
+  "$BIN/jupyter" nbconvert --to script --log-level WARN --output-dir "$SCRIPTS" "$stage.ipynb" || exit 1
+  run "$BIN/python" "$SCRIPTS/$stage.py" "$@"
 done
-for notebook in eval_test_dataset_race eval_test_dataset_race_2; do
-  run --nodes=1 --ntasks=1 "$BIN/papermill" "$notebook.ipynb" "$RUN/$notebook.ipynb" --no-progress-bar
-done
-cat "$RUN/results.csv"
+run --nodes=1 --ntasks=1 "$BIN/python" -m race.chain race --stages "$@"

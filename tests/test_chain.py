@@ -93,9 +93,50 @@ def test_a_stopped_notebook_ends_the_chain(run, monkeypatch):
     assert run("demo")[0] == 75
 
 
-def test_fresh_reaches_the_stages(run):
-    _, _, notebooks = run("race", "--fresh")
-    assert [parameters.get("FRESH") for _, parameters in notebooks] == [True, True, True, None, None]
+@pytest.mark.parametrize(("arguments", "fresh"), [([], 0), (["--fresh"], 1), (["--fresh", "2"], 2)])
+def test_fresh_reaches_the_stages(run, arguments, fresh):
+    _, _, notebooks = run("race", *arguments)
+    assert [parameters.get("FRESH") for _, parameters in notebooks] == [fresh, fresh, fresh, None, None]
+
+
+def test_parameters_from_the_command_line(run, tmp_path):
+    """Each reaches the notebooks that have it; with a stage in front, that stage alone."""
+    general = ["LEARNING_RATE=1e-5", "LEVEL=high", "RUN_DIR=runs/slow", "CHECKPOINT_DIR=checkpoints/slow"]
+    status, _, notebooks = run("race", "--set", *general, "--set", "e3.LEARNING_RATE=1e-6", "e2.MAX_EPOCHS=4")
+    assert status == 0 and {parameters["LEVEL"] for _, parameters in notebooks} == {"high"}
+    assert {parameters["RUN_DIR"] for _, parameters in notebooks} == {"runs/slow"}
+    assert [parameters.get("LEARNING_RATE") for _, parameters in notebooks] == ["1e-5", "1e-5", "1e-6", None, None]
+    assert [parameters.get("MAX_EPOCHS") for _, parameters in notebooks] == [None, "4", None, None, None]
+
+
+def test_the_cache_may_be_another(run, tmp_path):
+    write_cache(tmp_path, ["train", "validation", "test"])
+    (tmp_path / "cache" / "race").rename(tmp_path / "cache" / "mine")
+    status, commands, notebooks = run("race", "--set", "CACHE_DIR=cache/mine")
+    assert status == 0 and commands == [["--verify", str(tmp_path / "cache" / "mine")]]
+    assert {parameters["CACHE_DIR"] for _, parameters in notebooks} == {"cache/mine"}
+
+
+def test_no_stage_is_the_evaluations_only(run):
+    status, _, notebooks = run("race", "--stages", "--set", "SPLIT=validation")
+    assert status == 0 and [name for name, _ in notebooks] == [*chain.EVALUATIONS]
+    assert {parameters["SPLIT"] for _, parameters in notebooks} == {"validation"}
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("LERNING_RATE=1", "expected NAME=VALUE, with NAME one of CACHE_DIR"),
+        ("LEARNING_RATE", "--set LEARNING_RATE: expected NAME=VALUE"),
+        ("MAX_EPOCHS=3.5", "MAX_EPOCHS is '3.5', expected a whole number"),
+        ("e2.LEVEL=low", "LEVEL is 'low', expected middle, high or None"),
+        ("CACHE_DIR=cache/race", "the demo makes a cache of its own"),
+    ],
+)
+def test_a_parameter_that_cannot_be_is_met_before_anything_runs(run, capsys, pair, message):
+    with pytest.raises(SystemExit):
+        run("demo", "--set", pair)
+    assert message in capsys.readouterr().err
 
 
 def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, tmp_path):

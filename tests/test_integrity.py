@@ -277,6 +277,72 @@ def test_full_disk_while_exporting(trained, cache, small_disk, capsys):
     assert [path.name for path in small_disk.iterdir()] == ["export"]
 
 
+# -------------------------------------------------------------------------------------------------- file systems
+
+
+def lacking(monkeypatch, call: str, error: int, what) -> list:
+    """Make os.fsync or os.chmod fail for the paths of which `what` is true; returns the list of those refused."""
+    original, refused = getattr(os, call), []
+
+    def fails(place, *rest, **others):
+        path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else os.fspath(place)
+        if what(path):
+            refused.append(path)
+            raise OSError(error, os.strerror(error), path)
+        return original(place, *rest, **others)
+
+    monkeypatch.setattr(os, call, fails)
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "what"),
+    [
+        ("fsync", errno.EINVAL, os.path.isdir),
+        ("fsync", errno.ENOTSUP, os.path.isdir),
+        ("fsync", errno.EINVAL, os.path.exists),
+        ("chmod", errno.EPERM, os.path.exists),
+        ("chmod", errno.ENOTSUP, os.path.exists),
+    ],
+)
+def test_file_systems_that_lack_a_call(corpus, tmp_path, monkeypatch, call, error, what):
+    """A cache is made, a stage trains, stops and resumes, an export is made."""
+    refused = lacking(monkeypatch, call, error, what)
+    cache = tmp_path / "cache"
+    build_cache(str(corpus), "demo", cache)
+    assert verify_cache(cache) == []
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path, cache, At(3, lambda *_: os.kill(os.getpid(), signal.SIGINT)), epochs=1)
+    stage(tmp_path, cache, epochs=1)
+    assert state(tmp_path)["resume"]["finished"]
+    assert export([str(e1(tmp_path).best()), str(tmp_path / "export"), "--cache", str(cache)]) == 0
+    assert refused and not list(tmp_path.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES])
+def test_a_folder_that_may_not_be_opened_is_not_flushed(tmp_path, monkeypatch, error):
+    """The folder of a share, for example; the files in it are."""
+    original = os.open
+
+    def fails(path, *rest, **others):
+        if os.path.isdir(path):
+            raise OSError(error, os.strerror(error), path)
+        return original(path, *rest, **others)
+
+    monkeypatch.setattr(os, "open", fails)
+    atomic_write(tmp_path / "x", lambda path: path.write_text("new"))
+    assert (tmp_path / "x").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_an_error_of_the_disk_is_an_error(tmp_path, monkeypatch, error):
+    atomic_write(tmp_path / "x", lambda path: path.write_text("old"))
+    lacking(monkeypatch, "fsync", error, os.path.isfile)
+    with pytest.raises(OSError, match="the old file is unchanged") as raised:
+        atomic_write(tmp_path / "x", lambda path: path.write_text("new"))
+    assert raised.value.errno == error and (tmp_path / "x").read_text() == "old"
+
+
 # -------------------------------------------------------------------------------------------------- several processes
 
 
@@ -449,23 +515,29 @@ def reseal(folder) -> None:
     assert verify_cache(folder) == []
 
 
-def test_paths_in_a_tar_lead_nowhere(tmp_path):
-    """Members that would climb out, absolute ones and links: read as text or passed over, never written."""
+@pytest.mark.parametrize("name", ["../../train/evil.txt", "/train/evil.txt"])
+def test_paths_in_a_tar_lead_nowhere(tmp_path, name):
+    """A member that would climb out, or an absolute one, is read as text, never written; a link is refused."""
     import io
     import tarfile
 
     record = {"article": "Tom.", "questions": ["Who?"], "options": [["a", "b", "c", "d"]], "answers": ["A"], "id": "1"}
-    with tarfile.open(tmp_path / "race.tar", "w") as tar:
-        for name in ("../../train/evil.txt", "/train/evil2.txt", "RACE/train/good.txt"):
-            content = json.dumps(record | {"id": name}).encode()
+    content = json.dumps(record).encode()
+    for links in (0, 1):
+        with tarfile.open(tmp_path / "race.tar", "w") as tar:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo("RACE/train/link.txt")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    manifest = build_cache(str(tmp_path / "race.tar"), "demo", tmp_path / "out" / "cache")
-    assert manifest["splits"]["train"]["passages"] == 3
+            link = tarfile.TarInfo(name.replace("evil", "link"))
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            for _ in range(links):
+                tar.addfile(link)
+        if links:
+            with pytest.raises(RaceError, match=r"link.txt: a link inside an archive"):
+                build_cache(str(tmp_path / "race.tar"), "demo", tmp_path / "out" / "linked")
+        else:
+            build_cache(str(tmp_path / "race.tar"), "demo", tmp_path / "out" / "cache")
+    assert read_manifest(tmp_path / "out" / "cache")["splits"]["train"]["passages"] == 1
     assert not list(tmp_path.rglob("evil*")) and not (tmp_path.parent / "train").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "race.tar"]
 

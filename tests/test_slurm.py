@@ -29,7 +29,6 @@ def job(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     for path in (ROOT / "slurm").iterdir():
         (tmp_path / "slurm" / path.name).write_text(path.read_text())
-    (tmp_path / "runs" / "race" / "results.csv").write_text("stage\n")
     programs = {
         "srun": SRUN,
         "scontrol": 'echo "scontrol $*" >> calls\n',
@@ -39,11 +38,11 @@ def job(tmp_path):
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}")
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def run(*statuses, file: str = "one_gpu"):
+    def run(*statuses, file: str = "one_gpu", given=()):
         (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
         own = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42", "BIN": "bin"}
         environment = os.environ | own | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-        ended = subprocess.run(["bash", f"slurm/{file}.sh"], cwd=tmp_path, env=environment, capture_output=True)
+        ended = subprocess.run(["bash", f"slurm/{file}.sh", *given], cwd=tmp_path, env=environment, capture_output=True)
         return ended.returncode, (tmp_path / "calls").read_text().splitlines()
 
     return run
@@ -53,8 +52,14 @@ def job(tmp_path):
 def test_a_job_that_is_not_stopped_does_everything(job, file):
     status, calls = job(file=file)
     assert status == 0 and [call.split()[-1].rsplit("/")[-1] for call in calls[:3]] == ["ex01.py", "ex02.py", "ex03.py"]
-    assert ["eval_test_dataset_race" in call for call in calls[3:]] == [True, True]
-    assert all("--nodes=1 --ntasks=1 " in call for call in calls[3:])
+    (evaluations,) = calls[3:]
+    assert "--nodes=1 --ntasks=1 " in evaluations and evaluations.endswith("python -m race.chain race --stages")
+
+
+def test_parameters_reach_every_stage_and_the_evaluations(job):
+    given = ["--set", "MAX_EPOCHS=3", "e3.LEARNING_RATE=1e-6"]
+    status, calls = job(given=given)
+    assert status == 0 and len(calls) == 4 and all(call.endswith(" ".join(given)) for call in calls)
 
 
 @pytest.mark.parametrize("signal_status", [138, 143])
@@ -69,7 +74,7 @@ def test_the_signal_reaches_the_step_and_the_job_goes_back(job):
 
 
 def test_a_stopped_evaluation_goes_back_too(job):
-    status, calls = job(0, 0, 0, 138)
+    status, calls = job(0, 0, 0, 75)
     assert status == 0 and calls[-1] == "scontrol requeue 42"
 
 

@@ -2,32 +2,35 @@
 
 import hashlib
 import json
-import pickle
-import re
 import shutil
 from pathlib import Path
 
-from race import FAMILIES, RaceError
+from race import RaceError
+from race.model_files import (
+    check_place,
+    load_config,
+    model_file,
+    not_loaded,
+    spiece_file,
+    weights_problem,
+)
+
+SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+LAST_RESORT = 100  # by how much pieces such as "2010," score less: a number and the comma after it are two pieces
 
 
 def keep_model(model: str, folder: Path):
     """Copy tokenizer, configuration and any weights of `model` to `folder`; returns (tokenizer, has_weights)."""
-    from transformers import AutoConfig
-
     if model == "demo":
         from race.demo.model import write_model
 
         write_model(folder)
         return load_tokenizer(folder), True
-    if not Path(model).is_dir() and re.match(r"[./~]|.*/.*/", model):
-        raise RaceError(f"--model {model}: no such folder")
+    check_place(model)
+    if Path(model).is_dir():
+        load_config(model)  # before the tokenizer, which cannot be loaded if this one is damaged
     tokenizer = load_tokenizer(model)
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RaceError(f"{model}: its configuration cannot be loaded ({str(error).splitlines()[0]})") from error
-    if config.model_type not in FAMILIES:
-        raise RaceError(f"{model}: a model of type {config.model_type!r}; expected {' or '.join(FAMILIES)}")
+    config = load_config(model)
     tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
     return tokenizer, _keep_weights(model, folder)
@@ -36,17 +39,53 @@ def keep_model(model: str, folder: Path):
 def load_tokenizer(model: str | Path):
     """The tokenizer of a hub name or folder; raises RaceError if there is none.
 
-    For a folder without tokenizer files transformers makes a tokenizer to which every word is unknown.
+    An ALBERT's without tokenizer.json is built here: transformers takes quotes and full stops in spiece.model for
+    special tokens, and vocab.txt for nothing. Without any file it makes a tokenizer to which every word is unknown.
     """
-    from transformers import AutoTokenizer
+    from transformers import AlbertTokenizer, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RaceError(f"{model}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+        if isinstance(tokenizer, AlbertTokenizer) and model_file(model, "tokenizer.json") is None:
+            tokenizer = _built(model, tokenizer)
+    except Exception as error:  # damaged files make the libraries raise anything
+        local = "its files are damaged or incomplete; add the tokenizer.json of the model"
+        raise not_loaded(model, "tokenizer", error, local) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise RaceError(f"{model} has no tokenizer files (tokenizer.json or spiece.model); add those of its model")
+        files = "tokenizer.json, or spiece.model (ALBERT), or vocab.txt (BERT)"
+        raise RaceError(f"{model} has no tokenizer files ({files}); add those of its model")
     return tokenizer
+
+
+def _built(model: str | Path, loaded):
+    """The tokenizer of spiece.model, or without one of vocab.txt, with the settings of the one that was loaded."""
+    from transformers import AlbertTokenizer, BertTokenizer
+
+    spiece = spiece_file(model)
+    if spiece is None:
+        return BertTokenizer.from_pretrained(model) if model_file(model, "vocab.txt") else loaded
+    proto = spiece_proto(spiece)
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    built = AlbertTokenizer(
+        vocab=pieces,
+        _spm_precompiled_charsmap=proto.normalizer_spec.precompiled_charsmap or None,
+        **{name: getattr(loaded, name) for name in ("do_lower_case", "keep_accents", "model_max_length", *SPECIAL)},
+    )
+    known = {piece for piece, _ in pieces}
+    built.add_tokens([token for _, token in sorted(loaded.added_tokens_decoder.items()) if str(token) not in known])
+    built.name_or_path = loaded.name_or_path
+    return built
+
+
+def spiece_proto(path: Path):
+    """A SentencePiece model in which, as in ALBERT's tokenizer.json, pieces of a digit and a comma come last."""
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor, check_number_comma
+
+    proto = SentencePieceExtractor(str(path)).proto
+    for piece in proto.pieces:
+        if not check_number_comma(piece.piece):
+            piece.score -= LAST_RESORT
+    return proto
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -71,6 +110,8 @@ def _keep_weights(model: str, folder: Path) -> bool:
 
     try:
         AutoModel.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise RaceError(f"{model}: its weights cannot be loaded safely ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # damaged files make the libraries raise anything
+        if not local.is_dir():
+            raise not_loaded(model, "weights", error, "") from error
+        raise RaceError(f"{model}: its weights cannot be loaded safely: {weights_problem(error)}") from error
     return True

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError, check_least
 from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
 from race.data.encoding import Template, check_encoding, keep_last, question_option
+from race.data.reference import check_reference
 from race.data.sources import Passage, read_source, record_problems
 from race.data.tokenizing import WordTokenizer
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
@@ -24,6 +25,7 @@ from race.files import file_hash, file_identity, known_hash, move_into_place, te
 FORMAT = 2
 NO_HASH = "0" * 64
 AGAIN = "make the cache again with --force"
+PROBE = "“Ada’s” CAFÉ -- ``naïve'' ... it's £1,234.50 (ﬁve)\u3000或 _"
 
 
 def build_cache(
@@ -34,18 +36,19 @@ def build_cache(
     workers: int = 1,
     force: bool = False,
     skip_bad: bool = False,
+    answers: bool = True,
 ) -> dict:
     """Encode `source` with the tokenizer of `model` (hub name or folder) into the folder `out`; returns the manifest.
 
     The cache is written atomically. If `out` holds a cache of the same content, that one is kept; another cache is
     replaced only with `force`. With `skip_bad`, what is bad in the source is left out and listed in
-    `out`/left-out.txt. Raises RaceError.
+    `out`/left-out.txt. Without `answers`, questions may lack theirs: a cache to predict on only. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check_least(**{"--max-qa-len": (max_qa_len, 1)})
     if out.exists() and not (out / "manifest.json").is_file():
         raise RaceError(f"{out} exists and is not a cache; choose another --out")
-    splits, left_out = read_source(source, skip_bad)
+    splits, left_out = read_source(source, skip_bad, answers)
     with temporary_folder(out) as temporary:
         folder = temporary / out.name
         try:
@@ -68,7 +71,9 @@ def _write_cache(
     if not 1 <= max_qa_len <= MAX_LEN - template.specials:
         raise RaceError(f"--max-qa-len {max_qa_len}: expected 1 to {MAX_LEN - template.specials} tokens")
     tokenize = WordTokenizer(tokenizer, workers)
-    check_encoding(tokenize, template, [*itertools.chain(*splits.values())], max_qa_len)
+    passages = [*itertools.chain(*splits.values())]
+    check_reference(model, tokenizer, passages)
+    check_encoding(tokenize, template, passages, max_qa_len)
     counts = {split: _write_split(folder, split, splits[split], tokenize, template, max_qa_len) for split in splits}
     articles = Counter(text for passages in splits.values() for text in {passage.article for passage in passages})
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -144,7 +149,7 @@ def source_fingerprint(splits: dict[str, list[Passage]]) -> str:
         digest.update(f"{split} {len(passages)}\n".encode())
         for passage in passages:
             texts = [*passage[:3], *passage.questions, *itertools.chain(*passage.options)]
-            digest.update("\0".join(texts).encode("utf-8", "replace") + bytes(passage.labels))
+            digest.update("\0".join(texts).encode("utf-8", "replace") + bytes(label % 256 for label in passage.labels))
     return digest.hexdigest()
 
 
@@ -238,9 +243,29 @@ def verify_cache(cache_dir: str | Path) -> list[str]:
     """Re-read every file of a cache and compare it with the manifest; returns what is wrong."""
     folder, manifest = Path(cache_dir), read_manifest(cache_dir)
     known_hash.cache_clear()  # read again what was read before
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    others = sorted(present - {"manifest.json", *manifest["files"]})
+    others = [name for name in _not_in_manifest(folder, manifest) if not _left_by_system(name)]
     return _problems(folder, manifest) + [f"{folder / name}: not in the manifest" for name in others]
+
+
+def left_by_system(cache_dir: str | Path) -> list[str]:
+    """The files in a cache that a desktop or file system put there; nothing reads them."""
+    folder = Path(cache_dir)
+    return [name for name in _not_in_manifest(folder, read_manifest(folder)) if _left_by_system(name)]
+
+
+def _not_in_manifest(folder: Path, manifest: dict) -> list[str]:
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return sorted(present - {"manifest.json", *manifest["files"]})
+
+
+def _left_by_system(name: str) -> bool:
+    """.DS_Store, ._x, .nfs…, .directory, Thumbs.db, desktop.ini, and all in __MACOSX or a hidden folder."""
+    *folders, file = name.lower().split("/")
+    return (
+        file in ("thumbs.db", "desktop.ini")
+        or "__macosx" in folders
+        or any(part.startswith(".") for part in (*folders, file))
+    )
 
 
 def tables(cache_dir: str | Path, split: str) -> tuple[pa.RecordBatch, pa.RecordBatch]:
@@ -271,14 +296,21 @@ def template_of(manifest: dict) -> Template:
     return Template(before=cls, between=sep, after=sep, segments=(0, 1))
 
 
-def check_tokenizer(base_model: str | Path, manifest: dict) -> None:
-    """Raise RaceError if a base model has a tokenizer other than the cache's: the ids would be those of other words."""
+def check_tokenizer(model: str | Path, manifest: dict, cache_dir: str | Path) -> None:
+    """Raise RaceError if a model has a tokenizer other than the cache's: the ids would be those of other words.
+
+    Descriptions differ between versions of transformers; the same vocabulary and the same ids of a text with quotes,
+    capitals, accents and digits are the same tokenizer.
+    """
     try:
-        own = tokenizer_hash(load_tokenizer(base_model))
+        own = load_tokenizer(model)
     except RaceError:
         return  # a model without a tokenizer
-    if own != manifest["tokenizer"]["sha256"]:
-        raise RaceError(f"{base_model} has another tokenizer than the cache: make a cache with --model {base_model}")
+    if tokenizer_hash(own) == manifest["tokenizer"]["sha256"]:
+        return
+    kept = load_tokenizer(Path(cache_dir) / "model")
+    if own.get_vocab() != kept.get_vocab() or own(PROBE)["input_ids"] != kept(PROBE)["input_ids"]:
+        raise RaceError(f"{model} has another tokenizer than {cache_dir}: make a cache with --model {model}")
 
 
 def encode_question(

@@ -5,6 +5,7 @@ MAX_QA_LEN tokens, when the cache is made; the article from the right, to MAX_LE
 """
 
 import itertools
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,8 @@ from race import MAX_LEN, RaceError
 
 
 def question_option(question: str, option: str) -> str:
-    """The text of the second segment: each blank `_` is replaced by the option; without a blank, the option follows."""
-    return question.replace("_", option) if "_" in question else f"{question} {option}"
+    """The text of the second segment: the option in each blank, a run of `_`; without a blank, the option follows."""
+    return re.sub("_+", lambda _: option, question) if "_" in question else f"{question} {option}"
 
 
 def keep_last(lists: pa.ListArray, count: int) -> pa.ListArray:

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from race import LETTERS, MAX_LEN, OPTIONS, SPLITS, RaceError, check_least
+from race import LETTERS, LEVELS, MAX_LEN, OPTIONS, SPLITS, RaceError, check_least
 from race.data.batches import ShuffledBatches, collate
 from race.data.cache import check_files, encode_question, read_manifest, splits_of, tables, template_of
 
@@ -115,7 +115,8 @@ class RaceDataModule(pl.LightningDataModule):
     """Train, validation and test splits of a token cache; opens files in setup(), works without a network.
 
     batch_size: questions, each of 4 sequences. limit_questions: a random sample of N questions of each split, for a
-    trial run. num_workers: None means 0 on CPU and 2 with a GPU. Splits that the cache lacks are None.
+    trial run. level: only the questions of "middle" or "high". num_workers: None means 0 on CPU and 2 with a GPU.
+    Splits that the cache lacks are None.
     """
 
     def __init__(
@@ -126,13 +127,22 @@ class RaceDataModule(pl.LightningDataModule):
         num_workers: int | None = None,
         limit_questions: int | None = None,
         seed: int = 0,
+        level: str | None = None,
     ):
         super().__init__()
         check_least(batch_size=(batch_size, 1), seed=(seed, 0), limit_questions=(limit_questions, 1))
+        if level not in (None, *LEVELS):
+            raise RaceError(f"level is {level!r}, expected {', '.join(LEVELS)} or None")
         self.cache_dir, self.batch_size, self.max_len = Path(cache_dir), batch_size, max_len
-        self.num_workers, self.limit_questions, self.seed = num_workers, limit_questions, seed
+        self.num_workers, self.limit_questions, self.seed, self.level = num_workers, limit_questions, seed, level
         self.train_dataset = self.val_dataset = self.test_dataset = None
         self._start = (0, 0)
+
+    @property
+    def made_with(self) -> dict:
+        """The parameters that it was made with."""
+        names = ("BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "SEED", "LEVEL")
+        return {"CACHE_DIR": str(self.cache_dir)} | {name: getattr(self, name.lower()) for name in names}
 
     @property
     def manifest(self) -> dict:
@@ -151,11 +161,21 @@ class RaceDataModule(pl.LightningDataModule):
 
     def open_split(self, split: str) -> RaceDataset:
         """Open one split, without a check of its files; raises RaceError if the cache lacks it."""
-        dataset = RaceDataset(self.cache_dir, split, self.max_len)
+        rows = None if self.level is None else self._rows_of_level(split)
+        dataset = RaceDataset(self.cache_dir, split, self.max_len, rows)
         if self.limit_questions is None or self.limit_questions >= len(dataset):
             return dataset
-        sample = np.random.default_rng(self.seed).choice(len(dataset), self.limit_questions, replace=False)
-        return RaceDataset(self.cache_dir, split, self.max_len, np.sort(sample))
+        sample = np.sort(np.random.default_rng(self.seed).choice(len(dataset), self.limit_questions, replace=False))
+        return RaceDataset(self.cache_dir, split, self.max_len, sample if rows is None else rows[sample])
+
+    def _rows_of_level(self, split: str) -> np.ndarray:
+        rows = np.flatnonzero(RaceDataset(self.cache_dir, split).columns()["level"] == self.level)
+        if not len(rows):
+            held = ", ".join(self.manifest["splits"][split]["levels"]) or "none"
+            raise RaceError(
+                f"LEVEL = {self.level!r}: {self.cache_dir} has no such questions in {split} (levels: {held})"
+            )
+        return rows
 
     def dataset(self, split: str) -> RaceDataset:
         """The dataset of "train", "validation" or "test"; raises RaceError if the cache lacks it."""

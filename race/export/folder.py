@@ -14,7 +14,7 @@ from race import LETTERS, MAX_LEN, OPTIONS, RACE_QUESTIONS, SPLITS, RaceError
 from race.data import RaceDataModule, collate
 from race.data.cache import check_files, read_manifest
 from race.export.card import model_card
-from race.files import file_hash, move_into_place, temporary_folder
+from race.files import file_identity, known_hash, move_into_place, set_mode, temporary_folder
 from race.train.checkpoints import Checkpoint
 from race_module import RaceModule
 
@@ -76,7 +76,7 @@ def _read(checkpoint: Path, out: Path, cache_dir: Path, results, repo: str | Non
     if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         problems.append(f"--repo {repo}: expected USER/NAME")
     lineage = attempt(ancestry, checkpoint)
-    module = lineage and attempt(RaceModule.load_from_checkpoint, checkpoint)
+    module = lineage and attempt(lineage[-1].load, cache_dir)
     manifest = attempt(read_manifest, cache_dir)
     if manifest:
         attempt(check_files, cache_dir, "model/tokenizer")
@@ -95,10 +95,10 @@ def _read(checkpoint: Path, out: Path, cache_dir: Path, results, repo: str | Non
 def ancestry(path: str | Path) -> list[Checkpoint]:
     """A checkpoint and those that it was built on, oldest first, as far as they lie beside it."""
     links = [Checkpoint(path)]
-    while links[0].base_sha256 and (beside := links[0].path.parent / links[0].base).is_file():
-        if file_hash(beside) != links[0].base_sha256:
-            break
-        links.insert(0, Checkpoint(beside))
+    beside = sorted(links[0].path.parent.glob("*.ckpt"))
+    hashes = {known_hash(file_identity(file)): file for file in beside} if links[0].base_sha256 else {}
+    while base := hashes.get(links[0].base_sha256):
+        links.insert(0, Checkpoint(base))
     return links
 
 
@@ -107,11 +107,13 @@ def _scores(results: Path, checkpoint: Checkpoint, manifest: dict) -> pd.DataFra
     table = pd.read_csv(results)
     if missing := [name for name in RESULTS_NEEDED if name not in table]:
         raise RaceError(f"{results} has no column {', '.join(missing)}; it should be results.csv of an evaluation")
-    table = table[table["checkpoint"] == checkpoint.name].reset_index(drop=True)
+    named = table["checkpoint"] == checkpoint.name
+    own = table["checkpoint_sha256"] == checkpoint.sha256 if "checkpoint_sha256" in table else named
+    if named.any() and not own.any():
+        raise RaceError(f"{results} has scores of another file called {checkpoint.name}; score this one first")
+    table = table[own].reset_index(drop=True)
     if table.empty:
         raise RaceError(f"{results} has no row of {checkpoint.name}; score it with eval_test_dataset_race.ipynb")
-    if "checkpoint_sha256" in table and set(table["checkpoint_sha256"]) != {checkpoint.sha256}:
-        raise RaceError(f"{results} has scores of another file called {checkpoint.name}; score this one first")
     for row in table.itertuples():
         cached = manifest["splits"].get(row.split, {"questions": 0})["questions"]
         if row.questions > cached:
@@ -184,7 +186,7 @@ def _write_model(module: RaceModule, tokenizer: Path, folder: Path) -> None:
     settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes files that others cannot read
+        set_mode(path, 0o644)  # safetensors writes files that others cannot read
 
 
 def _largest_difference(module: RaceModule, folder: Path, cache_dir: str | Path, facts: dict) -> float:

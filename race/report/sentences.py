@@ -54,10 +54,11 @@ def listed(names) -> str:
 def headline(table: pd.DataFrame) -> str:
     """The result of one checkpoint: accuracy with interval, against chance, and macro accuracy over the levels."""
     row = table.iloc[0]
+    which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
     p = statistics.above_chance(row["correct"], row["questions"])
     above = "significantly" if p < SIGNIFICANT else "not significantly"
     text = (
-        f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {row['split']} questions correctly: "
+        f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly: "
         f"accuracy {percent(row['accuracy'])} (95 % interval {interval(row)}), "
         f"{above} above chance ({100 * CHANCE:.0f} %; exact binomial test, {p_value(p)})."
     )

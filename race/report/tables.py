@@ -46,7 +46,7 @@ def lineage_table(checkpoints: list, names: list[str]) -> pd.DataFrame:
     rows = [
         {
             "name": name,
-            "stage": checkpoint.stage or checkpoint.path.stem,
+            "stage": checkpoint.stage or checkpoint.label,
             "checkpoint": checkpoint.name,
             "base": checkpoint.base,
             "learning_rate": checkpoint.learning_rate,
@@ -61,7 +61,8 @@ def lineage_table(checkpoints: list, names: list[str]) -> pd.DataFrame:
 
 def stages_behind(checkpoints: list) -> list[str]:
     """The stages that these checkpoints have gone through, as they remember them."""
-    return sorted({stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage) if stage})
+    named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
+    return sorted(named - {None, "unknown"})
 
 
 def comparison_table(tables: list[pd.DataFrame], checkpoints: list, names: list[str]) -> pd.DataFrame:

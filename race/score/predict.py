@@ -14,6 +14,7 @@ from race.data import RaceDataModule, collate
 from race.device import AUTOCAST, default_device, default_precision, device_name, versions
 from race.score import results
 from race.score.statistics import PROBABILITIES, kind_of_question
+from race.settings import from_root
 from race.train.checkpoints import Checkpoint, short_names
 from race_module import RaceModule
 
@@ -22,9 +23,9 @@ def score_each(
     checkpoints: list[Checkpoint], cache_dir: str | Path, split: str, run_dir: str | Path, fresh: bool, **settings
 ) -> tuple[dict[str, pd.DataFrame], list[pd.DataFrame]]:
     """`score` for several checkpoints: ({short name: predictions}, [results])."""
-    names = [checkpoint.name for checkpoint in checkpoints]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise RaceError(f"two checkpoints are called {', '.join(twice)}; results are kept by name, so rename one")
+    hashes = [checkpoint.sha256 for checkpoint in checkpoints]
+    if twice := [str(it) for it, sha256 in zip(checkpoints, hashes, strict=True) if hashes.count(sha256) > 1]:
+        raise RaceError(f"the same checkpoint is named more than once: {', '.join(twice)}")
     scored = [score(checkpoint, cache_dir, split, run_dir, fresh, **settings) for checkpoint in checkpoints]
     predictions = dict(zip(short_names(checkpoints), [table for table, _ in scored], strict=True))
     return predictions, [table for _, table in scored]
@@ -62,8 +63,11 @@ def saved_predictions(
     What made them: settings with hashes of checkpoint and cache, versions, seconds.
     """
     resolved = {"checkpoint_sha256": checkpoint.sha256} | prediction_settings(cache_dir, split, **settings)
-    path = results.predictions_path(run_dir, checkpoint.name, split)
+    path = results.predictions_path(run_dir, checkpoint, split, resolved["level"])
+    before = results.earlier_path(run_dir, checkpoint, split)
     found = "FRESH is set" if fresh else results.read_predictions(path, resolved)
+    if isinstance(found, str) and not fresh and isinstance(old := results.read_predictions(before, resolved), tuple):
+        found, path = old, before
     if not isinstance(found, str):
         print(f"{path.name}: saved predictions are used, made {found[1]['made']}")
         return found
@@ -74,7 +78,8 @@ def saved_predictions(
     made = {
         "settings": resolved,
         "checkpoint": checkpoint.name,
-        "stage": checkpoint.stage or checkpoint.path.stem,
+        "folder": from_root(checkpoint.path.parent),
+        "stage": checkpoint.stage or checkpoint.label,
         "source": RaceDataModule(cache_dir).manifest["source"],
         "questions": len(predictions),
         "seconds": round(time.perf_counter() - started, 2),
@@ -93,19 +98,20 @@ def prediction_settings(
     limit_questions: int | None = None,
     seed: int = 0,
     precision: str | None = None,
+    level: str | None = None,
     device: str | None = None,
 ) -> dict:
     """Everything but the checkpoint that decides predictions to the last bit, with defaults resolved.
 
     batch_size: questions; max_len: tokens of a sequence; limit_questions: size of a random sample, drawn by `seed`;
-    precision: as in training, default by device.
+    precision: as in training, default by device; level: only the questions of "middle" or "high".
     """
     manifest, device = RaceDataModule(cache_dir).manifest, torch.device(device or default_device())
     if split not in manifest["splits"]:
         raise RaceError(f"{cache_dir} has no {split} split; make a cache from a source that has one")
-    precision = "32-true" if device.type == "cpu" else precision or default_precision()
+    precision = precision or ("32-true" if device.type == "cpu" else default_precision())
     if precision not in AUTOCAST:
-        raise RaceError(f"precision {precision!r}: expected one of {', '.join(AUTOCAST)}")
+        raise RaceError(f"PRECISION is {precision!r}; to score, expected one of {', '.join(AUTOCAST)}")
     limited = limit_questions is not None and limit_questions < manifest["splits"][split]["questions"]
     return {
         "format": 1,
@@ -116,6 +122,7 @@ def prediction_settings(
         "limit_questions": limit_questions if limited else None,
         "seed": seed if limited else None,  # draws the sample, and nothing else
         "precision": precision,
+        "level": level,
         "device": device_name(device),
     }
 
@@ -127,11 +134,11 @@ def predict(checkpoint: Checkpoint, cache_dir: str | Path, split: str = "test", 
     `question_facts`. Raises RaceError if the model's output is not finite.
     """
     resolved, device = prediction_settings(cache_dir, split, **settings), settings.get("device") or default_device()
-    sample = {"limit_questions": resolved["limit_questions"], "seed": resolved["seed"] or 0}
+    sample = {name: resolved[name] for name in ("limit_questions", "level")} | {"seed": resolved["seed"] or 0}
     data = RaceDataModule(cache_dir, resolved["batch_size"], resolved["max_len"], **sample)
     checkpoint.check_encoding(data.manifest, cache_dir)
     dataset, loader = data.dataset(split), data.ordered_loader(split)
-    module = _loaded(checkpoint, device)
+    module = _loaded(checkpoint, cache_dir, device)
     parts = []
     with tqdm(total=len(dataset), desc=f"scoring {split}", unit=" questions") as bar:
         for batch in loader:
@@ -159,8 +166,8 @@ def question_facts(dataset) -> pd.DataFrame:
     return facts
 
 
-def _loaded(checkpoint: Checkpoint, device) -> RaceModule:
-    module = RaceModule.load_from_checkpoint(checkpoint.path, map_location=device).eval()
+def _loaded(checkpoint: Checkpoint, cache_dir: str | Path, device) -> RaceModule:
+    module = checkpoint.load(cache_dir).to(device).eval()
     module.fit_memory(torch.device(device))
     return module
 
@@ -184,5 +191,5 @@ def answer_question(
 ) -> pd.DataFrame:
     """A checkpoint's answer to a typed question: letter, option and probability, a row each; in float32."""
     batch = collate([RaceDataModule(cache_dir, max_len=max_len).encode_question(article, question, options)])
-    probabilities = _probabilities(_loaded(checkpoint, default_device()), batch, "32-true")[0]
+    probabilities = _probabilities(_loaded(checkpoint, cache_dir, default_device()), batch, "32-true")[0]
     return pd.DataFrame({"letter": LETTERS, "option": options, "probability": probabilities})

@@ -16,6 +16,7 @@ RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct
 MACRO_COLUMNS = ["macro_accuracy", "macro_low", "macro_high"]
 SETTINGS_COLUMNS = ["checkpoint_sha256", "cache_sha256", "batch_size", "max_len", "limit_questions", "seed"]
 SETTINGS_COLUMNS += ["precision", "device"]
+WHICH = ["checkpoint_sha256", "checkpoint", "folder"]  # what tells checkpoints apart
 
 
 def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split: str) -> pd.DataFrame:
@@ -28,18 +29,30 @@ def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split
 
 
 def result_table(predictions: pd.DataFrame, made: dict) -> pd.DataFrame:
-    """RESULT_COLUMNS, then macro accuracy over the levels, hashes, settings, device, seconds and versions."""
+    """RESULT_COLUMNS, then macro accuracy over the levels, hashes, settings, device, seconds, versions and folder.
+
+    Of one level alone there is one row, of that level.
+    """
     settings, versions = made["settings"], made["versions"]
     table = accuracy_table(predictions, made["stage"], made["checkpoint"], settings["split"])
+    if settings.get("level"):
+        table = table[table["level"] == settings["level"]].reset_index(drop=True)
     details = dict(zip(MACRO_COLUMNS, macro_accuracy(predictions) or [None] * 3, strict=True))
     details |= {name: settings[name] for name in SETTINGS_COLUMNS} | {"seconds": made["seconds"]}
     details |= {name: versions[name] for name in ("torch", "transformers")} | {"made": made["made"]}
+    details |= {"folder": made.get("folder")}
     return table.assign(**details)
 
 
-def predictions_path(run_dir: str | Path, checkpoint: str | Path, split: str) -> Path:
-    """The file with the predictions of a checkpoint on a split; a JSON file beside it says what made them."""
-    return Path(run_dir) / "predictions" / f"{Path(checkpoint).stem}-{split}.parquet"
+def predictions_path(run_dir: str | Path, checkpoint, split: str, level: str | None = None) -> Path:
+    """The file with the predictions of a Checkpoint, by name and hash; a JSON file beside it says what made them."""
+    parts = [checkpoint.label, checkpoint.sha256[:8], split, *([level] if level else [])]
+    return Path(run_dir) / "predictions" / f"{'-'.join(parts)}.parquet"
+
+
+def earlier_path(run_dir: str | Path, checkpoint, split: str) -> Path:
+    """Where earlier versions kept them: by name only."""
+    return Path(run_dir) / "predictions" / f"{checkpoint.label}-{split}.parquet"
 
 
 def save_predictions(path: Path, predictions: pd.DataFrame, made: dict) -> None:
@@ -79,13 +92,21 @@ def read_results(run_dir: str | Path) -> list[dict]:
 
 
 def save_results(table: pd.DataFrame, run_dir: str | Path, details: dict) -> None:
-    """Put a table into results.json and results.csv; rows of the same checkpoint and split are replaced, others stay.
+    """Put a table into results.json and results.csv; the same checkpoint's rows of the split are replaced, others stay.
 
-    details: nested values that go with each row into results.json only.
+    The same: of one hash, or of one name in one folder, where a file has been written again. Rows of a level alone
+    replace only that level's. details: nested values that go with each row into results.json only.
     """
     rows = [row | details for row in table.to_dict("records")]
-    keys = {(row["checkpoint"], row["split"]) for row in rows}
-    rows += [row for row in read_results(run_dir) if (row["checkpoint"], row["split"]) not in keys]
+    new, levels = rows[0], {row["level"] for row in rows}
+
+    def replaced(row: dict) -> bool:
+        (sha256, new_sha256), (name, new_name), (folder, new_folder) = ((row.get(it), new.get(it)) for it in WHICH)
+        there = pd.isna(folder) or folder == new_folder  # earlier versions kept no folder
+        same = (sha256 == new_sha256 and not pd.isna(sha256)) or (name == new_name and there)
+        return same and row["split"] == new["split"] and ("all" in levels or row["level"] in levels)
+
+    rows += [row for row in read_results(run_dir) if not replaced(row)]
     rows.sort(key=lambda row: (str(row["stage"]), row["checkpoint"], row["split"]))
     flat = pd.DataFrame([{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows])
     flat = flat[[*table.columns, *(name for name in flat.columns if name not in table.columns)]]

@@ -51,7 +51,7 @@ class EarlierRun(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """An epoch that is validated again after a kill may have another loss on a GPU: keep its newest file."""
         if trainer.is_global_zero:
-            found = [file for file in self.stage.files() if f"epoch={trainer.current_epoch - 1:02d}-" in file.name]
+            found = [it.path for it in self.stage.saved() if it.epoch == trainer.current_epoch - 1]
             self._move(sorted(found, key=lambda file: file.stat().st_mtime_ns)[:-1])
 
     on_train_end = on_train_epoch_start

@@ -1,13 +1,17 @@
 """The stages of the chain: the notebook of each, where its files lie, and which of its checkpoints is the best."""
 
+import contextlib
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
 
 from race import RaceError
-from race.train.checkpoints import IN_NAME, Checkpoint
+from race.train.checkpoints import Checkpoint
+
+LOSS_IN_NAME = re.compile(r"val_loss_epoch\W*_?(\d+\.\d+|nan|inf)")  # of a damaged file there is nothing but its name
 
 # Each stage starts from the best checkpoint of the one before, the first from the pretrained model. Learning rate and
 # epochs of a stage are defined in its notebook's parameters.
@@ -52,18 +56,27 @@ class Stage:
         """The whole state of a stage that has begun, from which it resumes."""
         return Path(self.checkpoint_dir) / "resume" / f"{self.name}.ckpt"
 
+    @property
+    def made_with(self) -> dict:
+        """The parameters that it was made with."""
+        return {"CHECKPOINT_DIR": str(self.checkpoint_dir), "RUN_DIR": str(self.run_dir)}
+
     def files(self) -> list[Path]:
-        """The checkpoint files of this stage, by name; none is read."""
-        return sorted(
-            path for path in Path(self.checkpoint_dir).glob(f"{self.name}-*.ckpt") if IN_NAME.match(path.name)
-        )
+        """The checkpoint files of this stage, by name; the stage is read from inside, or a damaged file's name."""
+        found, damaged = self._read()
+        named = [path for path, _, _ in damaged if path.name.startswith(self.name)]
+        return sorted([*(checkpoint.path for checkpoint in found), *named])
+
+    def saved(self) -> list[Checkpoint]:
+        """Its checkpoints, best first: by validation loss, the earlier one of equals; damaged ones are printed."""
+        found, damaged = self._read()
+        for _, _, problem in damaged:
+            print(f"skipped: {problem}")
+        return found
 
     def checkpoints(self) -> pd.DataFrame:
         """Its checkpoints, best first: path, epoch, val_loss_epoch (exact), val_acc; damaged ones are printed."""
-        found, damaged = self._read()
-        for _, problem in damaged:
-            print(f"skipped: {problem}")
-        rows = [(checkpoint.path, checkpoint.epoch, checkpoint.val_loss, checkpoint.val_acc) for checkpoint in found]
+        rows = [(it.path, it.epoch, it.val_loss, it.val_acc) for it in self.saved()]
         return pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"]).astype({"val_acc": float})
 
     def best(self) -> Checkpoint:
@@ -72,31 +85,52 @@ class Stage:
         Raises RaceError if there is none, or if a damaged one may have been the best.
         """
         found, damaged = self._read()
-        lowest = found[0].val_loss if found else math.inf
-        if problems := [problem for loss, problem in damaged if loss <= lowest + 0.005]:  # names have two digits
+        lowest = _loss(found[0]) if found else math.inf
+        if problems := [problem for _, loss, problem in damaged if loss <= lowest + 0.005]:  # names have two digits
             raise RaceError("; ".join(problems))
         if not found:
-            raise RaceError(f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: run {self.notebook} first")
+            missing = f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: run {self.notebook} first"
+            raise RaceError(missing + _of_unknown_stage(self.checkpoint_dir))
         if not math.isfinite(lowest):
             raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no checkpoint has a finite validation loss")
         return found[0]
 
-    def _read(self) -> tuple[list[Checkpoint], list[tuple[float, str]]]:
-        """(checkpoints, best first; of each damaged one: the loss in its name, and what is wrong)"""
+    def _read(self) -> tuple[list[Checkpoint], list[tuple[Path, float, str]]]:
+        """(checkpoints, best first; of each damaged file that may be one: path, the loss in its name, the problem)"""
         found, damaged = [], []
-        for path in self.files():
+        for path in sorted(Path(self.checkpoint_dir).glob("*.ckpt")):
             try:
                 found.append(Checkpoint(path))
             except RaceError as error:
-                damaged.append((float(IN_NAME.match(path.name)["loss"]), str(error)))
-        return sorted(found, key=lambda it: (math.isnan(it.val_loss), it.val_loss, it.epoch)), damaged
+                of_another = re.match(r"e\d+", path.name) and not path.name.startswith(self.name)
+                loss = LOSS_IN_NAME.search(path.name)
+                if not of_another:
+                    damaged.append((path, float(loss[1]) if loss else -math.inf, str(error)))
+        own = [checkpoint for checkpoint in found if checkpoint.stage == self.name]
+        return sorted(own, key=lambda checkpoint: (_loss(checkpoint), checkpoint.epoch)), damaged
+
+
+def _loss(checkpoint: Checkpoint) -> float:
+    """Its validation loss; infinite if it is not known, or not a number."""
+    loss = checkpoint.val_loss
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def _of_unknown_stage(checkpoint_dir: str | Path) -> str:
+    """The end of a message: which files there are that do not say their stage."""
+    names = []
+    for path in sorted(Path(checkpoint_dir).glob("*.ckpt")):
+        with contextlib.suppress(RaceError):
+            names += [path.name] if Checkpoint(path).stage is None else []
+    told = f" (which stage made {', '.join(names[:3])} is unknown: give its path as a parameter to use it)"
+    return told if names else ""
 
 
 def begun_stages(checkpoint_dir: str | Path) -> list[Stage]:
     """The stages that have checkpoints, in the order of the chain; raises RaceError if none has."""
     stages = [stage for name in CHAIN if (stage := Stage(name, checkpoint_dir)).files()]
     if not stages:
-        raise RaceError(f"{checkpoint_dir} has no checkpoints: run ex01.ipynb first")
+        raise RaceError(f"{checkpoint_dir} has no checkpoints: run ex01.ipynb first{_of_unknown_stage(checkpoint_dir)}")
     return stages
 
 

@@ -42,8 +42,8 @@ def read_state(path: Path) -> dict | None:
 class KeepState(pl.Callback):
     """Saves the state every `minutes`, at the start and before the last step of each epoch, and on a signal."""
 
-    def __init__(self, stage, minutes: float):
-        self.stage, self.seconds = stage, minutes * 60
+    def __init__(self, stage, minutes: float, fresh: int = 0):
+        self.stage, self.seconds, self.fresh = stage, minutes * 60, fresh
         self.signal: int | None = None
         self.position = (0, 0)  # epoch, batches done in it
         self.finished = False
@@ -118,6 +118,7 @@ class KeepState(pl.Callback):
             "epoch": self.position[0],
             "batches": self.position[1],
             "finished": self.finished,
+            "fresh": self.fresh,
             "stopped_early": trainer.should_stop,
             "random": self._random,
             "sums": self._sums,
@@ -211,15 +212,19 @@ def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule) -> 
     base = {"the base": "base", "the base's sha256": "base_sha256", "the cache": "cache"}
     identity = {name: module.lineage.get(key) for name, key in base.items()}
     identity |= {name: getattr(module, name.lower()) for name in ("LEARNING_RATE", "weight_decay", "adam_epsilon")}
-    of_data = ("BATCH_SIZE", "MAX_LEN", "SEED", "LIMIT_QUESTIONS")
+    of_data = ("BATCH_SIZE", "MAX_LEN", "SEED", "LIMIT_QUESTIONS", "LEVEL")
     return identity | {name: getattr(data, name.lower()) for name in of_data}
+
+
+def changed_settings(state: dict, identity: dict) -> list[str]:
+    """What differs from the run that a state is of, in words."""
+    old = state["identity"]
+    return [f"{name} was {old.get(name)!r}, is {new!r}" for name, new in identity.items() if old.get(name) != new]
 
 
 def check_identity(state: dict, identity: dict, stage: str) -> None:
     """Raise RaceError with every setting that differs from the run that is to be resumed."""
-    old = state["identity"]
-    changed = [f"{name} was {old.get(name)!r}, is {new!r}" for name, new in identity.items() if old.get(name) != new]
-    if changed:
+    if changed := changed_settings(state, identity):
         raise RaceError(
             f"{stage} was begun with other settings: {'; '.join(changed)}. Set them back to resume, "
             "or set FRESH = True to train the stage again (the files so far are moved to earlier/)"

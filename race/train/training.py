@@ -9,22 +9,32 @@ from pathlib import Path
 
 import pandas as pd
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
 from race import LETTERS, RaceError, check_least
 from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest
 from race.device import default_device, default_precision, processes, versions
+from race.settings import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
 from race.train.stages import Stage
-from race.train.state import KeepState, check_identity, only_process, read_state, signals_as_before, stage_identity
+from race.train.state import (
+    KeepState,
+    changed_settings,
+    check_identity,
+    only_process,
+    read_state,
+    signals_as_before,
+    stage_identity,
+)
+from race.train.together import Together
 from race_module import RaceModule
 
-ROOT = Path(__file__).resolve().parents[2]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MEETING_MINUTES = 10.0  # how long the processes of a stage wait for each other at its start
 
 
 def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
@@ -62,7 +72,7 @@ def start_stage(
     identity = cache_identity(manifest)
     if stage.before is None:
         if base_model is not None:
-            check_tokenizer(base_model, manifest)
+            check_tokenizer(base_model, manifest, cache_dir)
         elif not manifest["model"]["weights"]:
             raise RaceError(f"{cache_dir} keeps no weights ({manifest['model']['name']} had none); set BASE_MODEL")
         else:
@@ -74,14 +84,16 @@ def start_stage(
     else:
         checkpoint = Checkpoint(base_checkpoint) if base_checkpoint else stage.before.best()
         checkpoint.check_encoding(manifest, cache_dir)
-        module = RaceModule.load_from_checkpoint(checkpoint.path, **settings)
-        base, sha256, chain = checkpoint.name, checkpoint.sha256, [*checkpoint.chain, checkpoint.stage]
+        module = checkpoint.load(cache_dir, **settings)
+        base, sha256, chain = checkpoint.name, checkpoint.sha256, [*checkpoint.chain, checkpoint.stage or "unknown"]
     known, used = module.model.config.vocab_size, manifest["tokenizer"]["vocabulary"]
     if known < used:
         raise RaceError(f"the model has {known} tokens, the cache {used}: make a cache with the model's own tokenizer")
     module.lineage = {"stage": stage.name, "cache": identity, "tokenizer": identity["tokenizer"]}
     module.lineage |= {"base": base, "base_sha256": sha256, "chain": chain, "recipe": settings}
     module.lineage |= {"weights_start": weights_hash(module.model), "versions": versions(), "commit": git_commit()}
+    module.made_with = {name.upper(): value for name, value in settings.items()} | {"CACHE_DIR": str(cache_dir)}
+    module.made_with |= {"BASE_MODEL": base_model, "BASE_CHECKPOINT": base_checkpoint, "SEED": torch.initial_seed()}
     return module
 
 
@@ -102,38 +114,55 @@ def train_stage(
     precision: str | None = None,
     early_stopping: int | None = None,
     save_minutes: float = 10.0,
-    fresh: bool = False,
+    fresh: int = False,
     log_every: int = 10,
     callbacks: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
     """Train a stage, or resume it where a kill or an interrupt ended it; prints which. A finished one trains nothing.
 
     precision: None chooses by device. early_stopping: end after N epochs without a lower validation loss.
-    save_minutes: how often the state is saved from which a stage resumes. fresh: train the stage again; checkpoints of
-    its earlier run, and of the stages built on it, are moved to `earlier/`. callbacks: further ones of Lightning's.
+    save_minutes: how often the state is saved from which a stage resumes. fresh: train the stage again, once: a run
+    begun so is resumed, also if `fresh` is left standing (2, 3, … begin once more). Checkpoints of the earlier run, and
+    of the stages built on it, move to `earlier/`. callbacks: further ones of Lightning's.
 
     SIGTERM, SIGUSR1 and an interrupt end training after the step, with the state saved: the signal then has its usual
     effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
     """
     check_least(max_epochs=(max_epochs, 1), save_minutes=(save_minutes, 0), early_stopping=(early_stopping, 1))
-    state = None if fresh else read_state(stage.state_path)
-    keeper = KeepState(stage, save_minutes)
+    identity = stage_identity(module, data)
+    state = _state_of(stage, int(fresh), identity)
+    keeper = KeepState(stage, save_minutes, int(fresh) if state is None else state.get("fresh", 0))
     callbacks = [StartInForce(), EarlierRun(stage), keeper, LossWatch(), StageReport(), *callbacks]
     if early_stopping is not None:
         callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))
     trainer = _trainer(stage, module.model.config.model_type, state, max_epochs, precision, log_every, callbacks)
     data.start_at(0, 0)
-    recipe = {name: getattr(data, name) for name in ("batch_size", "max_len", "seed", "limit_questions")}
+    recipe = {name: getattr(data, name) for name in ("batch_size", "max_len", "seed", "limit_questions", "level")}
     recipe |= {"precision": trainer.precision, "processes": trainer.world_size}
-    module.lineage["recipe"] = module.lineage.get("recipe", {}) | recipe
+    module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     if state is not None:
-        check_identity(state, stage_identity(module, data), stage.name)
+        check_identity(state, identity, stage.name)
         if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):
-            say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train (FRESH = True retrains it)")
+            again = f"FRESH = {keeper.fresh + 1 if fresh else True} trains it again"
+            say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train ({again})")
             return trainer
         say(f"{stage.name} resumes from epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}")
     _fit(trainer, keeper, module, data, resume=state is not None)
     return trainer
+
+
+def _state_of(stage: Stage, fresh: int, identity: dict) -> dict | None:
+    """The state to resume from; None to begin, which `fresh` asks for unless this very run was begun so."""
+    if not fresh:
+        return read_state(stage.state_path)
+    try:
+        state = read_state(stage.state_path)
+    except RaceError:
+        return None
+    if state is None or state.get("fresh", 0) != fresh or changed_settings(state, identity):
+        return None
+    say(f"FRESH counts once: {stage.name} was begun with it and goes on (FRESH = {fresh + 1} begins once more)")
+    return state
 
 
 def _trainer(
@@ -150,7 +179,7 @@ def _trainer(
         enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
     )
     logs = Path(stage.run_dir) / "logs"
-    csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=log_every)
+    csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
     purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
     devices, nodes, environment = processes()
     return pl.Trainer(
@@ -159,7 +188,7 @@ def _trainer(
         accelerator=default_device().type,
         devices=devices,
         num_nodes=nodes,
-        strategy="auto" if devices * nodes == 1 else DDPStrategy(broadcast_buffers=False),
+        strategy="auto" if devices * nodes == 1 else Together(MEETING_MINUTES, broadcast_buffers=False),
         plugins=[AtomicCheckpointIO(), *environment],
         callbacks=[checkpoints, *callbacks, ProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
         logger=[csv, TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)],
@@ -194,6 +223,6 @@ def say(line: str) -> None:
 def _quiet() -> None:
     """Keep Lightning's hints out of the notebook: the reports say what runs where, and the loader needs few workers."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # the last one: sums are reduced over processes before their mean is logged
-    for hint in ("does not have many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist"):
+    # sync_dist: sums are reduced over processes before their mean is logged; srun: processes() says it in its own words
+    for hint in ("many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist", "srun"):
         warnings.filterwarnings("ignore", message=f".*{hint}.*")

@@ -56,7 +56,7 @@ def test_a_bad_record_ends_the_command_and_leaves_nothing(case, tmp_path, capsys
 def test_skip_bad_goes_on_without_it_and_lists_it(case, tmp_path, capsys):
     content, message = (BAD | MORE_BAD)[case]
     write(tmp_path / "race", "train/good.json", RECORD)
-    write(tmp_path / "race", "train/high/7.txt", content | {"id": "7"} if case in SOME_GOOD else content)
+    write(tmp_path / "race", "train/high/7.txt", content | OTHER if case in SOME_GOOD else content)
     assert generate(tmp_path / "race", tmp_path / "cache", "--skip-bad") == 0
     (line,) = (tmp_path / "cache" / "left-out.txt").read_text().splitlines()
     assert line.startswith("train/high/7.txt: ") and message in line and line.endswith("left out")
@@ -68,6 +68,7 @@ def test_skip_bad_goes_on_without_it_and_lists_it(case, tmp_path, capsys):
     assert verify_cache(tmp_path / "cache") == []
 
 
+OTHER = {"id": "7", "article": "Tom has a dog and a hen."}
 # bad in one question: the other one of the record stays, under its own number
 SOME_GOOD = {"answer", "answer no text", "three options", "five options", "empty option", "empty question"}
 SOME_GOOD |= {"answer of two letters", "answer of a small letter", "answer null", "options null"}
@@ -165,7 +166,7 @@ def test_folders_of_nothing_and_of_something_else(tmp_path, capsys):
     for name, message in (
         ("empty", "no questions found"),
         ("other", "no questions found"),
-        ("file.tar", "not a tar file that can be read"),
+        ("file.tar", "not a tar or zip file that can be read"),
         ("absent", "cannot be loaded"),
     ):
         source = tmp_path / name if name != "absent" else "nobody/absent"
@@ -179,7 +180,7 @@ def test_damaged_parquet(tmp_path, capsys):
     (tmp_path / "race").mkdir()
     (tmp_path / "race" / "train.parquet").write_bytes(b"PAR1 and then nothing of the kind")
     assert generate(tmp_path / "race", tmp_path / "cache") == 1
-    assert "cannot be loaded" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+    assert "train.parquet: not a parquet file" in capsys.readouterr().err and not (tmp_path / "cache").exists()
 
 
 def test_a_tokenizer_without_cls(corpus, cache, tmp_path, capsys):

@@ -59,6 +59,25 @@ def test_verify_finds_what_changed(corpus, tmp_path):
     assert generate_race_cache.main(["--verify", str(out)]) == 1
 
 
+def test_files_that_a_desktop_left_are_a_note(corpus, tmp_path, capsys):
+    out = tmp_path / "cache"
+    build_cache(str(corpus), "demo", out)
+    left = [".DS_Store", ".nfs0000001", "model/._config.json", "model/Thumbs.db", "desktop.ini", ".directory"]
+    left += ["__MACOSX/model/x.json", ".Trash-1000/files/x.arrow"]
+    for name in left:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("?")
+    assert verify_cache(out) == []
+    assert generate_race_cache.main(["--verify", str(out)]) == 0
+    agrees, note = capsys.readouterr().out.splitlines()
+    assert agrees.endswith("every file agrees with the manifest")
+    assert note.startswith("note: ") and all(name in note for name in left)
+    (out / "model" / "added_tokens.json").write_text("{}")  # it would change what is loaded
+    assert generate_race_cache.main(["--verify", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert f"{out}/model/added_tokens.json: not in the manifest" in said and "every file agrees" not in said
+
+
 def test_a_cache_is_kept_refused_or_replaced(corpus, cache, tmp_path, capsys):
     out = tmp_path / "cache"
     build_cache(str(corpus), "demo", out)
@@ -168,8 +187,8 @@ def test_a_base_model_with_another_tokenizer_is_refused(cache, tmp_path):
     from transformers import BertTokenizer
 
     manifest = read_manifest(cache)
-    check_tokenizer(cache / "model", manifest)
-    check_tokenizer(tmp_path, manifest)  # no tokenizer at all: nothing to compare
+    check_tokenizer(cache / "model", manifest, cache)
+    check_tokenizer(tmp_path, manifest, cache)  # no tokenizer at all: nothing to compare
     BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5}).save_pretrained(tmp_path)
-    with pytest.raises(RaceError, match="has another tokenizer than the cache"):
-        check_tokenizer(tmp_path, manifest)
+    with pytest.raises(RaceError, match="has another tokenizer than .*small: make a cache with"):
+        check_tokenizer(tmp_path, manifest, cache)

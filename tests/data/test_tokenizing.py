@@ -1,8 +1,13 @@
 """Tokenising distinct words once gives the ids of the whole texts, whatever the text."""
 
+import shutil
+
 import pytest
 from helpers import ALBERT
+from sentencepiece import SentencePieceProcessor
 
+from race.data.base_model import load_tokenizer, spiece_proto
+from race.data.reference import LINE, albert_text, plain
 from race.data.tokenizing import WordTokenizer, splits_on_whitespace
 
 AWKWARD = [
@@ -24,7 +29,7 @@ AWKWARD = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["demo", "albert", "bert"])
+@pytest.mark.parametrize("kind", ["demo", "albert", "spiece", "bert"])
 def test_word_by_word_equals_whole_texts(kind, cache, tmp_path):
     """Whatever the text, tokenising distinct words once gives what the tokenizer gives for the whole."""
     from transformers import AutoTokenizer, BertTokenizer
@@ -32,8 +37,10 @@ def test_word_by_word_equals_whole_texts(kind, cache, tmp_path):
     if kind == "bert":
         pieces = "[PAD] [UNK] [CLS] [SEP] [MASK] plain word ##s only , a ##b e 汉".split()
         tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
-    elif kind == "albert" and not ALBERT.exists():
+    elif kind in ("albert", "spiece") and not ALBERT.exists():
         pytest.skip(f"the ALBERT vocabulary is not at hand ({ALBERT}); set RACE_TEST_DATA")
+    elif kind == "spiece":
+        tokenizer = of_spiece_alone(tmp_path)
     else:
         tokenizer = AutoTokenizer.from_pretrained(ALBERT if kind == "albert" else cache / "model")
     assert splits_on_whitespace(tokenizer)
@@ -42,6 +49,24 @@ def test_word_by_word_equals_whole_texts(kind, cache, tmp_path):
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert tokenize(texts).to_pylist() == expected
     assert tokenize(texts).to_pylist() == expected  # with all words known
+
+
+def of_spiece_alone(folder):
+    for name in ("config.json", "spiece.model"):
+        shutil.copyfile(ALBERT / name, folder / name)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["albert", "spiece"])
+def test_awkward_texts_equal_sentencepiece(kind, tmp_path):
+    """All but combining marks, control characters and special tokens, which SentencePiece does not look for."""
+    if not ALBERT.exists():
+        pytest.skip(f"the ALBERT vocabulary is not at hand ({ALBERT}); set RACE_TEST_DATA")
+    tokenizer = load_tokenizer(ALBERT) if kind == "albert" else of_spiece_alone(tmp_path)
+    pieces = SentencePieceProcessor(model_proto=spiece_proto(ALBERT / "spiece.model").SerializeToString())
+    texts = [plain(text) for text in (LINE, *AWKWARD) if "[MASK]" not in text]
+    texts += [f"{a} {b}" for a in texts for b in texts]
+    assert WordTokenizer(tokenizer)(texts).to_pylist() == pieces.encode([albert_text(text) for text in texts])
 
 
 def test_earlier_calls_of_the_tokenizer_leave_no_trace(cache):

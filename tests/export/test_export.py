@@ -329,8 +329,8 @@ def test_a_bad_checkpoint_is_refused(kind, cache, chain, tmp_path, capsys):
         torch.save({"state_dict": {"weight": torch.ones(2)}}, path)
     before = sorted(tmp_path.iterdir())
     assert main([str(path), str(tmp_path / "e"), "--cache", str(cache)]) == 1
-    said = {"missing": "no such checkpoint", "half": "cut off or damaged", "foreign": "holds no RaceModule"}[kind]
-    assert said in capsys.readouterr().err
+    said = {"missing": "no such checkpoint", "half": "cut off or damaged", "foreign": "is no multiple-choice model"}
+    assert said[kind] in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -93,7 +93,7 @@ def test_predictions_are_in_cache_order_and_equal_hugging_face(cache, checkpoint
 
 def test_score_leaves_predictions_and_results(cache, checkpoint, tmp_path):
     predictions, table = score(checkpoint, cache, "validation", tmp_path, device="cpu")
-    saved = pd.read_parquet(tmp_path / "predictions" / f"{checkpoint.path.stem}-validation.parquet")
+    saved = pd.read_parquet(predictions_path(tmp_path, checkpoint, "validation"))
     pd.testing.assert_frame_equal(saved, predictions)
     flat = pd.read_csv(tmp_path / "results.csv")
     assert list(flat.columns)[:9] == RESULT_COLUMNS and flat["correct"].tolist() == table["correct"].tolist()
@@ -127,7 +127,7 @@ def again(checkpoint, cache, run_dir, monkeypatch, fresh=False, **settings) -> b
 
 
 def test_kept_predictions_are_used(checkpoint, cache, run_dir, monkeypatch, capsys):
-    path = predictions_path(run_dir, checkpoint.name, "validation")
+    path = predictions_path(run_dir, checkpoint, "validation")
     before, results = path.read_bytes(), (run_dir / "results.json").read_bytes()
     assert not again(checkpoint, cache, run_dir, monkeypatch)
     assert "saved predictions are used" in capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_kept_predictions_are_used(checkpoint, cache, run_dir, monkeypatch, caps
 
 
 def test_made_afresh_they_are_the_same_bytes(checkpoint, cache, run_dir, monkeypatch, capsys):
-    path = predictions_path(run_dir, checkpoint.name, "validation")
+    path = predictions_path(run_dir, checkpoint, "validation")
     before = path.read_bytes()
     assert again(checkpoint, cache, run_dir, monkeypatch, fresh=True)
     assert "FRESH is set" in capsys.readouterr().out and path.read_bytes() == before
@@ -150,18 +150,43 @@ def test_other_settings_make_them_again(checkpoint, cache, run_dir, monkeypatch,
     assert f"differ in {differs}" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_the_same_name_makes_them_again(checkpoint, cache, run_dir, monkeypatch, capsys, tmp_path):
-    other = tmp_path / "elsewhere" / checkpoint.name
-    other.parent.mkdir()
+def test_a_checkpoint_of_the_same_name_has_predictions_of_its_own(checkpoint, cache, run_dir, monkeypatch, tmp_path):
+    other = changed(checkpoint, tmp_path / "elsewhere" / checkpoint.name)
+    assert again(other, cache, run_dir, monkeypatch)
+    assert not again(checkpoint, cache, run_dir, monkeypatch) and not again(other, cache, run_dir, monkeypatch)
+    rows = pd.read_csv(run_dir / "results.csv").query("level == 'all'")
+    assert sorted(rows["checkpoint_sha256"]) == sorted([checkpoint.sha256, other.sha256])
+
+
+def changed(checkpoint, path) -> Checkpoint:
+    """The same checkpoint with other weights, elsewhere."""
+    path.parent.mkdir(exist_ok=True)
     content = torch.load(checkpoint.path, weights_only=True)
     content["state_dict"]["model.classifier.bias"] += 1
-    torch.save(content, other)
-    assert again(Checkpoint(other), cache, run_dir, monkeypatch)
-    assert "differ in checkpoint_sha256" in capsys.readouterr().out
+    torch.save(content, path)
+    return Checkpoint(path)
+
+
+def test_a_file_that_is_written_again_takes_the_place_of_its_results(checkpoint, cache, tmp_path):
+    """The scores of a checkpoint that is no longer there must not stand beside those of its successor."""
+    path = tmp_path / "checkpoints" / checkpoint.name
+    path.parent.mkdir()
+    path.write_bytes(checkpoint.path.read_bytes())
+    for it in (Checkpoint(path), changed(checkpoint, path)):
+        score(it, cache, "validation", tmp_path, device="cpu", limit_questions=4)
+        rows = pd.read_csv(tmp_path / "results.csv").query("level == 'all'")
+        assert rows["checkpoint_sha256"].tolist() == [it.sha256]
+
+
+def test_predictions_under_the_name_of_earlier_versions_are_used(checkpoint, cache, run_dir, monkeypatch):
+    path = predictions_path(run_dir, checkpoint, "validation")
+    for suffix in (".parquet", ".json"):
+        path.with_suffix(suffix).rename(path.with_name(f"{checkpoint.path.stem}-validation{suffix}"))
+    assert not again(checkpoint, cache, run_dir, monkeypatch)
 
 
 def test_half_written_or_foreign_files_are_not_used(checkpoint, cache, run_dir, monkeypatch, capsys):
-    path = predictions_path(run_dir, checkpoint.name, "validation")
+    path = predictions_path(run_dir, checkpoint, "validation")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     assert again(checkpoint, cache, run_dir, monkeypatch) and path.read_bytes() == whole
@@ -303,10 +328,43 @@ def test_several_checkpoints_are_scored_by_name(cache, checkpoint, tmp_path):
     predictions, (table,) = score_each([checkpoint], cache, "test", tmp_path, False, limit_questions=4, device="cpu")
     (name,) = predictions
     assert name == checkpoint.path.stem and len(predictions[name]) == table["questions"][0] == 4
-    other = tmp_path / checkpoint.name
-    other.write_bytes(checkpoint.path.read_bytes())
-    with pytest.raises(RaceError, match=f"two checkpoints are called {checkpoint.name}"):
-        score_each([checkpoint, Checkpoint(other)], cache, "test", tmp_path, False)
+    with pytest.raises(RaceError, match=f"named more than once: .*{checkpoint.name}"):
+        score_each([checkpoint, checkpoint], cache, "test", tmp_path, False)
+
+
+def test_two_checkpoints_of_one_name_are_told_apart_by_their_folders(cache, checkpoint, tmp_path):
+    two = [changed(checkpoint, tmp_path / "lower" / checkpoint.name), checkpoint]
+    predictions, tables = score_each(two, cache, "test", tmp_path, False, limit_questions=4, device="cpu")
+    stem = checkpoint.path.stem
+    assert list(predictions) == [f"lower/{stem}", f"{checkpoint.path.parent.name}/{stem}"]
+    assert len(pd.read_csv(tmp_path / "results.csv").query("level == 'all'")) == len(tables) == 2
+    assert len(list((tmp_path / "predictions").glob("*.parquet"))) == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_precision_is_taken_on_cpu_too(cache, checkpoint, precision):
+    """bf16 keeps 8 bits: other probabilities than in fp32, by little."""
+    settings = {"device": "cpu", "limit_questions": 8}
+    assert prediction_settings(cache, precision=precision, device="cpu")["precision"] == precision
+    full, half = (predict(checkpoint, cache, "test", **settings, precision=it) for it in (None, precision))
+    difference = np.abs(full[PROBABILITIES].to_numpy() - half[PROBABILITIES].to_numpy())
+    assert 0 < difference.max() < 0.02
+
+
+def test_one_level_alone(cache, checkpoint, tmp_path):
+    """The middle questions: the same predictions as among all, one row of results, and the other rows stay."""
+    everything, _ = score(checkpoint, cache, "test", tmp_path, device="cpu")
+    middle, table = score(checkpoint, cache, "test", tmp_path, device="cpu", level="middle")
+    expected = everything[everything["level"] == "middle"]
+    assert middle["example_id"].tolist() == expected["example_id"].tolist() and len(middle) == len(expected) > 0
+    np.testing.assert_allclose(middle[PROBABILITIES], expected[PROBABILITIES], atol=1e-6)
+    assert table["level"].tolist() == ["middle"] and table["questions"].tolist() == [len(expected)]
+    rows = pd.read_csv(tmp_path / "results.csv").set_index("level")
+    assert sorted(rows.index) == ["all", "high", "middle"] and rows.loc["all", "questions"] == len(everything)
+    sample = predict(checkpoint, cache, "test", device="cpu", level="high", limit_questions=5, seed=1)
+    assert len(sample) == 5 and set(sample["level"]) == {"high"}
+    with pytest.raises(RaceError, match="level is 'low', expected middle, high or None"):
+        predict(checkpoint, cache, "test", level="low")
 
 
 def test_another_tokenizer_is_refused(cache, tmp_path):

@@ -1,8 +1,42 @@
 """The course of the training, read back from logs."""
 
-import pandas as pd
+from pathlib import Path
 
-from race.train.logs import learning_story
+import pandas as pd
+import pytorch_lightning as pl
+from small_stage import stage as train_e1
+
+from race.train.logs import learning_story, read_log
+
+
+class Seen(pl.Callback):
+    """The steps whose rows are in metrics.csv on disk before each step; whether each row is there once it is logged."""
+
+    def __init__(self):
+        self.rows: list[list[int]] = []
+        self.at_once: list[bool] = []
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        log, path = trainer.logger.log_metrics, Path(trainer.logger.log_dir) / "metrics.csv"
+
+        def logged(metrics: dict, step: int) -> None:
+            log(metrics, step)
+            self.at_once.append(path.exists() and path.read_text().count("\n") == len(self.at_once) + 2)
+
+        trainer.logger.log_metrics = logged
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch, batch_idx: int) -> None:
+        path = Path(trainer.logger.log_dir) / "metrics.csv"
+        self.rows.append(pd.read_csv(path)["step"].tolist() if path.exists() else [])
+
+
+def test_rows_are_on_disk_at_every_logged_step(cache, tmp_path):
+    """An epoch of 64 steps is logged every 3 steps instead of 10."""
+    seen = Seen()
+    train_e1(tmp_path, cache, seen, epochs=1, log_every=10, data={"batch_size": 1})
+    logged = [2, 5, 8, *range(11, 64, 3)]  # steps are counted from 0
+    assert seen.rows == [[step for step in logged if step < now] for now in range(64)]
+    assert len(seen.at_once) == len(read_log(tmp_path / "run", "e1")) and all(seen.at_once)
 
 
 def test_learning_story_on_one_axis(tmp_path):

@@ -17,7 +17,7 @@ from small_stage import At, e1, position, stage, state
 
 from race import RaceError
 from race.data import RaceDataModule
-from race.files import locked
+from race.files import locked, read_archive, save_archive
 from race.train.logs import read_log
 from race.train.stages import Stage
 from race.train.state import KeepState, random_state, set_random_state
@@ -210,6 +210,31 @@ def test_fresh_starts_again(begun, cache, tmp_path, capsys):
     assert list((tmp_path / "copy" / "checkpoints" / "earlier").glob("e1-*/e1-state.ckpt"))
 
 
+def test_fresh_counts_once(cache, tmp_path, capsys):
+    """Left standing after an interrupt, it does not begin anew; with other settings, or another number, it does."""
+
+    def stop(trainer, module):
+        raise KeyboardInterrupt
+
+    def interrupted(**settings):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            stage(tmp_path, cache, At(5, stop), epochs=1, minutes=0, **settings)
+
+    stage(tmp_path, cache, epochs=1)
+    interrupted(fresh=True)
+    capsys.readouterr()
+    trainer = stage(tmp_path, cache, epochs=1, fresh=True)
+    out = capsys.readouterr().out
+    assert "FRESH counts once: e1 was begun with it and goes on" in out and "e1 resumes from epoch 0, batch" in out
+    assert trainer.global_step == 8 and len(list((tmp_path / "checkpoints" / "earlier").iterdir())) == 1
+    stage(tmp_path, cache, epochs=1, fresh=True)
+    assert "nothing to train (FRESH = 2 trains it again)" in capsys.readouterr().out
+    stage(tmp_path, cache, epochs=1, fresh=2)
+    assert "of an earlier run, from e1 on" in capsys.readouterr().out
+    stage(tmp_path, cache, epochs=1, fresh=2, learning_rate=1e-4)
+    assert "of an earlier run, from e1 on" in capsys.readouterr().out and position(tmp_path)["fresh"] == 2
+
+
 def test_a_fresh_run_after_going_on_sees_every_question(cache, tmp_path):
     """In one kernel, with the same data module: the place where the begun stage went on is forgotten."""
     with pytest.raises(KeyboardInterrupt):
@@ -241,7 +266,8 @@ def test_one_file_an_epoch_stays(cache, tmp_path):
     """An epoch that is ended again with another loss, as a GPU may give it, leaves one checkpoint to choose from."""
     stage(tmp_path, cache, epochs=1)
     stray = tmp_path / "checkpoints" / "e1-albert-race-epoch=01-val_loss_epoch=0.01.ckpt"
-    stray.write_bytes(next((tmp_path / "checkpoints").glob("e1-*epoch=00*")).read_bytes())
+    content = read_archive(next((tmp_path / "checkpoints").glob("e1-*epoch=00*")))
+    save_archive(content | {"race": content["race"] | {"epoch": 1}}, stray)
     stage(tmp_path, cache, epochs=2)
     assert len(list((tmp_path / "checkpoints").glob("e1-*.ckpt"))) == 2 and not stray.exists()
     assert len(list((tmp_path / "checkpoints" / "earlier").rglob(stray.name))) == 1

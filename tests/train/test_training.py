@@ -88,18 +88,27 @@ def test_checkpoint_names_and_the_best(chain):
 def test_best_is_decided_by_the_exact_loss(tmp_path):
     """File names round to two digits; the checkpoint itself remembers the loss exactly."""
     for epoch, loss in ((0, 0.7849), (1, 0.7751), (2, 0.7751)):
-        record = {"epoch": epoch, "metrics": {"val_loss_epoch": loss, "val_acc": 0.5}}
+        record = {"stage": "e1", "epoch": epoch, "metrics": {"val_loss_epoch": loss, "val_acc": 0.5}}
         torch.save({"race": record}, tmp_path / f"e1-albert-race-epoch={epoch:02d}-val_loss_epoch=0.78.ckpt")
     assert "epoch=01" in Stage("e1", tmp_path).best().name
 
 
-def test_a_checkpoint_from_elsewhere_is_ranked_by_its_name(tmp_path):
-    for loss in ("0.81", "0.79"):
-        torch.save({"state_dict": {}}, tmp_path / f"e1-albert-race-epoch=03-val_loss_epoch={loss}.ckpt")
-    assert "0.79" in Stage("e1", tmp_path).best().name
-    torch.save({}, tmp_path / "e1-last.ckpt")
-    (tmp_path / "e1-notes.ckpt").write_text("no checkpoint of this chain, and no reason to stop it")
-    assert len(Stage("e1", tmp_path).checkpoints()) == 2
+def test_a_name_is_only_a_name(chain, tmp_path):
+    """Renamed by a website or a browser, a checkpoint is what it was; of another's the stage is not guessed."""
+    before = at(chain, "e1").checkpoints()
+    names = ["e1-albert-race-epoch_00-val_loss_epoch_0.1.ckpt", "Kopie (1).ckpt"]
+    for name, path in zip(names, before["path"], strict=True):
+        (tmp_path / name).write_bytes(path.read_bytes())
+    torch.save({"state_dict": {}}, tmp_path / "e1-albert-race-epoch=00-val_loss_epoch=0.01.ckpt")
+    after = Stage("e1", tmp_path).checkpoints()
+    assert [path.name for path in after["path"]] == names
+    assert after.drop(columns="path").equals(before.drop(columns="path"))
+    assert latest_checkpoint(tmp_path).path.name == names[0] and len(best_checkpoints(tmp_path)) == 1
+    for name in names:
+        (tmp_path / name).unlink()
+    for ask in (Stage("e1", tmp_path).best, lambda: latest_checkpoint(tmp_path)):
+        with pytest.raises(RaceError, match=r"which stage made e1-albert.*0.01.ckpt is unknown: give its path"):
+            ask()
 
 
 def test_a_damaged_checkpoint_is_named_and_no_silent_second_best(chain, tmp_path, capsys):
@@ -117,7 +126,8 @@ def test_a_damaged_checkpoint_is_named_and_no_silent_second_best(chain, tmp_path
 
 
 def test_a_stage_that_diverged_says_so(tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "e1-albert-race-epoch=00-val_loss_epoch=nan.ckpt")
+    record = {"stage": "e1", "epoch": 0, "metrics": {"val_loss_epoch": float("nan")}}
+    torch.save({"race": record}, tmp_path / "e1-albert-race-epoch=00-val_loss_epoch=nan.ckpt")
     with pytest.raises(RaceError, match="e1 diverged"):
         Stage("e1", tmp_path).best()
 
@@ -210,8 +220,8 @@ def test_a_wrong_learning_rate_in_force_stops_the_stage(cache, tmp_path):
 
 
 def test_a_fresh_run_of_a_stage_overwrites_nothing(cache, tmp_path, capsys):
-    for _ in range(2):
-        train("e1", cache, tmp_path, 1e-2, fresh=True)
+    for fresh in (False, True):
+        train("e1", cache, tmp_path, 1e-2, fresh=fresh)
     assert len(list((tmp_path / "checkpoints").glob("e1-*.ckpt"))) == 1
     assert len(list((tmp_path / "checkpoints" / "earlier").glob("e1-*/e1-albert*.ckpt"))) == 1
     assert len(list((tmp_path / "checkpoints" / "earlier").glob("e1-*/e1-state.ckpt"))) == 1
@@ -330,5 +340,5 @@ def test_a_base_model_with_another_tokenizer_is_refused(cache, tmp_path):
     pieces = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]", "▁", "a"]
     AlbertTokenizer(vocab=[(piece, 0.0) for piece in pieces]).save_pretrained(tmp_path)
     RaceModule(model=cache / "model").model.save_pretrained(tmp_path)
-    with pytest.raises(RaceError, match="another tokenizer than the cache"):
+    with pytest.raises(RaceError, match="another tokenizer than .*small: make a cache with"):
         start_stage(Stage("e1"), cache, base_model=tmp_path)

@@ -1,0 +1,172 @@
+"""The parameters of a notebook as one object, which every cell takes its settings from."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from race import LEVELS, SPLITS, RaceError
+
+ROOT = Path(__file__).resolve().parent.parent  # relative folders are meant from here, wherever a notebook runs
+NOTHING = ("", "none", "null")
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Lightning's short names
+OF_DATA = ("CACHE_DIR", "BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "LEVEL", "SEED")
+OF_SCORING = (*OF_DATA, "RUN_DIR", "SPLIT", "PRECISION", "FRESH")
+OF_TRAINING = ("MAX_EPOCHS", "PRECISION", "EARLY_STOPPING", "SAVE_MINUTES", "FRESH")
+
+
+class Settings:
+    """A notebook's parameters under their own names, read from its variables each time one is used.
+
+    Text that means a number, None or a flag is taken for it; relative folders are relative to the repository. In a
+    script made from a notebook, `--set NAME=VALUE` on the command line goes before the value in the script, and
+    `--set e3.NAME=VALUE` is for one stage only. Raises RaceError with every value that is not what it should be.
+    """
+
+    def __init__(self, variables: dict):
+        self._variables = variables
+        script = variables.get("__name__") == "__main__" and "__file__" in variables
+        self._given = _command_line(variables.get("STAGE")) if script else {}
+        self._values()
+
+    def __getattr__(self, name: str):
+        if name not in KINDS:
+            raise AttributeError(f"{name} is not a parameter")
+        return self._values()[name]
+
+    def _values(self) -> dict:
+        known = {name: value for name, value in self._variables.items() if name in KINDS}
+        return read({name: self._given.get(name, value) for name, value in known.items()})
+
+    def _some(self, names: tuple[str, ...]) -> dict:
+        values = self._values()
+        return {name.lower(): values[name] for name in names if name in values}
+
+    def data(self) -> dict:
+        """What RaceDataModule takes."""
+        return self._some(OF_DATA)
+
+    def scoring(self) -> dict:
+        """What race.score.predict takes, beside the checkpoint."""
+        return self._some(OF_SCORING)
+
+    def training(self, *made) -> dict:
+        """What train_stage takes, beside stage, module and data, which are given here as `made`.
+
+        Raises RaceError if one of them was made with other parameters than those in force.
+        """
+        values = self._values()
+        stale = [
+            f"{name} is {values[name]!r}, but {type(thing).__name__} was made with {used!r}"
+            for thing in made
+            for name, used in getattr(thing, "made_with", {}).items()
+            if name in values and values[name] != used
+        ]
+        if stale:
+            raise RaceError(f"{'; '.join(stale)}. Run the cells below the parameters again, from the top")
+        return self._some(OF_TRAINING)
+
+
+def read(given: dict) -> dict:
+    """Parameters by name, each as what is meant; raises RaceError with all that cannot be."""
+    values, problems = {}, []
+    for name, value in given.items():
+        kind, expected = KINDS[name]
+        try:
+            values[name] = kind(value)
+        except (ValueError, TypeError):
+            problems.append(f"{name} is {value!r}, expected {expected}")
+    if problems:
+        raise RaceError("; ".join(problems))
+    return values
+
+
+def parse_set(pairs: list[str], stage: str | None = None) -> dict[str, str]:
+    """NAME=VALUE pairs of a command line → {name: value} for one stage; raises RaceError for names nobody knows."""
+    general, own, problems = {}, {}, []
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        whose, dot, name = name.rpartition(".")
+        if not equals or name not in KINDS:
+            problems.append(f"--set {pair}: expected NAME=VALUE, with NAME one of {', '.join(KINDS)}")
+        elif not dot:
+            general[name] = value
+        elif whose == stage:
+            own[name] = value
+    if problems:
+        raise RaceError("\n".join(problems))
+    return general | own
+
+
+def _command_line(stage: str | None) -> dict[str, str]:
+    parser = argparse.ArgumentParser(description="A stage, as its notebook runs it.")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="pairs")
+    return parse_set(parser.parse_args().pairs, stage)
+
+
+def _integer(value) -> int:
+    if isinstance(value, bool) or int(float(value)) != float(value):
+        raise ValueError
+    return int(float(value))
+
+
+def _number(value) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    return value if isinstance(value, int | float) else float(value)
+
+
+def _flag(value) -> int:
+    words = {"true": True, "yes": True, "false": False, "no": False}
+    return words[value.lower()] if str(value).lower() in words and isinstance(value, str) else int(value)
+
+
+def _folder(value) -> str:
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise ValueError
+    folder = Path(value).expanduser()
+    return str(folder if Path.cwd() == ROOT else ROOT / folder)
+
+
+def from_root(path: Path) -> str:
+    """A path as seen from the repository, if it is in there."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def _place(value) -> str:
+    """A file or folder if there is one; otherwise the name as it is, perhaps of the hub."""
+    folder = _folder(value)
+    return folder if Path(folder).exists() else str(value)
+
+
+def _places(value) -> list[str]:
+    return [_place(one) for one in ([value] if isinstance(value, str | Path) else value)]
+
+
+def _precision(value) -> str:
+    return PRECISIONS.get(str(value), str(value))
+
+
+def _or_none(kind: Callable) -> Callable:
+    return lambda value: None if value is None or str(value).strip().lower() in NOTHING else kind(value)
+
+
+def _one_of(names: tuple[str, ...]) -> Callable:
+    return lambda value: names[names.index(value)]
+
+
+FOLDER, PLACE = (_folder, "a folder"), (_or_none(_place), "a path or a name, or None")
+COUNT, COUNT_OR_NONE = (_integer, "a whole number"), (_or_none(_integer), "a whole number, or None")
+KINDS: dict[str, tuple[Callable, str]] = {
+    **dict.fromkeys(("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR"), FOLDER),
+    **dict.fromkeys(("BASE_MODEL", "BASE_CHECKPOINT", "CHECKPOINT", "QUESTIONS"), PLACE),
+    "CHECKPOINTS": (_or_none(_places), "a list of paths or names, or None"),
+    "EXPORT_DIR": (_or_none(_folder), "a folder, or None"),
+    **dict.fromkeys(("LEARNING_RATE", "SAVE_MINUTES"), (_number, "a number")),
+    **dict.fromkeys(("MAX_EPOCHS", "BATCH_SIZE", "MAX_LEN", "SEED"), COUNT),
+    **dict.fromkeys(("LIMIT_QUESTIONS", "EARLY_STOPPING", "TOKEN_BUDGET"), COUNT_OR_NONE),
+    "PRECISION": (_or_none(_precision), "a name such as bf16-mixed, or None"),
+    "SPLIT": (_one_of(SPLITS), f"one of {', '.join(SPLITS)}"),
+    "LEVEL": (_or_none(_one_of(LEVELS)), f"{', '.join(LEVELS)} or None"),
+    "FRESH": (_flag, "True or False"),
+}

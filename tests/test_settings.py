@@ -1,0 +1,106 @@
+"""A notebook's parameters as one object: what is meant is taken, the rest is refused by name, and nothing is stale."""
+
+import sys
+
+import pytest
+import pytorch_lightning as pl
+
+from race import RaceError
+from race.data import RaceDataModule
+from race.settings import ROOT, Settings, parse_set
+from race.train.stages import Stage
+from race.train.training import start_stage, train_stage
+
+WORDS = {
+    "CACHE_DIR": "cache/race",
+    "CHECKPOINT_DIR": "/elsewhere/checkpoints",
+    "LEARNING_RATE": "1e-4",
+    "MAX_EPOCHS": "3",
+    "BATCH_SIZE": 32.0,
+    "LIMIT_QUESTIONS": "None",
+    "SEED": "0",
+    "PRECISION": 32,
+    "FRESH": "false",
+    "LEVEL": "high",
+    "CHECKPOINTS": "a.ckpt",
+    "BASE_MODEL": "albert-base-v2",
+    "unrelated": object(),
+}
+
+
+def test_what_is_meant_is_taken(tmp_path, monkeypatch):
+    """YAML reads 1e-4 as text; one path is a list of one; folders are relative to the repository."""
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(WORDS)
+    assert (settings.LEARNING_RATE, settings.MAX_EPOCHS, settings.BATCH_SIZE) == (1e-4, 3, 32)
+    assert type(settings.MAX_EPOCHS) is type(settings.BATCH_SIZE) is int
+    assert settings.LIMIT_QUESTIONS is None and settings.SEED == 0 and not settings.FRESH
+    assert (settings.PRECISION, settings.LEVEL, settings.CHECKPOINTS) == ("32-true", "high", ["a.ckpt"])
+    assert settings.CACHE_DIR == str(ROOT / "cache" / "race")
+    assert settings.CHECKPOINT_DIR == "/elsewhere/checkpoints" and settings.BASE_MODEL == "albert-base-v2"
+
+
+def test_the_rest_is_refused_by_name():
+    wrong = {"LEARNING_RATE": "fast", "MAX_EPOCHS": 2.5, "SEED": True, "SPLIT": "dev", "RUN_DIR": None}
+    wrong |= {"FRESH": "maybe"}
+    with pytest.raises(RaceError) as error:
+        Settings(wrong)
+    for name, expected in (
+        ("LEARNING_RATE is 'fast'", "a number"),
+        ("MAX_EPOCHS is 2.5", "a whole number"),
+        ("SEED is True", "a whole number"),
+        ("SPLIT is 'dev'", "one of train, validation, test"),
+        ("RUN_DIR is None", "a folder"),
+        ("FRESH is 'maybe'", "True or False"),
+    ):
+        assert f"{name}, expected {expected}" in str(error.value)
+
+
+def test_a_path_that_is_there_is_one_from_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Settings({"CHECKPOINT": "README.md"}).CHECKPOINT == str(ROOT / "README.md")
+
+
+def test_a_script_takes_parameters_from_its_command_line(monkeypatch):
+    """As the batch files and torchrun run a stage; in a notebook, the command line is the kernel's."""
+    monkeypatch.setattr(sys, "argv", ["ex03.py", "--set", "LEARNING_RATE=1e-5", "e3.MAX_EPOCHS=2", "e1.SEED=7"])
+    variables = {"LEARNING_RATE": 2e-6, "MAX_EPOCHS": 10, "SEED": 0, "STAGE": "e3", "__name__": "__main__"}
+    script = Settings(variables | {"__file__": "ex03.py"})
+    assert (script.LEARNING_RATE, script.MAX_EPOCHS, script.SEED) == (1e-5, 2, 0)
+    assert Settings(variables).LEARNING_RATE == 2e-6
+    with pytest.raises(RaceError, match="--set LERNRATE=1: expected NAME=VALUE, with NAME one of CACHE_DIR"):
+        parse_set(["LERNRATE=1"])
+    assert parse_set(["CHECKPOINT=a/e1-epoch=00.ckpt"]) == {"CHECKPOINT": "a/e1-epoch=00.ckpt"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"LEARNING_RATE": 1e-2}, "LEARNING_RATE is 0.01, but RaceModule was made with 0.0001"),
+        ({"BATCH_SIZE": 4}, "BATCH_SIZE is 4, but RaceDataModule was made with 8"),
+        ({"SEED": 1}, "SEED is 1, but RaceModule was made with 0"),
+        ({"LEVEL": "high"}, "LEVEL is 'high', but RaceDataModule was made with None"),
+        ({"CHECKPOINT_DIR": "/other"}, "CHECKPOINT_DIR is '/other', but Stage was made with"),
+        ({"BASE_MODEL": "albert-large-v2"}, "BASE_MODEL is 'albert-large-v2', but RaceModule was made with None"),
+        ({"CACHE_DIR": "/other"}, "CACHE_DIR is '/other', but RaceModule was made with"),
+    ],
+)
+def test_parameters_changed_after_something_was_made_are_noticed(cache, tmp_path, changed, what):
+    """The parameters edited and their cell run, then the training cell: never the old ones without a word."""
+    variables = {"CACHE_DIR": str(cache), "CHECKPOINT_DIR": str(tmp_path / "c"), "RUN_DIR": str(tmp_path / "r")}
+    variables |= {"LEARNING_RATE": 1e-4, "BATCH_SIZE": 8, "MAX_LEN": 512, "SEED": 0, "LIMIT_QUESTIONS": 16}
+    variables |= {"LEVEL": None, "BASE_MODEL": None, "MAX_EPOCHS": 1, "TOKEN_BUDGET": None}
+    settings = Settings(variables)
+    stage = Stage("e1", settings.CHECKPOINT_DIR, settings.RUN_DIR)
+    data = RaceDataModule(**settings.data())
+    pl.seed_everything(settings.SEED, verbose=False)
+    recipe = {"learning_rate": settings.LEARNING_RATE, "token_budget": settings.TOKEN_BUDGET}
+    module = start_stage(stage, settings.CACHE_DIR, settings.BASE_MODEL, **recipe)
+    variables |= changed
+    with pytest.raises(RaceError) as error:
+        train_stage(stage, module, data, **settings.training(stage, module, data))
+    assert what in str(error.value) and "Run the cells below the parameters again" in str(error.value)
+    assert not (tmp_path / "c").exists()
+    variables |= {"LEARNING_RATE": "1e-4", "BATCH_SIZE": "8", "SEED": 0, "LEVEL": None, "BASE_MODEL": "None"}
+    variables |= {"CHECKPOINT_DIR": str(tmp_path / "c"), "CACHE_DIR": str(cache), "MAX_EPOCHS": 2}
+    assert settings.training(stage, module, data)["max_epochs"] == 2  # which is used now, not when something was made
