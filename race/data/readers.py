@@ -262,6 +262,8 @@ def _tar_files(path: Path) -> list[tuple[str, Content]]:
 def _zip_files(path: Path) -> list[tuple[str, Content]]:
     """Every member is read, whatever its name: zipfile compares names and checksums only then."""
     with zipfile.ZipFile(path) as archive:
+        if any(b"PK\1\2" in member.comment + member.extra for member in archive.infolist()):
+            raise zipfile.BadZipFile("a damaged length took in the entries that follow it")
         members = tqdm(archive.infolist(), desc=f"unpacking {path}", unit=" files", delay=2, leave=False)
         files = [(member.filename.replace("\\", "/"), archive.read(member)) for member in members]
     return [(name, content) for name, content in files if _is_data(name)]
