@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import logging
-import re
 import signal
 import sys
 import time
@@ -80,11 +79,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--set", nargs="+", action="extend", default=[], dest="pairs", metavar="NAME=VALUE", help=given)
     options = parser.parse_args(arguments)
     try:
-        named = {name: read(parse_set(options.pairs, name)) for name in (None, *CHAIN)}[None]
+        for stage in CHAIN:
+            read(parse_set(options.pairs, stage))
+        named = parse_set(options.pairs)
     except RaceError as error:
         parser.error(str(error))
-    if taken := {"CACHE_DIR"} & named.keys() if options.name == "demo" else set():
-        parser.error(f"--set {', '.join(taken)}: the demo makes a cache of its own")
+    if options.name == "demo" and "CACHE_DIR" in named:
+        parser.error("--set CACHE_DIR: the demo makes a cache of its own")
     if options.seeds and (taken := {"CHECKPOINT_DIR", "RUN_DIR", "SEED"} & named.keys()):
         parser.error(f"--set {', '.join(sorted(taken))}: --seeds sets it for each seed")
     if options.base_checkpoint and options.stages[:1] in ([], ["e1"]):
@@ -135,9 +136,9 @@ def plan(options: argparse.Namespace, split: str, seed: int | None = None) -> li
 
 def _given(options: argparse.Namespace, notebook: str, stage: str | None) -> dict:
     """What --set says for a notebook: those of its parameters that are named."""
-    content = json.loads(Path(__file__).parents[1].joinpath(f"{notebook}.ipynb").read_text(encoding="utf-8"))
-    (cell,) = [cell for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", [])]
-    known = re.findall(r"^([A-Z_]+) = ", "".join(cell["source"]), re.MULTILINE)
+    import papermill
+
+    known = papermill.inspect_notebook(Path(__file__).parents[1] / f"{notebook}.ipynb")
     return {name: value for name, value in parse_set(options.pairs, stage).items() if name in known}
 
 

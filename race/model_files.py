@@ -8,6 +8,7 @@ from pathlib import Path
 
 from race import FAMILIES, RaceError
 
+MODEL_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "*.txt"]
 TENSORFLOW = ("*.ckpt*", "*.data-?????-of-?????", "albert_config.json", "bert_config.json", "tf_model.h5")
 
 
@@ -48,6 +49,17 @@ def model_file(model: str | Path, name: str) -> Path | None:
     except (OSError, ValueError):
         return None
     return Path(found) if isinstance(found, str) else None  # or a mark that the hub has no such file
+
+
+def local_copy(name: str) -> Path:
+    """The folder of a whole model of the hub, downloaded or as it was kept before; raises RaceError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise not_loaded(name, "model", error, "") from error
 
 
 def model_json(model: str | Path, name: str) -> dict:

@@ -9,6 +9,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get("RACE_TEST_DATA", ROOT.parent / "shared" / "data"))
 ALBERT = TEST_DATA / "albert-base-v2"
 STAGES = ("ex01", "ex02", "ex03")
+RECORD = {  # two questions in RACE's own layout
+    "article": "Tom has a dog.",
+    "questions": ["What has Tom?", "Tom has _ ."],
+    "options": [["a cat", "a dog", "a cow", "a hen"], ["a car", "a hat", "a dog", "a bag"]],
+    "answers": ["B", "C"],
+    "id": "middle1.txt",
+}
 NOTEBOOKS = (*STAGES, "eval_test_dataset_race", "eval_test_dataset_race_2")
 
 

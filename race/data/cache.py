@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError, check_least
 from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
 from race.data.encoding import Template, check_encoding, keep_last, question_option
-from race.data.reference import check_reference
+from race.data.reference import LINE, check_reference
 from race.data.sources import Passage, read_source, record_problems
 from race.data.tokenizing import WordTokenizer
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
@@ -25,7 +25,6 @@ from race.files import file_hash, file_identity, known_hash, move_into_place, te
 FORMAT = 2
 NO_HASH = "0" * 64
 AGAIN = "make the cache again with --force"
-PROBE = "“Ada’s” CAFÉ -- ``naïve'' ... it's £1,234.50 (ﬁve)\u3000或 _"
 
 
 def build_cache(
@@ -309,7 +308,7 @@ def check_tokenizer(model: str | Path, manifest: dict, cache_dir: str | Path) ->
     if tokenizer_hash(own) == manifest["tokenizer"]["sha256"]:
         return
     kept = load_tokenizer(Path(cache_dir) / "model")
-    if own.get_vocab() != kept.get_vocab() or own(PROBE)["input_ids"] != kept(PROBE)["input_ids"]:
+    if own.get_vocab() != kept.get_vocab() or own(LINE)["input_ids"] != kept(LINE)["input_ids"]:
         raise RaceError(f"{model} has another tokenizer than {cache_dir}: make a cache with --model {model}")
 
 

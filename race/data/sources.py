@@ -35,12 +35,11 @@ def read_source(
     except RaceError as error:
         raise _refusal(source, [str(error)]) from error
     passages: dict[str, list[Passage]] = {}
-    problems, empty = [], []
+    problems, lines = [], []
     for split in SPLITS:
-        # the demo asks one question twice: its published accuracies are with both
-        checked = _Split(records.get(split, []), answers, once=source != "demo")
+        checked = _Split(records.get(split, []), answers)
         problems += checked.problems
-        empty += checked.empty
+        lines += checked.lines
         if checked.passages:
             passages[split] = checked.passages
         if checked.repeats:
@@ -50,7 +49,7 @@ def read_source(
         problems.append("no questions found")
     if problems and not (skip_bad and passages):
         raise _refusal(source, problems)
-    return passages, [*notes, *(f"{problem}; left out" for problem in problems), *empty]
+    return passages, [*notes, *(f"{problem}; left out" for problem in problems), *lines]
 
 
 def _refusal(source: str, problems: list[str]) -> RaceError:
@@ -65,11 +64,11 @@ def _refusal(source: str, problems: list[str]) -> RaceError:
 class _Split:
     """The passages of one split, and what is wrong with its records."""
 
-    def __init__(self, records: list[Found], answers: bool, once: bool = True) -> None:
+    def __init__(self, records: list[Found], answers: bool) -> None:
         self.passages: list[Passage] = []
         self.problems: list[str] = []
-        self.empty: list[str] = []  # lines about passages without questions
-        self.repeats, self._once = 0, once
+        self.lines: list[str] = []  # what is left out and no problem: passages without questions, questions in conflict
+        self.repeats = 0
         self._ids: dict[tuple[str, str], str] = {}  # (level, id) → place
         self._firsts: dict[tuple, tuple[Found, int, int]] = {}  # (article, question, *options) → record, index, label
         for found in records:
@@ -84,7 +83,7 @@ class _Split:
         labels = [LABELS.get(str(answer), -1) for answer in record.get("answers") or [None] * count]
         kept = [i for i in range(count) if i not in bad and self._is_new(found, i, labels[i])]
         if not count:
-            self.empty.append(f"{found.place}: a passage without questions, left out")
+            self.lines.append(f"{found.place}: a passage without questions, left out")
         key = record["level"], record["id"]
         place = self._ids.setdefault(key, found.place) if kept or not count else found.place
         if place is not found.place:
@@ -95,17 +94,17 @@ class _Split:
             self.passages.append(Passage(*passage, [labels[i] for i in kept], kept))
 
     def _is_new(self, found: Found, i: int, label: int) -> bool:
-        """False if the question occurred before, with the same article and options; with another answer: a problem."""
+        """False if the question occurred before, with the same article and options; then the first one counts."""
         question, options = found.record["questions"][i], found.record["options"][i]
         this = found, i, label
         first = self._firsts.setdefault((found.record["article"], question, *options), this)
-        if first is this or not self._once:
+        if first is this:
             return True
         if first[2] == label or -1 in (first[2], label):
             self.repeats += 1
         else:
             where = first[0].rows[first[1]] if first[0].rows else f"{first[0].place}, question {first[1]}"
-            self.problems.append(_told(found, i, f"question {i}: the same as {where}, with another answer"))
+            self.lines.append(_told(found, i, f"question {i}: the same as {where}, with another answer; left out"))
         return False
 
 

@@ -51,6 +51,12 @@ def listed(names) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def origin(checkpoint) -> str:
+    """What a checkpoint remembers: "stage e3, epoch 1, trained from e2-….ckpt"; or that it is not known."""
+    facts = {"stage": checkpoint.stage, "epoch": checkpoint.epoch, "trained from": checkpoint.base}
+    return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in facts.items())
+
+
 def headline(table: pd.DataFrame) -> str:
     """The result of one checkpoint: accuracy with interval, against chance, and macro accuracy over the levels."""
     row = table.iloc[0]

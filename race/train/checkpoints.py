@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from race import RaceError
+from race import HUB_ID, RaceError
 from race.data.cache import check_tokenizer
 from race.files import file_identity, known_hash, read_archive, save_archive
-from race.train.weights import HUB_ID, LIBRARIES, foreign_module, local_copy, weight_files
+from race.model_files import local_copy
+from race.train.weights import LIBRARIES, foreign_module, weight_files
 from race_module import RaceModule
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -60,11 +61,6 @@ class Checkpoint:
         if self.own:
             return RaceModule.load_from_checkpoint(self.path, **settings)
         return foreign_module(self.path, cache_dir, **settings)
-
-    def about(self) -> str:
-        """What is known of it, in a sentence."""
-        facts = {"stage": self.stage, "epoch": self.epoch, "trained from": self.base}
-        return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in facts.items())
 
     def __str__(self) -> str:
         return str(self.path)

@@ -212,8 +212,7 @@ def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule) -> 
     base = {"the base": "base", "the base's sha256": "base_sha256", "the cache": "cache"}
     identity = {name: module.lineage.get(key) for name, key in base.items()}
     identity |= {name: getattr(module, name.lower()) for name in ("LEARNING_RATE", "weight_decay", "adam_epsilon")}
-    of_data = ("BATCH_SIZE", "MAX_LEN", "SEED", "LIMIT_QUESTIONS", "LEVEL")
-    return identity | {name: getattr(data, name.lower()) for name in of_data}
+    return identity | {name: value for name, value in data.made_with.items() if name != "CACHE_DIR"}
 
 
 def changed_settings(state: dict, identity: dict) -> list[str]:

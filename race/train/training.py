@@ -137,7 +137,7 @@ def train_stage(
         callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))
     trainer = _trainer(stage, module.model.config.model_type, state, max_epochs, precision, log_every, callbacks)
     data.start_at(0, 0)
-    recipe = {name: getattr(data, name) for name in ("batch_size", "max_len", "seed", "limit_questions", "level")}
+    recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
     recipe |= {"precision": trainer.precision, "processes": trainer.world_size}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     if state is not None:

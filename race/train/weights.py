@@ -1,6 +1,5 @@
-"""Weights of other people's multiple-choice models: Lightning and torch files, Hugging Face folders and hub names."""
+"""Weights of other people's multiple-choice models: Lightning and torch files, and Hugging Face folders."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -9,11 +8,9 @@ from safetensors.torch import load_file
 
 from race import RaceError
 from race.files import read_archive
-from race.model_files import load_config
+from race.model_files import load_config, weights_problem
 from race_module import RaceModule
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-MODEL_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "*.txt"]
 HOLDERS = ("state_dict", "model_state_dict", "model")  # where a file may keep its weights
 WRAPPERS = ("module", "_orig_mod", "_forward_module")  # parts of a name that DDP, torch.compile and Fabric add
 # Libraries whose objects checkpoints keep beside the weights; they are read as nothing, and none of their code runs.
@@ -26,19 +23,6 @@ LIBRARIES = (
     "transformers",
 )
 LIBRARIES += ("argparse", "pathlib", "omegaconf", "numpy", "typing", "collections", "__main__")
-
-
-def local_copy(name: str) -> Path:
-    """The folder of a model on the hub, downloaded or as it was kept before; raises RaceError."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise RaceError(
-            f"{name}: no such checkpoint, and no model of that name on the hub could be loaded ({type(error).__name__})"
-        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -68,7 +52,7 @@ def folder_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         read = [load_file(path) if path.suffix == ".safetensors" else read_archive(path) for path in files]
     except (OSError, SafetensorError) as error:
-        raise RaceError(f"{folder}: {files[0].name} is cut off or damaged ({error}); get a good copy") from error
+        raise RaceError(f"{folder}: its weights cannot be loaded: {weights_problem(error)}") from error
     return {name: tensor for part in read for name, tensor in part.items()}
 
 

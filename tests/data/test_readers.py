@@ -104,11 +104,11 @@ def test_within_a_record_and_across_forms_a_question_counts_once(tmp_path):
     assert notes == ["validation: 2 questions occur twice and are counted once"]
 
 
-def test_of_two_answers_to_one_question_skip_bad_keeps_the_first(tmp_path):
+def test_of_two_answers_to_one_question_the_first_counts(tmp_path):
     write(tmp_path, "train.csv", table(row(), row(answer="C")))
-    assert "train.csv, row 3: question: the same as train.csv, row 2, with another answer" in refusal(tmp_path)
-    splits, notes = read_source(str(tmp_path), True)
-    assert [p.labels for p in splits["train"]] == [[1]] and len(notes) == 1
+    splits, notes = read_source(str(tmp_path))
+    assert splits["train"][0].labels == [1]
+    assert notes == ["train.csv, row 3: question: the same as train.csv, row 2, with another answer; left out"]
 
 
 # -------------------------------------------------------------------------------------------- archives and paths

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
+from helpers import RECORD
 
 import generate_race_cache
 from race.score.answers import answers, main
@@ -14,13 +15,6 @@ from race.score.statistics import PROBABILITIES
 from race.train.checkpoints import Checkpoint
 from race_module import RaceModule
 
-RECORD = {
-    "article": "Tom has a dog.",
-    "questions": ["What has Tom?", "Tom has _ ."],
-    "options": [["a cat", "a dog", "a cow", "a hen"], ["a car", "a hat", "a dog", "a bag"]],
-    "answers": ["B", "C"],
-    "id": "middle1.txt",
-}
 ARTICLES = ["Tom has a dog. The dog is old.", "Ada found a kite in the park, and NA is a name."]
 ROWS = [
     (ARTICLES[0], "What has Tom?", "a cat", "a dog", "a cow", "NA"),

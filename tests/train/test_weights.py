@@ -13,6 +13,7 @@ from transformers import AlbertForMultipleChoice, AlbertForPreTraining, AlbertFo
 from race import RaceError
 from race.export.folder import export_checkpoint
 from race.files import save_archive
+from race.report.sentences import origin
 from race.score.predict import predict, score_each
 from race.score.statistics import PROBABILITIES
 from race.train.checkpoints import Checkpoint
@@ -68,7 +69,7 @@ def test_a_plain_lightning_checkpoint_is_scored(own, expected, weights, cache, t
     save_archive(content, tmp_path / AUTHORS)
     theirs = Checkpoint(tmp_path / AUTHORS)
     assert (theirs.stage, theirs.epoch, theirs.val_loss, theirs.learning_rate, theirs.base) == (None,) * 5
-    assert theirs.about() == "stage unknown, epoch unknown, trained from unknown"
+    assert origin(theirs) == "stage unknown, epoch unknown, trained from unknown"
     found = predict(theirs, cache, "test", device="cpu")
     pd.testing.assert_frame_equal(found, expected)
     predictions, tables = score_each([own, theirs], cache, "test", tmp_path, False, device="cpu")
@@ -176,9 +177,16 @@ def test_another_vocabulary_is_refused(own, cache, tmp_path):
         predict(Checkpoint(tmp_path), cache, "test", device="cpu")
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "nothing.ckpt", "checkpoints/nothing/e1.ckpt"])
-def test_what_is_not_there_is_said(name):
-    with pytest.raises(RaceError, match=f"{name}: no such checkpoint"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/nothing", "no such folder, and from the hub its model cannot be loaded"),
+        ("nothing.ckpt", "no such checkpoint"),
+        ("checkpoints/nothing/e1.ckpt", "no such checkpoint"),
+    ],
+)
+def test_what_is_not_there_is_said(name, message):
+    with pytest.raises(RaceError, match=f"{name}: {message}"):
         Checkpoint(name)
 
 
