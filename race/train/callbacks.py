@@ -65,7 +65,7 @@ class EarlierRun(pl.Callback):
 
 
 class LossWatch(pl.Callback):
-    """Warns a user whose model does not learn, and stops a stage whose loss is NaN or infinite."""
+    """Warns a user whose model has not begun to learn, and stops a stage whose loss is NaN or infinite."""
 
     def __init__(self):
         self.told = False
@@ -100,8 +100,8 @@ class LossWatch(pl.Callback):
             self.told = True
             trainer.progress_bar_callback.print(
                 f"the loss has stayed at {mean:.3f} for about {STUCK:,} questions; chance is ln 4 = {CHANCE_LOSS:.3f}: "
-                "the model does not learn. What helps: a lower or higher LEARNING_RATE; pretrained weights (random "
-                "ones stay here for long); dropout 0 for ALBERT v2; a batch of 16 questions or more"
+                "so far the model has learned nothing. Random weights stay here for long; with pretrained ones, try a "
+                "lower or higher LEARNING_RATE, dropout 0 for ALBERT v2, a batch of 16 questions or more"
             )
 
 
