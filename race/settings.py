@@ -6,7 +6,7 @@ from pathlib import Path
 
 from race import LEVELS, SPLITS, RaceError
 
-ROOT = Path(__file__).resolve().parent.parent  # relative folders are meant from here, wherever a notebook runs
+ROOT = Path(__file__).resolve().parent.parent
 NOTHING = ("", "none", "null")
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Lightning's short names
 OF_DATA = ("CACHE_DIR", "BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "LEVEL", "SEED")
@@ -17,9 +17,10 @@ OF_TRAINING = ("MAX_EPOCHS", "PRECISION", "EARLY_STOPPING", "SAVE_MINUTES", "FRE
 class Settings:
     """A notebook's parameters under their own names, read from its variables each time one is used.
 
-    Text that means a number, None or a flag is taken for it; relative folders are relative to the repository. In a
-    script made from a notebook, `--set NAME=VALUE` on the command line goes before the value in the script, and
-    `--set e3.NAME=VALUE` is for one stage only. Raises RaceError with every value that is not what it should be.
+    Text that means a number, None or a flag is taken for it. Relative folders are meant from where the notebook runs if
+    CACHE_DIR is there, otherwise from the repository. In a script made from a notebook, `--set NAME=VALUE` on the
+    command line goes before the value in the script, and `--set e3.NAME=VALUE` is for one stage only. Raises RaceError
+    with every value that is not what it should be.
     """
 
     def __init__(self, variables: dict):
@@ -77,7 +78,18 @@ def read(given: dict) -> dict:
             problems.append(f"{name} is {value!r}, expected {expected}")
     if problems:
         raise RaceError("; ".join(problems))
-    return values
+    cache = Path(values.get("CACHE_DIR", ROOT))
+    here = Path.cwd() == ROOT or (cache.exists() and not cache.is_absolute())
+    return values if here else {name: _from_repository(name, value) for name, value in values.items()}
+
+
+def _from_repository(name: str, value):
+    """A folder as a path in the repository; of a file or a name that may be of the hub, only if it is there."""
+    if KINDS[name] is FOLDER or (name == "EXPORT_DIR" and value):
+        return str(ROOT / value)
+    if KINDS[name] is PLACE and value:
+        return str(ROOT / value) if (ROOT / value).exists() else value
+    return [_from_repository("CHECKPOINT", one) for one in value] if name == "CHECKPOINTS" and value else value
 
 
 def parse_set(pairs: list[str], stage: str | None = None) -> dict[str, str]:
@@ -120,11 +132,10 @@ def _flag(value) -> int:
     return words[value.lower()] if str(value).lower() in words and isinstance(value, str) else int(value)
 
 
-def _folder(value) -> str:
+def _path(value) -> str:
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError
-    folder = Path(value).expanduser()
-    return str(folder if Path.cwd() == ROOT else ROOT / folder)
+    return str(Path(value).expanduser())
 
 
 def from_root(path: Path) -> str:
@@ -133,14 +144,8 @@ def from_root(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
-def _place(value) -> str:
-    """A file or folder if there is one; otherwise the name as it is, perhaps of the hub."""
-    folder = _folder(value)
-    return folder if Path(folder).exists() else str(value)
-
-
-def _places(value) -> list[str]:
-    return [_place(one) for one in ([value] if isinstance(value, str | Path) else value)]
+def _paths(value) -> list[str]:
+    return [_path(one) for one in ([value] if isinstance(value, str | Path) else value)]
 
 
 def _precision(value) -> str:
@@ -155,13 +160,13 @@ def _one_of(names: tuple[str, ...]) -> Callable:
     return lambda value: names[names.index(value)]
 
 
-FOLDER, PLACE = (_folder, "a folder"), (_or_none(_place), "a path or a name, or None")
+FOLDER, PLACE = (_path, "a folder"), (_or_none(_path), "a path or a name, or None")
 COUNT, COUNT_OR_NONE = (_integer, "a whole number"), (_or_none(_integer), "a whole number, or None")
 KINDS: dict[str, tuple[Callable, str]] = {
     **dict.fromkeys(("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR"), FOLDER),
     **dict.fromkeys(("BASE_MODEL", "BASE_CHECKPOINT", "CHECKPOINT", "QUESTIONS"), PLACE),
-    "CHECKPOINTS": (_or_none(_places), "a list of paths or names, or None"),
-    "EXPORT_DIR": (_or_none(_folder), "a folder, or None"),
+    "CHECKPOINTS": (_or_none(_paths), "a list of paths or names, or None"),
+    "EXPORT_DIR": (_or_none(_path), "a folder, or None"),
     **dict.fromkeys(("LEARNING_RATE", "SAVE_MINUTES"), (_number, "a number")),
     **dict.fromkeys(("MAX_EPOCHS", "BATCH_SIZE", "MAX_LEN", "SEED"), COUNT),
     **dict.fromkeys(("LIMIT_QUESTIONS", "EARLY_STOPPING", "TOKEN_BUDGET"), COUNT_OR_NONE),

@@ -31,9 +31,12 @@ def chain(cache, tmp_path_factory):
         "RUN_DIR": str(folder / "run"),
         "LIMIT_QUESTIONS": 48,
     }
+    asked = "article,question,A,B,C,D\nTom has a dog.,Tom has a ____ .,cat,dog,hen,cow\n"
+    (folder / "asked.csv").write_text(asked)
     for notebook, rate in zip(NOTEBOOKS, (1e-2, 1e-2, 1e-3, None, None), strict=True):
-        training = {"LEARNING_RATE": rate, "MAX_EPOCHS": 1} if rate else {}
-        run_notebook(notebook, places | training)
+        training = {"LEARNING_RATE": str(rate), "MAX_EPOCHS": 1} if rate else {}  # text, as YAML gives 1e-2
+        more = {"QUESTIONS": str(folder / "asked.csv")} if notebook == "eval_test_dataset_race" else {}
+        run_notebook(notebook, places | training | more)
     return folder
 
 
@@ -80,6 +83,12 @@ def test_evaluations_leave_what_they_found_as_json(chain):
     best = max(results)
     assert compared["verdict"].startswith(tuple(f"{name} has the highest" for name in results[results == best].index))
     assert compared["ensemble"][0]["questions"] == 48
+
+
+def test_questions_without_answers_are_answered(chain):
+    (path,) = (chain / "run" / "answers").glob("asked-e3-*.csv")
+    (row,) = pd.read_csv(path).to_dict("records")
+    assert row["question"] == "Tom has a ____ ." and row["choice"] in "ABCD" and "accuracy" not in row
 
 
 def test_an_executed_notebook_runs_again_where_it_lies(chain):

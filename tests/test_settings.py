@@ -58,7 +58,19 @@ def test_the_rest_is_refused_by_name():
 
 def test_a_path_that_is_there_is_one_from_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Settings({"CHECKPOINT": "README.md"}).CHECKPOINT == str(ROOT / "README.md")
+    variables = {"CACHE_DIR": "cache/mine", "CHECKPOINT": "README.md", "CHECKPOINTS": ["docs", "some/name"]}
+    settings = Settings(variables)
+    assert settings.CHECKPOINT == str(ROOT / "README.md")
+    assert settings.CHECKPOINTS == [str(ROOT / "docs"), "some/name"]
+
+
+def test_a_notebook_beside_a_cache_of_its_own_stays_there(tmp_path, monkeypatch):
+    """A copy of the notebooks in another folder never touches the checkpoints of the repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache" / "race").mkdir(parents=True)
+    settings = Settings({"CACHE_DIR": "cache/race", "CHECKPOINT_DIR": "checkpoints/race", "RUN_DIR": "runs/race"})
+    assert [settings.CACHE_DIR, settings.CHECKPOINT_DIR] == ["cache/race", "checkpoints/race"]
+    assert settings.RUN_DIR == "runs/race"
 
 
 def test_a_script_takes_parameters_from_its_command_line(monkeypatch):

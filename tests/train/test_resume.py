@@ -210,6 +210,15 @@ def test_fresh_starts_again(begun, cache, tmp_path, capsys):
     assert list((tmp_path / "copy" / "checkpoints" / "earlier").glob("e1-*/e1-state.ckpt"))
 
 
+def test_a_level_is_part_of_the_run(cache, tmp_path):
+    """Trained on the middle questions only; another level is another run, and the checkpoint says which it was."""
+    trainer = stage(tmp_path, cache, epochs=1, data={"level": "middle"})
+    assert set(trainer.datamodule.train_dataset.columns()["level"]) == {"middle"}
+    assert e1(tmp_path).best().lineage["recipe"]["level"] == "middle"
+    with pytest.raises(RaceError, match="LEVEL was 'middle', is None"):
+        stage(tmp_path, cache, epochs=1)
+
+
 def test_fresh_counts_once(cache, tmp_path, capsys):
     """Left standing after an interrupt, it does not begin anew; with other settings, or another number, it does."""
 

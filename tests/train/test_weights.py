@@ -105,6 +105,18 @@ def test_a_hugging_face_folder_is_scored(safe, own, expected, cache, tmp_path):
     assert found[PROBABILITIES].to_numpy() == pytest.approx(expected[PROBABILITIES].to_numpy(), abs=1e-6)
 
 
+def test_a_model_of_the_hub_is_scored_from_its_copy_offline(own, expected, cache, tmp_path, monkeypatch):
+    """As after a download on the login node: the layout of huggingface_hub's cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--somebody--albert-race"
+    own.load(cache).model.save_pretrained(kept / "snapshots" / "abc")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    theirs = Checkpoint("somebody/albert-race")
+    assert (theirs.name, theirs.label, theirs.stage) == ("somebody/albert-race", "somebody--albert-race", None)
+    pd.testing.assert_frame_equal(predict(theirs, cache, "test", device="cpu"), expected)
+
+
 def test_an_export_remembers_where_it_comes_from(own, expected, cache, tmp_path):
     export_checkpoint(own.path, tmp_path / "export", cache)
     exported = Checkpoint(tmp_path / "export")
