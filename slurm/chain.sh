@@ -33,7 +33,7 @@ run() { # one step; srun passes the signal on to its processes, and ends all whe
 }
 
 for stage in ex01 ex02 ex03; do
-  "$BIN/jupyter" nbconvert --to script --log-level WARN --output-dir "$SCRIPTS" "$stage.ipynb" || exit 1
+  "$BIN/jupyter" nbconvert --to python --log-level WARN --output-dir "$SCRIPTS" "$stage.ipynb" || exit 1
   run "$BIN/python" "$SCRIPTS/$stage.py" "$@"
 done
 run --nodes=1 --ntasks=1 "$BIN/python" -m race.chain race --stages "$@"

@@ -1,7 +1,9 @@
 """The batch files, with stand-ins for Slurm: requeued when stopped, ended when failed, done after the evaluations."""
 
 import os
+import shutil
 import subprocess
+import sys
 
 import pytest
 from helpers import ROOT
@@ -46,6 +48,17 @@ def job(tmp_path):
         return ended.returncode, (tmp_path / "calls").read_text().splitlines()
 
     return run
+
+
+def test_the_notebooks_become_scripts(job, tmp_path):
+    """By the real nbconvert, which chooses another suffix if it does not know the language."""
+    for stage in ("ex01", "ex02", "ex03"):
+        shutil.copy(ROOT / f"{stage}.ipynb", tmp_path)
+    (tmp_path / "bin" / "jupyter").write_text(f'#!/bin/bash\nexec {sys.executable} -m jupyter "$@"\n')
+    status, calls = job()
+    assert status == 0
+    for call in calls[:3]:
+        assert "train_stage(stage, module, data" in (tmp_path / call.split()[-1]).read_text()
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -25,7 +25,7 @@ from race.train.state import read_state
 
 @pytest.fixture(scope="module")
 def script(cache, tmp_path_factory):
-    """script(folder) -> ex01 as a script, as `jupyter nbconvert --to script` gives it, with parameters of a test."""
+    """script(folder) -> ex01 as a script, as `jupyter nbconvert --to python` gives it, with parameters of a test."""
     from nbconvert import PythonExporter
 
     text, _ = PythonExporter().from_notebook_node(nbformat.read(ROOT / "ex01.ipynb", 4))
