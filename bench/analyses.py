@@ -9,17 +9,17 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-import race.report.figures as figures
-import race.report.score_figures as score_figures
-import race.score.comparison as comparison
-import race.score.statistics as statistics
 from bench.common import in_turn, real_cache, report, spread, timed
+from race import LETTERS
 from race.data import RaceDataModule
 from race.data.module import RaceDataset
+from race.report import figures, score_figures, sentences
 from race.report.error_browser import error_browser, mistake_cards
+from race.score import calibration, comparison, statistics
 from race.score.predict import question_facts
-from race.score.results import accuracy_table, read_predictions, save_predictions
+from race.score.results import SEEN_COLUMNS, accuracy_table, read_predictions, save_predictions
 
 MODELS = ("e1", "e2", "e3")
 
@@ -50,8 +50,9 @@ def write_predictions(folder: Path, dataset: RaceDataset) -> None:
         logits = rng.normal(0, 1, (len(dataset), 4))
         logits[np.arange(len(dataset)), columns["label"]] += skill
         table = facts.assign(**{name: columns[name] for name in ("example_id", "question_index", "level")})
-        table["answer"] = np.take(statistics.LETTERS, columns["label"])
-        table["prediction"] = np.take(statistics.LETTERS, logits.argmax(1))
+        table["answer"] = np.take(LETTERS, columns["label"])
+        table["prediction"] = np.take(LETTERS, logits.argmax(1))
+        table = table.assign(**dict.fromkeys(SEEN_COLUMNS.values(), pd.array([False] * len(table), "boolean")))
         table[statistics.PROBABILITIES] = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         save_predictions(folder / f"{model}.parquet", table, {"settings": {}})
 
@@ -66,19 +67,22 @@ def one_checkpoint(folder: Path, dataset: RaceDataset) -> None:
     predictions, validation = read(folder, "e3"), read(folder, "e2")
     table = accuracy_table(predictions, "e3", "e3.ckpt", "test")
     groups = statistics.group_accuracies(predictions)
-    temperature = statistics.fit_temperature(validation)
-    versions = {"as is": predictions, "changed": statistics.at_temperature(predictions, temperature)}
-    calibration = statistics.calibration_table(versions)
-    curve = statistics.coverage_curve(predictions)
-    statistics.coverage_groups(curve)
-    for sentence in (statistics.overlap_sentence, statistics.letter_sentence, statistics.longest_option_sentence):
+    temperature, _ = calibration.fit_temperature(validation)
+    after = calibration.at_temperature(predictions, temperature)
+    versions, change = {"as is": predictions, "changed": after}, calibration.log_loss_change(predictions, after)
+    calibrated, curve = calibration.calibration_table(versions), calibration.coverage_curve(predictions)
+    calibration.coverage_groups(curve)
+    sentences.headline(table.assign(macro_accuracy=0.5, macro_low=0.4, macro_high=0.6))
+    sentences.calibration(calibrated, temperature, change)
+    sentences.groups(groups)
+    for sentence in (sentences.overlap, sentences.letters, sentences.longest_option):
         sentence(predictions)
-    diagrams = {name: statistics.reliability(version) for name, version in versions.items()}
+    diagrams = {name: calibration.reliability(version) for name, version in versions.items()}
     drawn = [
         score_figures.accuracy_figure(table),
-        score_figures.groups_figure(groups, table["accuracy"][0]),
+        score_figures.groups_figure(groups, sentences.groups_title(groups)),
         score_figures.confusion_figure(statistics.confusion(predictions)),
-        score_figures.confidence_figure(diagrams, list(calibration["calibration_error"]), curve),
+        score_figures.confidence_figure(diagrams, calibrated, curve),
     ]
     for number, figure in enumerate(drawn):
         figures.save_figure(figure, folder, f"one-{number}")
@@ -90,8 +94,8 @@ def side_by_side(folder: Path) -> None:
     """What eval_test_dataset_race_2.ipynb does with predictions."""
     predictions = {model: read(folder, model) for model in MODELS}
     pairs = comparison.compare_pairs(predictions)
-    title = comparison.short_verdict(predictions, pairs)
-    comparison.verdict(predictions, pairs)
+    title = sentences.short_verdict(predictions, pairs)
+    sentences.verdict(predictions, pairs)
     together = comparison.ensemble(list(predictions.values()))
     comparison.compare_pairs({"e3": predictions["e3"], "the ensemble": together})
     figures.save_figure(figures.differences_figure(pairs, title), folder, "pairs")

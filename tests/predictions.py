@@ -32,8 +32,25 @@ def random_predictions(count: int, seed: int = 0) -> pd.DataFrame:
         "truncated": rng.random(count) < 0.1,
         "longest_option": rng.choice(LETTERS, count),
         "article_in_train": pd.array(rng.random(count) < 0.02, dtype="boolean"),
+        "article_in_validation": pd.array([False] * count, dtype="boolean"),
+        "example_id": [f"{number // 3}" for number in range(count)],
     }
     return table.assign(**facts)
+
+
+def on_passages(seed: int, icc: float, levels=((350, 0.72), (150, 0.77))) -> pd.DataFrame:
+    """Predictions on passages of 2 to 5 questions, with intraclass correlation icc (beta-binomial).
+
+    levels: passages and accuracy of high, then middle.
+    """
+    rng, parts = np.random.default_rng(seed), []
+    for level, (passages, accuracy) in zip(("high", "middle"), levels, strict=True):
+        sizes, scale = rng.integers(2, 6, passages), 1 / max(icc, 1e-9) - 1
+        rates = np.repeat(rng.beta(accuracy * scale, (1 - accuracy) * scale, passages), sizes)
+        correct = rng.random(len(rates)) < rates
+        names = np.repeat([f"{level}{number}" for number in range(passages)], sizes)
+        parts.append(pd.DataFrame({"example_id": names, "level": level, "prediction": np.where(correct, "A", "B")}))
+    return pd.concat(parts, ignore_index=True).assign(answer="A")
 
 
 def two(both: int, gained: int, lost: int, neither: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -33,11 +33,14 @@ def chain(monkeypatch, tmp_path):
         if fails:
             raise RaceError(name)
         if name == "eval_test_dataset_race_2":
-            row = ["e3", "e3.ckpt", "test", "all", 100, 60, 0.6 + 0.02 * parameters["SEED"], 0, 1]
-            pd.DataFrame([row], columns=RESULT_COLUMNS).to_csv(run_dir / "results.csv", index=False)
+            seed = parameters["SEED"]
+            rows = [["e2", "e2.ckpt", "test", "all", 100, 60, 0.6, 0, 1]]
+            rows += [["e3", "e3.ckpt", "test", "all", 100, 60, 0.6 + 0.02 * seed, 0, 1]]
+            hashes = {"checkpoint_sha256": [f"e2 of {run.hashes.get(seed, seed)}", f"e3 of {seed}"]}
+            pd.DataFrame(rows, columns=RESULT_COLUMNS).assign(**hashes).to_csv(run_dir / "results.csv", index=False)
         return 0
 
-    run.failing = None
+    run.failing, run.hashes = None, {}
     monkeypatch.setattr(module, "run_notebook", run_notebook)
     return run
 
@@ -46,7 +49,19 @@ def test_each_seed_runs_the_chain_in_folders_of_its_own(chain, tmp_path, capsys)
     assert chain("race", "--seeds", "1", "2") == 0
     assert chain.ran == [(name, seed) for seed in (1, 2) for name in NOTEBOOKS]
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"race-seed1", "race-seed2", "race-over-seeds"}
-    assert "| e3 | test | all | 100 | 2 (1 2) | 63.0 % |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| e3 | test | all | 100 | 2 (1 2) | 63.0 % |" in said
+    assert "| e3 − e2 | test | all | 2 (1 2) | +3.0 points |" in said and "| +2.0, +4.0 |" in said
+    saved = {path.name for path in (tmp_path / "runs" / "race-over-seeds").iterdir()}
+    assert saved == {"results.csv", "results-differences.csv"}
+
+
+def test_seeds_that_share_a_checkpoint_are_refused(chain, tmp_path, capsys):
+    chain.hashes[2] = 1
+    assert chain("race", "--seeds", "1", "2") == 1
+    folders = f"{tmp_path}/runs/race-seed1 and {tmp_path}/runs/race-seed2"
+    assert f"error: {folders} have the same checkpoint of e2 on test" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "race-over-seeds").exists()
 
 
 def test_what_is_finished_is_passed_over(chain, capsys):

@@ -1,5 +1,6 @@
 """The data module: opens a token cache and gives its questions, one by one or as packed batches."""
 
+import hashlib
 import itertools
 import os
 import signal
@@ -82,25 +83,27 @@ class RaceDataset(Dataset):
         """[N] rows of what analyses need to know of each question, as a pandas table.
 
         question (text); article_tokens (before truncation); truncated (any of its sequences); longest_option ("A".."D"
-        by characters, the first of equals); article_in_train (missing for train itself, or if the cache has no train).
+        by characters; None where two are equally long).
         """
         import pandas as pd
 
         characters = pc.utf8_length(self._questions["options"].values).to_numpy().reshape(-1, OPTIONS)
         article_lengths, qa_lengths = self._part_lengths()
-        in_train = [pd.NA] * len(self)
-        if self.split != "train" and "train" in read_manifest(self.cache_dir)["splits"]:
-            train_articles = tables(self.cache_dir, "train")[0]["article"]
-            seen = pc.is_in(self._passages["article"], train_articles).to_numpy(zero_copy_only=False)
-            in_train = seen[self._passage[self._rows]]
+        characters = characters[self._rows]
+        tied = (characters == characters.max(1, keepdims=True)).sum(1) > 1
         facts = {
             "question": self._questions["question"].take(pa.array(self._rows)).to_pylist(),
             "article_tokens": article_lengths[:, 0],
             "truncated": (self._template.lengths(article_lengths, qa_lengths) > self.max_len).any(1),
-            "longest_option": np.take(LETTERS, characters.argmax(1)[self._rows]),
-            "article_in_train": pd.array(in_train, dtype="boolean"),
+            "longest_option": np.where(tied, None, np.take(np.array(LETTERS, object), characters.argmax(1))),
         }
         return pd.DataFrame(facts)
+
+    def article_hashes(self) -> np.ndarray:
+        """[N] uint64 of each question's article: equal texts, equal numbers, whatever their spacing and capitals."""
+        texts = (" ".join(text.casefold().split()) for text in self._passages["article"].to_pylist())
+        hashes = b"".join(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8] for text in texts)
+        return np.frombuffer(hashes, "<u8")[self._passage[self._rows]]
 
     def length_order(self) -> np.ndarray:
         """[N] question indices, longest first: a memory peak comes at once, and like lengths go together."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 
-from race.report.sentences import interval, percent, rate
+from race.report.sentences import percent, quoted, rate, seen
 
 RACE_HOME = "https://www.cs.cmu.edu/~glai1/data/race/"
 
@@ -37,6 +37,7 @@ def model_card(facts: dict, scores: pd.DataFrame | None, name: str) -> ModelCard
         name=name,
         own=facts["lineage"][-1],
         rows=rows,
+        seen="" if scores is None else _seen(scores),
         precisions=", ".join(sorted(set(scores["precision"]))) if rows and "precision" in scores else "",
         lineage=[_link(link) for link in facts["lineage"]],
         cached=", ".join(f"{count:,} in {split}" for split, count in facts["questions"].items()),
@@ -48,8 +49,16 @@ def _score(row: pd.Series, facts: dict) -> dict:
     whole, asked = facts["questions"][row["split"]], f"{row['questions']:,}"
     if row["level"] == "all" and row["questions"] < whole:
         asked += f" of {whole:,}"
-    shown = {"accuracy": percent(row["accuracy"]), "interval": interval(row), "asked": asked}
+    shown = {"accuracy": percent(row["accuracy"]), "interval": quoted(row), "asked": asked}
     return {"split": row["split"], "level": row["level"], "value": float(row["accuracy"])} | shown
+
+
+def _seen(scores: pd.DataFrame) -> str:
+    """What each scored split is to the checkpoint, where the results say it."""
+    if "trained_on" not in scores:
+        return "The validation split chose the checkpoint."
+    whole = scores.drop_duplicates("split")
+    return " ".join(f"Split {row['split']}: {seen([row.to_frame().T], ['this model'])}" for _, row in whole.iterrows())
 
 
 def _eval_result(row: dict, facts: dict, name: str) -> EvalResult:

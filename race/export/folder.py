@@ -46,7 +46,7 @@ def export_checkpoint(
         folder = temporary / out.name
         try:
             _write_model(module, Path(cache_dir) / "model", folder)
-            facts["largest_logit_difference"] = difference = _largest_difference(module, folder, cache_dir, facts)
+            difference = _largest_difference(module, folder, cache_dir, facts)
         except SafetensorError as error:
             raise RaceError(f"{out}: the weights cannot be written ({error})") from error
         if not difference <= LOGIT_TOLERANCE:
@@ -54,6 +54,7 @@ def export_checkpoint(
         if scores is not None:
             scores.to_csv(folder / "results.csv", index=False)
         model_card(facts, scores, repo or out.name).save(folder / "README.md")
+        facts |= {"largest_logit_difference": difference, "articles": lineage[-1].lineage.get("articles")}
         (folder / "export.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
         move_into_place(folder, out)
     return out
@@ -133,8 +134,8 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], manifest: dict) -> dic
         "sha256": trained_on.get("source_sha256", manifest["source"]["sha256"]),
     }
     links = []
-    for link in lineage:  # the cache is said once, under data
-        known = {name: value for name, value in link.lineage.items() if name != "cache"}
+    for link in lineage:  # the cache is said once, under data; the articles at the end
+        known = {name: value for name, value in link.lineage.items() if name not in ("cache", "articles")}
         links.append({"checkpoint": link.name} | known | {"base": _public(str(link.base or "unknown"))})
     return {
         "format": FORMAT,

@@ -15,7 +15,8 @@ from IPython.display import HTML
 
 from race import LETTERS, LEVELS, RaceError
 from race.report.sentences import percent
-from race.score.statistics import KINDS, PROBABILITIES, confidence, is_correct
+from race.score.calibration import confidence
+from race.score.statistics import KINDS, PROBABILITIES, is_correct
 
 CONFIDENCES = {"under 50 %": (0.0, 0.5), "50 to 90 %": (0.5, 0.9), "90 % and more": (0.9, 1.01)}
 

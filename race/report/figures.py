@@ -1,24 +1,32 @@
-"""One style for all figures, readable on light and dark and without colour vision; figures of training and chain."""
+"""One style for all figures, dark on white and readable without colour vision; figures of training and chain."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch, Patch
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from race import CHANCE
+from race import CHANCE, LEVELS
 from race.files import atomic_write
 from race.report.sentences import percent, rate, signed
 from race.score.statistics import SIGNIFICANT
 
-INK = "#808080"  # a grey that can be read on white and on black
+INK, GREY = "#222222", "#767676"  # text, lines
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's colour-blind safe palette
+MARKS = {"middle": (GREEN, "^"), "high": (PURPLE, "v"), "all": (BLUE, "o")}  # colour and marker of each level
+WIDTH = 8.6  # inches of every figure
+CHANCE_WORDS = f"chance ({100 * CHANCE:.0f} %)"
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
+@plt.style.context(STYLE)
 def save_figure(figure: Figure, run_dir: str | Path, name: str) -> Figure:
     """Keep a figure as PNG and SVG in `run_dir`/figures."""
     folder = Path(run_dir) / "figures"
@@ -28,21 +36,86 @@ def save_figure(figure: Figure, run_dir: str | Path, name: str) -> Figure:
     return figure
 
 
+def wrapped(text: str, inches: float, size: float = 9) -> str:
+    """A text in lines of at most so many inches at this font size, broken at spaces and hyphens where it can be."""
+    font = FontProperties(size=size)
+    for characters in range(min(len(text), int(250 * inches / size)), 0, -1):
+        lines = textwrap.wrap(text, characters)
+        if all(text_to_path.get_text_width_height_descent(line, font, False)[0] < 72 * inches for line in lines):
+            return "\n".join(lines)
+    return text
+
+
+def row_height(labels: list[str], least: float) -> float:
+    """Inches of a row beside labels of one line or more."""
+    return max(least, *(0.16 * label.count("\n") + 0.3 for label in labels))
+
+
+def label_rows(axes, labels: list[str]) -> None:
+    """A row for each label, from the top, with thin lines between."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(np.arange(1, len(labels)) - 0.5, minor=True)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params(axis="y", which="both", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="y", which="minor")
+
+
+def row_figure(labels: list[str], least: float = 0.36) -> tuple:
+    """A figure, and its axes with a row for each label."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.5 + row_height(labels, least) * len(labels)))
+    label_rows(axes, labels)
+    return figure, axes
+
+
+def finish(figure: Figure, *keys: Line2D | Patch, title: str | None = None, columns: int = 5) -> Figure:
+    """The title from the figure's left edge, in as many lines as it needs, and the legend below everything else."""
+    if title:
+        figure.suptitle(wrapped(title, WIDTH - 0.3, 11), x=0.01, ha="left")
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns)
+    return figure
+
+
 def percent_axis(axis) -> None:
     """Label an axis of fractions as "20 %", "40 %" …"""
-    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
 
 
-def chance_line(axes, height: float, words: str) -> None:
-    """A dotted line across, with what it means at its right end."""
-    axes.axhline(height, color=INK, linestyle=":", linewidth=1)
-    axes.annotate(words, (1, height), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+def accuracy_axis(axes, label: str, start: float = -0.02) -> None:
+    """A horizontal axis from 0 to 100 % with a dotted line at chance; marks at its ends are whole."""
+    axes.axvline(CHANCE, color=GREY, linestyle=":", linewidth=1)
+    axes.set(xlabel=label, xlim=(start, 1.02))
+    percent_axis(axes.xaxis)
 
 
-def whiskers(table: pd.DataFrame) -> np.ndarray:
-    """[2, N] how far the interval reaches below and above each accuracy."""
-    reach = np.array([table["accuracy"] - table["ci_low"], table["ci_high"] - table["accuracy"]])
-    return np.maximum(reach, 0)  # at 0 and 1 rounding may put an end a hair inside
+def quoted(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """The ends of the intervals by passage; where there are too few passages, Wilson's."""
+    return tuple(table[f"passage_{end}"].astype(float).fillna(table[f"ci_{end}"]) for end in ("low", "high"))
+
+
+def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
+    """[2, N] how far intervals reach below and above the values."""
+    return np.maximum([value - low, high - value], 0)  # at 0 and 1 rounding may put an end a hair inside
+
+
+def level_marks(axes, level: str, places, *columns: pd.Series, fill: bool = True) -> None:
+    """Accuracies of a level, at these heights, and the ends of their intervals."""
+    accuracy, low, high = (column.astype(float) for column in columns)
+    color, marker = MARKS[level]
+    style = {"color": color, "markerfacecolor": color if fill else "white", "capsize": 3, "markersize": 5.5}
+    axes.errorbar(accuracy, places, xerr=whiskers(accuracy, low, high), fmt=marker, linewidth=1.2, **style)
+
+
+def beside(axes, place: float, text: str) -> None:
+    """Words right of the axes, in the row at this height."""
+    at = axes.get_yaxis_transform()
+    axes.annotate(text, (1, place), (6, 0), at, "offset points", va="center", fontsize=9, annotation_clip=False)
+
+
+def key(label: str, color: str = GREY, marker: str = "", line: str = "", fill: bool = True, size=5.5) -> Line2D:
+    """An entry of a legend."""
+    face = color if fill else "white"
+    return Line2D([], [], color=color, marker=marker, ls=line, label=label, markerfacecolor=face, markersize=size)
 
 
 @plt.style.context(STYLE)
@@ -50,157 +123,179 @@ def training_curves(log: pd.DataFrame, stage: str) -> Figure:
     """Loss, accuracy and learning rate over the optimizer steps of one stage (race.train.logs.read_log)."""
     wanted = ["train_loss_step", "train_acc", "val_loss_epoch", "val_acc", "learning_rate"]
     log = log.reindex(columns=log.columns.union(wanted))  # before the first validation, some are not there yet
-    figure, (loss, accuracy, schedule) = plt.subplots(1, 3, figsize=(11, 3.2), sharex=True)
+    shape = {"figsize": (WIDTH, 6.6), "sharex": True, "height_ratios": (2.2, 2.2, 0.8)}
+    figure, (loss, accuracy, schedule) = plt.subplots(3, 1, **shape)
     train, validation = log.dropna(subset="train_loss_step"), log.dropna(subset="val_loss_epoch")
     epochs, rates = log.dropna(subset="train_acc"), log.dropna(subset="learning_rate")
-    loss.plot(train["step"], train["train_loss_step"], color=BLUE, alpha=0.3, linewidth=0.8)
-    smooth = train["train_loss_step"].ewm(span=max(2, len(train) // 20)).mean()
-    loss.plot(train["step"], smooth, color=BLUE, label="training (smoothed)")
-    loss.plot(validation["step"], validation["val_loss_epoch"], "o-", color=ORANGE, label="validation")
-    chance_line(loss, -np.log(CHANCE), "chance, ln 4")
-    accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE, label="training")
-    accuracy.plot(validation["step"], validation["val_acc"], "o-", color=ORANGE, label="validation")
-    chance_line(accuracy, CHANCE, "chance")
+    loss.plot(train["step"], train["train_loss_step"], color=GREY, linewidth=0.6)
+    loss.plot(train["step"], train["train_loss_step"].ewm(span=max(2, len(train) // 20)).mean(), color=BLUE)
+    accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE)
     schedule.plot(rates["step"], rates["learning_rate"], color=GREEN)
-    found = ["not validated yet"] * 2
+    found = [f"{stage}: not validated yet", "accuracy"]
+    for axes, name, chance in ((loss, "val_loss_epoch", -np.log(CHANCE)), (accuracy, "val_acc", CHANCE)):
+        axes.axhline(chance, color=GREY, linestyle=":")
+        axes.plot(validation["step"], validation[name], "o-", color=ORANGE)
     if len(validation):
-        found = [f"lowest validation loss {validation['val_loss_epoch'].min():.3f}"]
-        found += [f"best validation accuracy {percent(validation['val_acc'].max())}"]
-    loss.set(title=f"{stage}: {found[0]}", ylabel="cross-entropy (nats)")
-    accuracy.set(title=f"{stage}: {found[1]}", ylabel="accuracy", ylim=(0, 1.03))
+        lowest = validation.loc[validation["val_loss_epoch"].idxmin()]
+        highest = validation.loc[validation["val_acc"].idxmax()]
+        when = f"at epoch {lowest['epoch']:.0f}"
+        found[0] = f"{stage}: lowest validation loss {lowest['val_loss_epoch']:.3f}, {when} (counted from 0)"
+        found[1] = f"validation accuracy {when}: {percent(lowest['val_acc'])}"
+        if highest["val_acc"] > lowest["val_acc"]:
+            found[1] += f"; highest, at epoch {highest['epoch']:.0f}: {percent(highest['val_acc'])}"
+        _ring(loss, lowest["step"], lowest["val_loss_epoch"], ORANGE)
+        _ring(accuracy, lowest["step"], lowest["val_acc"], ORANGE)
+    loss.set(title=wrapped(found[0], WIDTH - 1.2, 10), ylabel="cross-entropy (nats)")
+    accuracy.set(title=found[1], ylabel="accuracy", ylim=(-0.03, 1.03))
     percent_axis(accuracy.yaxis)
-    schedule.set(title=f"{stage}: learning rate {rate(rates['learning_rate'].iloc[-1])}", ylabel="learning rate")
-    schedule.set_ylim(0, rates["learning_rate"].max() * 1.3)
+    top, end = rates["learning_rate"].max(), max(log["step"].max(), 1)
+    schedule.set(title=f"learning rate {rate(rates['learning_rate'].iloc[-1])}", yticks=(0, top), ylim=(0, 1.3 * top))
     schedule.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
-    for axes in (loss, accuracy, schedule):
-        axes.set_xlabel("optimizer step")
-    loss.legend(loc="lower left")
-    accuracy.legend(loc="upper left")
-    return figure
+    schedule.set(xlabel="optimizer step", xlim=(-0.03 * end, 1.03 * end), ylabel="rate")
+    schedule.xaxis.set_major_locator(MaxNLocator(integer=True))
+    schedule.xaxis.set_major_formatter("{x:,.0f}")
+    figure.align_ylabels()
+    keys = key("training, each logged step", line="-"), key("training, smoothed", BLUE, line="-")
+    keys += key("training (mean over the epoch)", BLUE, "s", "--"), key("validation", ORANGE, "o", "-")
+    keys += key("lowest validation loss", ORANGE, "o", fill=False, size=10), key("chance (ln 4; 25 %)", line=":")
+    return finish(figure, *keys, columns=3)
+
+
+def _ring(axes, x: float, y: float, color: str) -> None:
+    axes.plot(x, y, "o", markersize=11, markerfacecolor="none", color=color, clip_on=False)
 
 
 @plt.style.context(STYLE)
 def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: str) -> Figure:
-    """Accuracy of checkpoints side by side (tables.comparison_table); reported: other people's numbers by stage."""
-    figure, axes = plt.subplots(figsize=(8, 3.6))
-    places = np.arange(len(table))
-    for level, color, marker, shift in (("middle", GREEN, "^", -0.12), ("high", PURPLE, "v", 0.12)):
-        if table[level].notna().any():
-            axes.plot(places + shift, table[level].astype(float), marker, color=color, label=level)
-    bars = {"yerr": whiskers(table), "capsize": 4}
-    axes.errorbar(places, table["accuracy"], fmt="o-", color=BLUE, label="all, 95 % interval", **bars)
-    theirs = table["stage"].map(reported).astype(float)
-    if theirs.notna().any():
-        axes.plot(places - 0.24, theirs, "x", color=INK, label="reported by the original authors")
-    chance_line(axes, CHANCE, "chance")
-    labels = [f"{name}\n{percent(accuracy)}" for name, accuracy in zip(table["name"], table["accuracy"], strict=True)]
-    axes.set_xticks(places, labels)
-    axes.set_xlim(-0.6, len(table) - 0.4)
-    axes.set(title=title, xlabel="checkpoint and its accuracy", ylabel="accuracy")
-    shown = table[["accuracy", "ci_low", "ci_high", "middle", "high"]].astype(float).to_numpy()
-    axes.set_ylim(min(CHANCE, np.nanmin(shown)) - 0.05, np.nanmax(shown) + 0.05)
-    percent_axis(axes.yaxis)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    """Accuracy of checkpoints, a row each (tables.comparison_table); reported: other people's numbers by stage."""
+    low, high = quoted(table)
+    table = table.assign(all=table["accuracy"], all_low=low, all_high=high)
+    theirs, levels = table["stage"].map(reported).astype(float), [it for it in LEVELS if table[it].notna().any()]
+    drawn, keys = ["all", *(["reported"] if theirs.notna().any() else []), *levels], []
+    figure, axes = row_figure([wrapped(name, 2.4) for name in table["name"]], 0.2 + 0.14 * len(drawn))
+    for number, level in enumerate(drawn):
+        places = np.arange(len(table)) + 0.2 * (number - (len(drawn) - 1) / 2)
+        if level == "reported":
+            axes.plot(theirs, places, "x", color=INK)
+            keys.append(key("reported by the original authors", INK, "x"))
+        else:
+            level_marks(axes, level, places, *(table[level + end] for end in ("", "_low", "_high")))
+            keys.append(key(level, *MARKS[level]))
+    for place, accuracy in enumerate(table["accuracy"]):
+        beside(axes, place, percent(accuracy))
+    accuracy_axis(axes, "accuracy, 95 % interval (at the right: all questions)")
+    return finish(figure, *keys, key(CHANCE_WORDS, line=":"), title=title)
 
 
 @plt.style.context(STYLE)
 def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
-    """Differences of accuracy in points with bootstrap intervals, one row a pair (comparison.compare_pairs)."""
-    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.42 * len(pairs)))
+    """Differences of accuracy in points with their intervals, one row a pair (comparison.compare_pairs)."""
+    names = zip(pairs["second"], pairs["first"], strict=True)
+    both = [(second, "\n" if len(second + first) > 24 else " ", first) for second, first in names]
+    figure, axes = row_figure([f"{wrapped(second, 2.4)}{gap}− {wrapped(first, 2.2)}" for second, gap, first in both])
     for place, (_, row) in enumerate(pairs.iterrows()):
         middle, low, high = (100 * row[name] for name in ("difference", "ci_low", "ci_high"))
-        sure = row["p_holm"] < SIGNIFICANT
-        color, fill = (BLUE, BLUE) if sure else (ORANGE, "none")
-        ends = [[middle - low], [high - middle]]
+        color, fill = (BLUE, BLUE) if row["p_holm"] < SIGNIFICANT else (ORANGE, "white")
+        ends = np.maximum([[middle - low], [high - middle]], 0)
         axes.errorbar(middle, place, xerr=ends, fmt="o", color=color, markerfacecolor=fill, capsize=3)
-        text = f"{signed(middle)}, gained {row['gained']:,}, lost {row['lost']:,}"
-        axes.annotate(text, (high, place), (7, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.axvline(0, color=INK, linewidth=1)
-    axes.set_yticks(range(len(pairs)), pairs["second"] + " − " + pairs["first"])
-    axes.set(title=title, xlabel="difference of accuracy (percentage points), 95 % interval")
-    axes.grid(axis="y", visible=False)  # it would run through the words
-    axes.set_ylim(len(pairs) - 0.5, -0.7)
-    left, right = axes.get_xlim()
-    axes.set_xlim(left, right + 0.35 * (right - left))  # room for the words
-    return figure
+        beside(axes, place, f"{signed(middle)}, gained {row['gained']:,}, lost {row['lost']:,}")
+    axes.axvline(0, color=GREY, linewidth=1)
+    better = "right of 0: the one named first is more accurate"
+    axes.set_xlabel(f"difference of accuracy (percentage points), 95 % interval\n{better}")
+    reach = 110 * pairs[["difference", "ci_low", "ci_high"]].abs().to_numpy().max() or 1
+    axes.set_xlim(-reach, reach)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.6g}".replace("-", "−") if value else "0")
+    sure = key(f"filled: significant (p, Holm < {SIGNIFICANT})", BLUE, "o")
+    return finish(figure, sure, key("hollow: not significant", ORANGE, "o", fill=False), title=title)
 
 
 @plt.style.context(STYLE)
 def lineage_figure(lineage: pd.DataFrame) -> Figure:
-    """Where checkpoints come from (tables.lineage_table): a box each, after its base."""
-    parents = dict(zip(lineage["name"], lineage["parent"], strict=True))
-    column, row_of, used = {}, {}, {}
-    for name in lineage["name"]:
-        column[name] = _depth(name, parents)
-        row_of[name] = used[column[name]] = used.get(column[name], -1) + 1
-    width, depth = max(column.values()) + 1, max(row_of.values()) + 1
-    figure, axes = plt.subplots(figsize=(2.6 * width, 0.5 + 1.3 * depth))
-    for row in lineage.to_dict("records"):
-        x, y = column[row["name"]], -row_of[row["name"]]
-        _box(axes, x, y, row["name"], _settings(row), BLUE)
-        start, label = (x - 1, y), ""
-        if row["parent"] in column:
-            start, label = (column[row["parent"]], -row_of[row["parent"]]), "✓ hash"
-        else:
-            _box(axes, 0, y, "base", [_wrapped(row["base"] if pd.notna(row["base"]) else "unknown")], INK)
-        arrow = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", (x - 0.38, y), (start[0] + 0.38, start[1]), arrowprops=arrow)
-        axes.text(x - 0.4, y + 0.05, label, ha="right", va="bottom", fontsize=7)
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(-depth + 0.45, 0.55))
-    axes.set_title(" → ".join(lineage["name"]) if len(column) == width - 1 else "Where these checkpoints come from")
+    """Where checkpoints come from (tables.lineage_table): a box each in rows, below its base and further right."""
+    rows, boxes = lineage.set_index("name").to_dict("index"), []  # boxes: (name, depth, place of its base)
+    named = lineage["base"].map("base: {}".format, na_action="ignore")
+    parents = lineage["parent"].where(lineage["parent"].isin(list(rows)), named)
+
+    def add(name: str, depth: int, above: int | None) -> None:
+        boxes.append((name, depth, above))
+        here = len(boxes) - 1
+        for child in lineage.loc[parents == name, "name"]:
+            add(child, depth + 1, here)
+
+    for root in parents.fillna(lineage["name"])[~parents.isin(list(rows))].unique():
+        add(root, 0, None)
+    chain = [name for name, *_ in boxes if name in rows]
+    single = all(above == place - 1 for place, (_, _, above) in enumerate(boxes) if place)
+    title = wrapped(" → ".join(chain) if single else "Where these checkpoints come from", WIDTH - 0.3, 11)
+    figure = plt.figure(figsize=(WIDTH, 1), layout="none")
+    axes = figure.add_axes((0, 0, 1, 1))  # in inches, downwards
+    axes.text(0.1, 0.1, title, va="top", fontsize=11)
+    step, top, places = min(0.5, 2.6 / max(1, *(box[1] for box in boxes))), 0.42 + 0.21 * title.count("\n"), []
+    for name, depth, above in boxes:
+        left, color = 0.12 + step * depth, BLUE if name in rows else GREY
+        shown, words = wrapped(name, 5), wrapped(_settings(rows[name]), 5.4, 8) if name in rows else ""
+        below = top + 0.1 + 0.17 * (shown.count("\n") + 1)
+        bottom = below + (0.04 + 0.15 * (words.count("\n") + 1) if words else 0)
+        style = {"boxstyle": "round,pad=0.04", "facecolor": "none", "edgecolor": color}
+        axes.add_patch(FancyBboxPatch((left, top), 5.7, bottom - top, **style))
+        axes.text(left + 0.1, top + 0.04, shown, va="top", fontsize=9, weight="bold")
+        axes.text(left + 0.1, below, words, va="top", fontsize=8)
+        if above is not None:
+            turn, middle, line = left - step / 2, (top + bottom) / 2, "-" if boxes[above][0] in rows else "--"
+            axes.plot([turn, turn, left - 0.1], [places[above], middle, middle], line, color=GREY, linewidth=1)
+            axes.plot(left - 0.1, middle, ">", color=GREY, markersize=5)
+        places.append(bottom + 0.04)
+        top = bottom + 0.24
+    figure.set_figheight(top + 0.2)
+    axes.set(xlim=(0, WIDTH), ylim=(top + 0.2, 0))
     axes.axis("off")
+    keys = key("base found by its hash", line="-"), key("base known by name only", line="--")
+    figure.legend(handles=keys, loc="lower left", ncols=2)
     return figure
 
 
-def _depth(name: str, parents: dict[str, str | None]) -> int:
-    """1 for a checkpoint whose base is not among the others, else one more than its base."""
-    return 1 + _depth(parents[name], parents) if parents[name] in parents else 1
-
-
-def _settings(row: dict) -> list[str]:
-    """What a checkpoint remembers of its training, in lines; unknown things are left out."""
-    lines = [f"learning rate {rate(row['learning_rate'])}"] if pd.notna(row["learning_rate"]) else []
-    lines += [f"{row['epochs']:.0f} epoch{'s' if row['epochs'] > 1 else ''}"] if pd.notna(row["epochs"]) else []
-    return lines + ([f"validation loss {row['val_loss']:.3f}"] if pd.notna(row["val_loss"]) else [])
-
-
-def _wrapped(text: str, width: int = 24) -> str:
-    return "\n".join(text[i : i + width] for i in range(0, len(text), width))
-
-
-def _box(axes, x: float, y: float, title: str, lines: list[str], color: str) -> None:
-    corner, style = (x - 0.36, y - 0.34), "round,pad=0.02"
-    axes.add_patch(FancyBboxPatch(corner, 0.72, 0.68, boxstyle=style, facecolor="none", edgecolor=color))
-    axes.text(x, y + 0.2, _wrapped(title), ha="center", va="center", weight="bold", fontsize=9)
-    axes.text(x, y - 0.1, "\n".join(lines), ha="center", va="center", fontsize=8)
+def _settings(row: dict) -> str:
+    """What a checkpoint remembers of its training; unknown things are left out, except that its base is unknown."""
+    words = {"epochs": "epochs trained: {:.0f}", "chosen_epoch": "chosen: epoch {:.0f} (from 0)"}
+    words |= {"val_loss": "validation loss {:.3f}"}
+    known = [f"learning rate {rate(row['learning_rate'])}"] if pd.notna(row["learning_rate"]) else []
+    known += [form.format(row[name]) for name, form in words.items() if pd.notna(row[name])]
+    return ", ".join(known + ["base unknown"] * pd.isna(row["base"])) or "nothing known of its training"
 
 
 @plt.style.context(STYLE)
 def story_figure(story: pd.DataFrame) -> Figure:
     """Validation loss and accuracy over all stages, with their learning rates (race.train.logs.learning_story)."""
-    figure, (loss, accuracy) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True)
-    start, before = 0, None
-    for stage, part in story.groupby("stage", sort=False):
+    stages = dict(list(story.groupby("stage", sort=False)))
+    labels = [wrapped(f"{stage}, {rate(part['learning_rate'].iloc[0])}", 1.6) for stage, part in stages.items()]
+    strip, start, before = row_height(labels, 0.3) * len(stages), 0, None
+    shape = {"figsize": (WIDTH, 5.6 + strip), "sharex": True, "height_ratios": (strip, 2, 2)}
+    figure, (spans, loss, accuracy) = plt.subplots(3, 1, **shape)
+    for place, part in enumerate(stages.values()):
         end, first, best = part["questions"].max(), part.iloc[0], part.loc[part["val_loss"].idxmin()]
+        spans.barh(place, end - start, 0.5, start, color=GREY)
         for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
             axes.plot(part["questions"], part[name], "o-", color=color, markersize=4)
-            axes.axvline(end, color=INK, linewidth=1, linestyle="--")
-            axes.plot(best["questions"], best[name], "o", markersize=10, markerfacecolor="none", color=color)
+            axes.axvline(end, color=GREY, linewidth=1, linestyle="--")
+            _ring(axes, best["questions"], best[name], color)
             if before is not None:  # the weights from which the next stage starts
                 ends = [before["questions"], first["questions"]], [before[name], first[name]]
                 axes.plot(*ends, color=color, linewidth=1, linestyle=":")
-        label, place = f"{stage}\nlr {rate(first['learning_rate'])}", ((start + end) / 2, 0.97)
-        loss.annotate(label, place, xycoords=loss.get_xaxis_transform(), ha="center", va="top", fontsize=9)
         start, before = end, best
+    reach = whiskers(*(story[name].astype(float) for name in ("val_acc", "val_low", "val_high")))
+    accuracy.errorbar(story["questions"], story["val_acc"], yerr=reach, fmt="none", ecolor=BLUE, capsize=3)
     lowest, highest = story.loc[story["val_loss"].idxmin()], story.loc[story["val_acc"].idxmax()]
     when = [f"({row['stage']}, epoch {row['epoch']})" for row in (lowest, highest)]
-    loss.set(title=f"Lowest validation loss: {lowest['val_loss']:.3f} {when[0]}", ylabel="cross-entropy (nats)")
-    low, high = loss.get_ylim()
-    loss.set_ylim(low - 0.05 * (high - low), high + 0.4 * (high - low))  # room for rings and names of the stages
-    accuracy.set_title(f"Highest validation accuracy: {percent(highest['val_acc'])} {when[1]}")
-    accuracy.set(ylabel="accuracy", xlim=(0, start * 1.02))
-    accuracy.set_xlabel("questions trained on, all stages (ring: lowest loss of its stage; lr: learning rate)")
+    loss.set_title(wrapped(f"Lowest validation loss: {lowest['val_loss']:.3f} {when[0]}", 6, 10))
+    accuracy.set_title(wrapped(f"Highest validation accuracy: {percent(highest['val_acc'])} {when[1]}", 6, 10))
+    spans.set_title("Stages and their learning rates")
+    label_rows(spans, labels)
+    loss.set(ylabel="cross-entropy (nats)", ymargin=0.12)
+    known = ", 95 % interval" if story["val_low"].notna().any() else ""
+    accuracy.set(ylabel=f"accuracy{known}\n(axis cut)", ymargin=0.12, xlim=(0, max(start, 1) * 1.03))
+    accuracy.set_xlabel("questions trained on, all stages (epochs count from 0)")
     percent_axis(accuracy.yaxis)
     accuracy.xaxis.set_major_formatter(EngFormatter(sep=""))
-    return figure
+    keys = key("ring: lowest loss of its stage", marker="o", fill=False, size=10), key("end of a stage", line="--")
+    figure.align_ylabels()
+    return finish(figure, *keys, key("from the ring to the next stage's first epoch", line=":"))

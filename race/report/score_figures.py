@@ -4,141 +4,158 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from race import CHANCE, LETTERS
-from race.report.figures import BLUE, INK, ORANGE, STYLE, percent_axis, whiskers
-from race.report.sentences import percent, signed
-from race.score.statistics import BINS, FEW, coverage_groups, hardest_group
+from race.report import figures
+from race.report.figures import BLUE, CHANCE_WORDS, GREY, MARKS, ORANGE, STYLE, WIDTH, key, wrapped
+from race.report.sentences import listed, percent, signed
+from race.score.calibration import BINS, coverage_groups
+from race.score.statistics import SIGNIFICANT
+
+LINES = {"middle": "-", "high": "--", "all": "-"}  # at the accuracy of each level
 
 
 @plt.style.context(STYLE)
 def accuracy_figure(table: pd.DataFrame) -> Figure:
     """Accuracy by level with 95 % intervals, of one checkpoint (race.score.results.accuracy_table)."""
+    labels = [f"{level} ({count:,})" for level, count in zip(table["level"], table["questions"], strict=True)]
+    figure, axes = figures.row_figure(labels)
+    table = table.assign(place=range(len(table)), **dict(zip(("low", "high"), figures.quoted(table), strict=True)))
+    for level, rows in table.groupby("level"):
+        figures.level_marks(axes, level, rows["place"], rows["accuracy"], rows["low"], rows["high"])
+    for place, accuracy in enumerate(table["accuracy"]):
+        figures.beside(axes, place, percent(accuracy))
+    figures.accuracy_axis(axes, "accuracy, 95 % interval (in brackets: questions)")
     row = table.iloc[0]
-    title = f"{row['stage']}: {percent(row['accuracy'])} of the {row['split']} questions correct"
-    return _group_panels({"": table.rename(columns={"level": "group"})}, None, title)
+    which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
+    title = f"{row['stage']}: {percent(row['accuracy'])} of the {which} questions correct"
+    return figures.finish(figure, key(CHANCE_WORDS, line=":"), title=title)
 
 
 @plt.style.context(STYLE)
-def groups_figure(tables: dict[str, pd.DataFrame], accuracy: float) -> Figure:
-    """Accuracy with 95 % intervals by group, a panel for each grouping with more than one group.
-
-    The title names the group with the lowest accuracy among those with FEW questions or more.
-    """
-    tables = {name: table for name, table in tables.items() if len(table) > 1} or tables
-    hard = {name: group for name, table in tables.items() if (group := hardest_group(table)) is not None}
-    title = "Accuracy by group"
-    if hard:
-        name = min(hard, key=lambda grouping: hard[grouping]["accuracy"])
-        title = f"Lowest accuracy: {percent(hard[name]['accuracy'])}, {name} “{hard[name]['group']}”"
-        if any((table["accuracy"] < hard[name]["accuracy"]).any() for table in tables.values()):
-            title += f" (among groups of at least {FEW} questions)"
-    return _group_panels(tables, accuracy, title)
-
-
-def _group_panels(tables: dict[str, pd.DataFrame], accuracy: float | None, title: str) -> Figure:
-    rows = [len(table) + 0.6 for table in tables.values()]
-    size, heights = (8, 0.9 + 0.32 * sum(rows)), {"height_ratios": rows}
-    figure, panels = plt.subplots(len(tables), figsize=size, sharex=True, squeeze=False, gridspec_kw=heights)
-    for axes, (name, table) in zip(panels[:, 0], tables.items(), strict=True):
-        places = np.arange(len(table))
-        axes.errorbar(table["accuracy"], places, xerr=whiskers(table), fmt="o", color=BLUE, capsize=3)
-        labels = [f"{group} ({count:,})" for group, count in zip(table["group"], table["questions"], strict=True)]
-        axes.set_yticks(places, labels)
-        axes.set_ylim(len(table) - 0.4, -0.6)
-        axes.set_title(name, fontsize=9)
-        for place, value in zip(places, table["accuracy"], strict=True):
-            at = axes.get_yaxis_transform()
-            axes.annotate(percent(value), (1.01, place), xycoords=at, va="center", fontsize=9, annotation_clip=False)
-        axes.axvline(CHANCE, color=INK, linestyle=":", linewidth=1)
-        if accuracy is not None:
-            axes.axvline(accuracy, color=ORANGE, linewidth=1)
-    last = panels[-1, 0]
-    overall = "" if accuracy is None else f"; orange: all, {percent(accuracy)}"
-    last.set_xlabel(f"accuracy, 95 % interval (in brackets: questions; dotted: chance{overall})")
-    last.set_xlim(0, 1.02)
-    percent_axis(last.xaxis)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure
+def groups_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Accuracy by group and level (statistics.group_accuracies), a panel for each grouping with more than one group."""
+    several = table.groupby("grouping")["group"].transform("nunique") > 1
+    panels = dict(list((table[several] if several.any() else table).groupby("grouping", sort=False)))
+    levels = [level for level in MARKS if (table["level"] == level).any()]
+    counts = table.pivot(index=["grouping", "group"], columns="level", values="questions")[levels].fillna(0)
+    texts = counts.map("{:,.0f}".format).agg(" + ".join, axis=1)
+    rows = {name: part["group"].unique() for name, part in panels.items()}
+    labels = {name: [wrapped(f"{it} ({texts[name, it]})", 2.2) for it in groups] for name, groups in rows.items()}
+    height = figures.row_height([label for part in labels.values() for label in part], 0.24 + 0.08 * len(levels))
+    sizes = [len(groups) + 0.3 for groups in rows.values()]
+    size, shape = (WIDTH, 1.4 + 0.3 * len(panels) + height * sum(sizes)), {"sharex": True, "squeeze": False}
+    figure, drawn = plt.subplots(len(panels), figsize=size, height_ratios=sizes, **shape)
+    for axes, (name, part) in zip(drawn[:, 0], panels.items(), strict=True):
+        for number, level in enumerate(levels):
+            mine = part[part["level"] == level]
+            places = mine["group"].map(list(rows[name]).index) + 0.3 * (number - (len(levels) - 1) / 2)
+            for fill, these in mine.groupby(mine["p_holm"] < SIGNIFICANT):
+                ends = these["accuracy"], these["ci_low"], these["ci_high"]
+                figures.level_marks(axes, level, places[these.index], *ends, fill=fill)
+            if len(mine):
+                own = mine["correct"].sum() / mine["questions"].sum()
+                axes.axvline(own, color=MARKS[level][0], linewidth=1, linestyle=LINES[level])
+        figures.label_rows(axes, labels[name])
+        axes.set_title(wrapped(name, 5, 10))
+        figures.accuracy_axis(axes, "")
+    split = "" if levels == ["all"] else f", {' + '.join(levels)}"
+    axes.set_xlabel(f"accuracy, 95 % interval (in brackets: questions{split})")
+    keys = [key(f"{level} (line: the whole level)", *MARKS[level], LINES[level]) for level in levels]
+    keys += [key("filled: differs significantly from the rest of its level", marker="o")]
+    keys += [key("hollow: no significant difference, or not tested", marker="o", fill=False)]
+    return figures.finish(figure, *keys, key(CHANCE_WORDS, line=":"), title=title, columns=3)
 
 
 @plt.style.context(STYLE)
 def confusion_figure(counts: np.ndarray) -> Figure:
     """Correct answers against predictions as counts (race.score.statistics.confusion), and how often each letter is."""
-    figure, (axes, bars) = plt.subplots(1, 2, figsize=(8, 3.2), gridspec_kw={"width_ratios": (1, 1.4)})
-    axes.imshow(counts / counts.max(), cmap="Blues", vmin=0, vmax=1.4)
+    figure, (axes, bars) = plt.subplots(1, 2, figsize=(WIDTH, 3.8), width_ratios=(1, 1.4))
+    axes.imshow(counts / counts.max(), cmap="Blues", vmin=0, vmax=1.8)  # light enough for dark words
     for (row, column), value in np.ndenumerate(counts):
-        color = "white" if value > 0.65 * counts.max() else "black"
-        axes.text(column, row, f"{value:,}", ha="center", va="center", color=color)
-    axes.grid(False)
+        axes.text(column, row, f"{value:,}", ha="center", va="center", fontsize=9)
     places = np.arange(len(LETTERS))
-    axes.set_xticks(places, LETTERS)
-    axes.set_yticks(places, LETTERS)
     axes.set(title="Number of questions", xlabel="prediction", ylabel="correct answer")
-    correct, chosen = (counts.sum(axis) / counts.sum() for axis in (1, 0))
-    for side, values, color, label in ((-0.2, correct, INK, "correct"), (0.2, chosen, BLUE, "chosen")):
-        drawn = bars.bar(places + side, values, 0.38, color=color, label=label)
-        bars.bar_label(drawn, [percent(value) for value in values], padding=2, fontsize=6.5)
-    widest = int(np.abs(chosen - correct).argmax())
-    gap = signed(100 * (chosen - correct)[widest])
-    bars.set_xticks(places, LETTERS)
-    bars.set(title=f"Largest difference, chosen − correct: {LETTERS[widest]}, {gap} points")
-    bars.set(xlabel="letter", ylabel="fraction of the questions")
-    percent_axis(bars.yaxis)
-    bars.margins(y=0.3)
-    bars.legend(loc="upper right", ncols=2)
-    return figure
+    axes.set(xticks=places, xticklabels=LETTERS, yticks=places, yticklabels=LETTERS)
+    axes.grid(False)
+    correct, chosen = counts.sum(1), counts.sum(0)
+    for side, values, fill, edge in ((-0.2, correct, "white", GREY), (0.2, chosen, BLUE, BLUE)):
+        bars.barh(places + side, values / counts.sum(), 0.34, color=fill, edgecolor=edge)
+        for place, value in zip(places + side, values / counts.sum(), strict=True):
+            figures.beside(bars, place, percent(value))
+    gaps = chosen - correct
+    widest = [place for place in places if abs(gaps[place]) == abs(gaps).max()]
+    named = [f"{LETTERS[place]} {signed(100 * gaps[place] / counts.sum())}" for place in widest]
+    title = f"Largest difference, chosen − correct (points): {listed(named)}"
+    bars.set_title(wrapped(title if gaps.any() else "Chosen as often as correct, for every letter", 4.2, 10))
+    figures.label_rows(bars, LETTERS)
+    bars.set(xlabel="fraction of the questions", ylabel="letter")
+    figures.percent_axis(bars.xaxis)
+    keys = Patch(facecolor="white", edgecolor=GREY, label="correct"), Patch(color=BLUE, label="chosen")
+    return figures.finish(figure, *keys)
 
 
 @plt.style.context(STYLE)
-def confidence_figure(versions: dict[str, pd.DataFrame], errors: list[float], curve: pd.DataFrame) -> Figure:
-    """Reliability diagram with the questions in each bin, and accuracy against coverage.
+def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFrame, curve: pd.DataFrame) -> Figure:
+    """Reliability diagram with the questions in each bin, and accuracy against coverage (race.score.calibration).
 
-    versions: name → race.score.statistics.reliability, uncalibrated first; errors: their calibration errors.
+    versions: name → reliability, uncalibrated first; calibration: calibration_table; curve: coverage_curve.
     """
-    mosaic, heights = [["diagram", "coverage"], ["counts", "coverage"]], {"height_ratios": (3, 1)}
-    figure, axes = plt.subplot_mosaic(mosaic, figsize=(8.6, 4.4), gridspec_kw=heights)
+    mosaic = [["diagram", "coverage"], ["counts", "coverage"]]
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(WIDTH, 5), height_ratios=(3, 1))
     diagram, counts, coverage = (axes[name] for name in ("diagram", "counts", "coverage"))
-    diagram.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1)
-    styles = zip(versions.items(), ((BLUE, "o-", -1), (ORANGE, "s--", 1)), strict=False)
-    for (name, table), (color, marker, side) in styles:
-        bars = {"yerr": whiskers(table), "capsize": 2, "linewidth": 1, "markersize": 4}
-        diagram.errorbar(table["confidence"], table["accuracy"], fmt=marker, color=color, label=name, **bars)
-        width = 0.4 / BINS
-        counts.bar((table["low"] + table["high"]) / 2 + side * width / 2, table["questions"], width, color=color)
-    error = " → ".join(f"{100 * error:.1f}" for error in errors)
-    diagram.set(title=f"Calibration error: {error} points", ylabel="accuracy, 95 % interval")
-    diagram.set(xlim=(0, 1.02), ylim=(0, 1.03))
-    diagram.legend(loc="upper left")
+    diagram.plot([0, 1], [0, 1], color=GREY, linestyle="-.", linewidth=1)
+    keys, width = [], 0.8 / BINS / len(versions)
+    styles = zip(versions.items(), ((BLUE, "o", "-"), (ORANGE, "s", "--")), strict=False)
+    for place, ((name, table), (color, marker, line)) in enumerate(styles):
+        reach = figures.whiskers(table["accuracy"], table["ci_low"], table["ci_high"])
+        bars = {"yerr": reach, "capsize": 2, "linewidth": 1, "markersize": 4}
+        diagram.errorbar(table["confidence"], table["accuracy"], fmt=marker + line, color=color, **bars)
+        middle = (table["low"] + table["high"]) / 2 + (place - (len(versions) - 1) / 2) * width
+        counts.bar(middle, table["questions"], width, facecolor="white" if place else color, edgecolor=color)
+        keys.append(key(name, color, marker, line, size=4))
+    row = calibration.iloc[0]
+    error, low, high = (f"{100 * row[name]:.1f}" for name in ("calibration_error", "floor_low", "floor_high"))
+    title = f"Calibration error {error} points (perfectly calibrated: {low} to {high})"
+    diagram.set(title=wrapped(title, 3.2, 10), ylabel="accuracy, 95 % interval")
     diagram.tick_params(labelbottom=False)
-    counts.set(xlabel=f"confidence (probability of the chosen option; {BINS} bins)", ylabel="questions", xlim=(0, 1.02))
+    counts.set(xlabel=f"confidence in the chosen option ({BINS} bins)", ylabel="questions")
+    counts.yaxis.set_major_formatter("{x:,.0f}")
+    counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    band = {"facecolor": (BLUE, 0.15), "edgecolor": BLUE, "linewidth": 0.5}
+    coverage.fill_between(curve["coverage"], curve["ci_low"], curve["ci_high"], **band)
     coverage.plot(curve["coverage"], curve["accuracy"], color=BLUE)
     half = coverage_groups(curve, (0.5,)).iloc[0]
     coverage.plot(half["questions"] / curve["questions"].iloc[-1], half["accuracy"], "o", color=BLUE)
-    group = half["group"].capitalize()
-    coverage.set(title=f"{group}: {percent(half['accuracy'])} correct", xlabel="coverage (fraction answered)")
+    title = f"{half['group'].capitalize()}: {percent(half['accuracy'])} correct"
+    coverage.set(title=wrapped(title, 3.2, 10), xlabel="coverage (fraction answered, most confident first)")
     coverage.set(ylabel="accuracy on the answered questions")
-    coverage.set(xlim=(0, 1.02), ylim=(min(0.2, curve["accuracy"].min()), 1.03))
-    coverage.axhline(CHANCE, color=INK, linestyle=":", linewidth=1)
-    for axis in (diagram.yaxis, counts.xaxis, coverage.xaxis, coverage.yaxis):
-        percent_axis(axis)
-    return figure
+    coverage.axhline(CHANCE, color=GREY, linestyle=":", linewidth=1)
+    for panel in (diagram, counts, coverage):
+        panel.set_xlim(-0.02, 1.02)
+        figures.percent_axis(panel.xaxis)
+    for panel in (diagram, coverage):
+        panel.set_ylim(-0.03, 1.03)
+        figures.percent_axis(panel.yaxis)
+    keys += [key("perfectly calibrated", line="-."), key(CHANCE_WORDS, line=":")]
+    return figures.finish(figure, *keys, Patch(label="95 % interval of each point by itself", **band), columns=3)
 
 
 @plt.style.context(STYLE)
 def options_figure(answers: pd.DataFrame) -> Figure:
     """The probability of each option of one question (race.score.predict.answer_question)."""
-    figure, axes = plt.subplots(figsize=(8, 2.4))
-    chosen, places = answers["probability"].idxmax(), np.arange(len(answers))
-    bars = axes.barh(places, answers["probability"], color=[BLUE if i == chosen else INK for i in answers.index])
-    axes.bar_label(bars, [percent(value) for value in answers["probability"]], padding=4, fontsize=9)
-    labels = [f"{row.letter}  {row.option[:60]}{'…' if len(row.option) > 60 else ''}" for row in answers.itertuples()]
-    axes.set_yticks(places, labels)
-    axes.axvline(CHANCE, color=INK, linestyle=":", linewidth=1)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    row = answers.loc[chosen]
-    axes.set_title(f"The model chooses {row['letter']}, with a probability of {percent(row['probability'])}")
-    axes.set(xlabel="probability (dotted: chance)", xlim=(0, 1.08))
-    percent_axis(axes.xaxis)
-    return figure
+    cut = [f"{row.letter}  {row.option[:60]}{'…' if len(row.option) > 60 else ''}" for row in answers.itertuples()]
+    figure, axes = figures.row_figure([wrapped(label, 3) for label in cut])
+    highest = answers["probability"] == answers["probability"].max()
+    fills, edges = np.where(highest, BLUE, "white"), np.where(highest, BLUE, GREY)
+    axes.barh(range(len(answers)), answers["probability"], 0.7, color=fills, edgecolor=edges)
+    for place, value in enumerate(answers["probability"]):
+        figures.beside(axes, place, percent(value))
+    letters, top = list(answers.loc[highest, "letter"]), percent(answers["probability"].max())
+    title = f"The model chooses {letters[0]}, with a probability of {top}"
+    if len(letters) > 1:
+        title = f"{listed(letters)} have the same highest probability: {top}"
+    figures.accuracy_axis(axes, "probability", 0)
+    return figures.finish(figure, key(CHANCE_WORDS, line=":"), title=title)

@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 
 from race import CHANCE
-from race.score import comparison, statistics
+from race.score import comparison, results, statistics
 from race.score.statistics import SIGNIFICANT
+
+SHOWN = 3  # so many other checkpoints are named one by one
 
 
 def percent(value: float) -> str:
@@ -18,6 +20,12 @@ def interval(row, low: str = "ci_low", high: str = "ci_high") -> str:
     return f"{percent(row[low])} to {percent(row[high])}"
 
 
+def quoted(row) -> str:
+    """The interval of an accuracy that is to be quoted: by passage, or Wilson's where that is not known."""
+    known = pd.notna(row.get("passage_low"))
+    return f"{interval(row, 'passage_low', 'passage_high')}, by passage" if known else interval(row)
+
+
 def signed(value: float) -> str:
     """A difference as "+24.2", "−0.3" or "0.0"."""
     text = f"{value:+.1f}".replace("-", "−")
@@ -25,14 +33,25 @@ def signed(value: float) -> str:
 
 
 def points(row) -> str:
-    """A difference of accuracies with its interval: "+0.5 points (95 % interval −0.9 to +1.9)"."""
+    """A difference of accuracies with its interval, if it has one: "+0.5 points (95 % interval −0.9 to +1.9)"."""
     difference, low, high = (signed(100 * row[name]) for name in ("difference", "ci_low", "ci_high"))
-    return f"{difference} points (95 % interval {low} to {high})"
+    return f"{difference} points" + ("" if pd.isna(row["ci_low"]) else f" (95 % interval {low} to {high})")
+
+
+def p_number(p: float) -> str:
+    """p as "0.032", "< 0.001" or "–"; rounded, but never across the limit of what is called significant."""
+    if pd.isna(p) or p < 0.001:
+        return "–" if pd.isna(p) else "< 0.001"
+    digits, text = 2, f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    while (float(text) < SIGNIFICANT) != (p < SIGNIFICANT):
+        digits, text = digits + 1, f"{p:.{digits}g}"
+    return text
 
 
 def p_value(p: float) -> str:
     """p as "p = 0.032" or "p < 0.001"."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
+    text = p_number(p)
+    return f"p {text}" if text[0] == "<" else f"p = {text}"
 
 
 def rate(learning_rate: float) -> str:
@@ -45,47 +64,137 @@ def significance(p: float) -> str:
     return "significant" if p < SIGNIFICANT else "not significant"
 
 
-def listed(names) -> str:
-    """Names as "a", "a and b", "a, b and c"."""
+def listed(names, most: int | None = None) -> str:
+    """Names as "a", "a and b", "a, b and c"; more than `most` as "4 others"."""
     *first, last = names
+    if most and len(first) >= most:
+        return f"{len(first) + 1} others"
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def origin(checkpoint) -> str:
-    """What a checkpoint remembers: "stage e3, epoch 1, trained from e2-….ckpt"; or that it is not known."""
-    facts = {"stage": checkpoint.stage, "epoch": checkpoint.epoch, "trained from": checkpoint.base}
+    """What a checkpoint remembers: "stage e3, epoch (from 0) 1, trained from e2-….ckpt"; or that it is not known."""
+    facts = {"stage": checkpoint.stage, "epoch (from 0)": checkpoint.epoch, "trained from": checkpoint.base}
     return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in facts.items())
 
 
 def headline(table: pd.DataFrame) -> str:
-    """The result of one checkpoint: accuracy with interval, against chance, and macro accuracy over the levels."""
+    """The result of one checkpoint: accuracy with interval, against chance, macro accuracy, and what it has seen."""
     row = table.iloc[0]
     which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
-    p = statistics.above_chance(row["correct"], row["questions"])
-    above = "significantly" if p < SIGNIFICANT else "not significantly"
     text = (
         f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly: "
-        f"accuracy {percent(row['accuracy'])} (95 % interval {interval(row)}), "
-        f"{above} above chance ({100 * CHANCE:.0f} %; exact binomial test, {p_value(p)})."
+        f"accuracy {percent(row['accuracy'])} (95 % interval {quoted(row)})"
     )
+    if not _all_seen(row, "trained_on"):
+        p = statistics.above_chance(row["correct"], row["questions"])
+        above = "significantly" if p < SIGNIFICANT else "not significantly"
+        text += f", {above} above chance ({100 * CHANCE:.0f} %; exact binomial test, {p_value(p)})"
     if len(table) > 2:
-        text += f" Macro accuracy over the two levels: {percent(row['macro_accuracy'])} "
-        text += f"({interval(row, 'macro_low', 'macro_high')})."
-    return text
+        text += f". Macro accuracy over the two levels: {percent(row['macro_accuracy'])} "
+        text += f"({interval(row, 'macro_low', 'macro_high')})"
+    return f"{text}. {seen([table], [row['stage']])}"
+
+
+def _all_seen(row, column: str) -> bool:
+    """Whether a checkpoint is known to have seen every article of a row of results."""
+    count = row.get(column)
+    return bool(pd.notna(count) and count == row["questions"])
+
+
+def seen(tables: list[pd.DataFrame], names: list[str]) -> str:
+    """Which checkpoints were trained, or chosen, on the questions of these results (results.accuracy_table)."""
+    said: dict[str, list[str]] = {}
+    for table, name in zip(tables, names, strict=True):
+        for words in _seen(table.iloc[0]):
+            said.setdefault(words, []).append(name)
+    return " ".join(
+        words.format(who=listed(who), was="was" if len(who) == 1 else "were") for words, who in said.items()
+    )
+
+
+def _seen(row) -> list[str]:
+    trained, chosen = (row.get(name) for name in ("trained_on", "selected_on"))
+    if _all_seen(row, "trained_on"):
+        return ["{who} {was} trained on the articles of all these questions: nothing here is about new questions."]
+    if pd.notna(trained) and pd.notna(chosen) and trained == chosen == 0:
+        return ["The articles of these questions neither trained nor chose {who}."]
+    words = "Of these questions, {who} {was} trained on the articles of " + (
+        "" if pd.isna(trained) else f"{trained:,}."
+    )
+    told = [
+        "Whether {who} {was} trained on the articles of these questions is not known." if pd.isna(trained) else words
+    ]
+    if pd.isna(chosen):
+        return [*told, "Whether they chose {who} is not known."]
+    if _all_seen(row, "selected_on"):
+        return [*told, "Their validation loss chose {who} among the epochs: the accuracy is optimistic."]
+    return [*told, f"{chosen:,} of these questions have an article of the validation split that chose {{who}}."]
+
+
+def alike(row) -> str:
+    """How alike the questions of one passage are, and which interval follows from it."""
+    if pd.isna(row["design_effect"]):
+        return "There are too few passages for an interval by passage: Wilson's takes every question as independent."
+    found = "not defined" if pd.isna(row["icc"]) else f"{row['icc']:.2f}".replace("-", "−")
+    text = f"{row['questions']:,} questions on {row['passages']:,} passages: intraclass correlation within a passage "
+    text += f"{found}, design effect {row['design_effect']:.2f}"
+    if row["design_effect"] == 1:
+        return f"{text} (at least 1): the interval by passage is hardly wider than Wilson's."
+    return f"{text}. Quote the interval by passage: Wilson's takes the questions as independent and is too narrow."
 
 
 def overlap(predictions: pd.DataFrame) -> str:
-    """How many sequences are truncated and how many articles also occur in train, and accuracy without the latter."""
+    """How many sequences are truncated, how many articles trained the checkpoint, and accuracy without the latter."""
     truncated = int(predictions["truncated"].sum())
     text = f"Questions with a truncated sequence: {truncated:,} of {len(predictions):,}. "
-    if predictions["article_in_train"].isna().any():
-        return text + "Whether articles also occur in train is not known here."
-    seen = predictions["article_in_train"].to_numpy(bool)
-    text += f"Questions whose article also occurs in train: {int(seen.sum()):,}"
-    if not seen.any() or seen.all():
+    trained = predictions["article_in_train"].fillna(False).to_numpy(bool)
+    text += f"Questions whose article trained the checkpoint: {trained.sum():,}"
+    if unknown := int(predictions["article_in_train"].isna().sum()):
+        text += f"; of {unknown:,} that is not known"
+    if not trained.any() or trained.all():
         return f"{text}."
-    row = statistics.accuracy_by(predictions[~seen], np.full((~seen).sum(), "all")).iloc[0]
-    return f"{text}; without them the accuracy is {percent(row['accuracy'])} (95 % interval {interval(row)})."
+    row = results.accuracy_table(predictions[~trained], "", "", "").iloc[0]
+    return f"{text}; without them the accuracy is {percent(row['accuracy'])} (95 % interval {quoted(row)})."
+
+
+def groups(table: pd.DataFrame) -> str:
+    """Which groups of statistics.group_accuracies are harder or easier than the other questions of their level."""
+    tests = int(table["p"].notna().sum())
+    if not tests:
+        return "No grouping has two groups within a level: there is nothing to compare."
+    how = f"Fisher's exact test of each group against the rest, {tests} tests, Holm's adjustment"
+    found = table[table["p_holm"] < SIGNIFICANT].sort_values("difference")
+    if found.empty:
+        return f"No group differs significantly from the other questions of its level ({how})."
+    text = []
+    for name, part in (("Harder", found[found["difference"] < 0]), ("Easier", found[found["difference"] > 0][::-1])):
+        if len(part):
+            text.append(
+                f"{name} than the other questions of its level: {'; '.join(_group(row) for _, row in part.iterrows())}."
+            )
+    return f"{' '.join(text)} ({how}.)"
+
+
+def _group(row) -> str:
+    return (
+        f"{row['grouping']} “{row['group']}”, level {row['level']}, {row['questions']:,} questions, "
+        f"{percent(row['accuracy'])} against {percent(row['rest'])} ({signed(100 * row['difference'])} points, "
+        f"Holm {p_value(row['p_holm'])})"
+    )
+
+
+def groups_title(table: pd.DataFrame) -> str:
+    """The largest significant differences as a title."""
+    found = table[table["p_holm"] < SIGNIFICANT].sort_values("difference")
+    if found.empty:
+        return "No group differs significantly from the rest of its level"
+    parts = []
+    for word, row in (("harder", found.iloc[0]), ("easier", found.iloc[-1])):
+        if (row["difference"] < 0) == (word == "harder"):
+            size = f"{signed(100 * row['difference'])} points, {row['questions']:,} questions"
+            parts.append(f"{word} than the rest of {row['level']}: “{row['group']}” ({size})")
+    return "; ".join(parts).capitalize()
 
 
 def letters(predictions: pd.DataFrame) -> str:
@@ -94,74 +203,138 @@ def letters(predictions: pd.DataFrame) -> str:
     if freedom == 0:
         return "Every answer is correct, so there is no preference for a letter to test."
     table = statistics.letter_counts(predictions)
-    row = table.loc[(table["chosen"] - table["right"]).abs().idxmax()]
+    apart = (table["chosen"] - table["right"]).abs()
+    if not apart.any():
+        return "Each letter is chosen exactly as often as it is correct."
     test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, {freedom} degrees of freedom, {p_value(p)}"
+    largest = [
+        f"{row.letter}, chosen on {percent(row.chosen_share)} and correct on {percent(row.right_share)}"
+        for row in table[apart == apart.max()].itertuples()
+    ]
     return (
         f"How often each letter is chosen and how often it is correct: the difference is {significance(p)} ({test}). "
-        f"It is largest for {row['letter']}, chosen on {percent(row['chosen_share'])} of the questions and correct on "
-        f"{percent(row['right_share'])}."
+        f"It is largest for {', and for '.join(largest)} of the questions."
     )
 
 
 def longest_option(predictions: pd.DataFrame) -> str:
     """Length bias: whether the longest of the four options is chosen as often as it is correct."""
-    chosen, correct, p = statistics.longest_option_test(predictions)
-    found = f"chosen on {percent(chosen)} of the questions and correct on {percent(correct)}"
-    return f"The longest option is {found}: the difference is {significance(p)} (exact McNemar test, {p_value(p)})."
+    found = statistics.longest_option_test(predictions)
+    left_out = f"{found['ties']:,} questions whose longest options are equally long are left out."
+    if not found["questions"]:
+        return f"No question has one longest option: {left_out}"
+    text = (
+        f"On {found['questions']:,} questions with one longest option, it is chosen on {percent(found['chosen'])} and "
+    )
+    text += f"correct on {percent(found['correct'])}: the difference is {significance(found['p'])} "
+    return f"{text}(exact McNemar test, {p_value(found['p'])})." + (f" {left_out}" if found["ties"] else "")
 
 
-def calibration(table: pd.DataFrame, temperature: float | None) -> str:
-    """What calibration_table shows: confidence against accuracy, and what a fitted temperature changes."""
+def calibration(table: pd.DataFrame, temperature: float | None, change: tuple | None = None) -> str:
+    """What calibration_table shows: confidence against accuracy, and whether a fitted temperature helps.
+
+    change: calibration.log_loss_change on the split that is scored.
+    """
     row = table.iloc[0]
-    text = f"Mean confidence is {percent(row['confidence'])}, accuracy {percent(row['accuracy'])}; "
-    text += f"the expected calibration error is {100 * row['calibration_error']:.1f} points."
-    if temperature is None:
+    error, *spread = (
+        f"{100 * row[name]:.1f}" for name in ("calibration_error", "error_low", "error_high", "floor_low", "floor_high")
+    )
+    above = row["calibration_error"] > row["floor_high"]
+    text = (
+        f"Mean confidence is {percent(row['confidence'])}, accuracy {percent(row['accuracy'])}. The expected "
+        f"calibration error is {error} points (95 % interval {spread[0]} to {spread[1]}); a perfectly calibrated model "
+        f"with these confidences would read {spread[2]} to {spread[3]} (95 % range): the error is "
+        f"{'above' if above else 'not above'} that range."
+    )
+    if temperature is None or change is None:
         return text
-    after = table.iloc[1]
-    text += f" At temperature {temperature:.2f}, fitted on validation, log loss goes from {row['log_loss']:.3f} to "
-    text += f"{after['log_loss']:.3f} and the calibration error to {100 * after['calibration_error']:.1f} points."
-    at_end = min(abs(np.log(temperature / end)) for end in statistics.TEMPERATURES) < 1e-3
-    return text + (" The temperature is at the end of the range searched: do not trust it." if at_end else "")
+    mean, low, high = change
+    finding = (
+        "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else "not significant"
+    )
+    ends = "" if pd.isna(low) else f" (95 % interval {_signed3(low)} to {_signed3(high)})"
+    text += f" At temperature {temperature:.2f}, fitted on validation, log loss changes by {_signed3(mean)}{ends}, "
+    return f"{text}from {row['log_loss']:.3f} to {table.iloc[1]['log_loss']:.3f}: {finding}."
+
+
+def _signed3(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def paired(row: pd.Series) -> str:
     """One row of compare_pairs: who is correct where, the difference, and whether it is significant."""
-    first, second, p = row["first"], row["second"], row["p_holm"]
+    first, second = row["first"], row["second"]
     if row["gained"] == row["lost"] == 0:
         return f"{second} and {first} are correct on the same questions: there is no difference to test."
     better = second if row["difference"] > 0 else first
-    finding = f"{better} is significantly better" if p < SIGNIFICANT else "the difference is not significant"
+    tested = "no test: these questions trained at least one of the two"
+    if pd.notna(row["p"]):
+        finding = (
+            "the difference is not significant" if row["p_holm"] >= SIGNIFICANT else f"{better} is significantly better"
+        )
+        tested = f"{finding} (exact McNemar test, {_both_p(row)})"
     return (
         f"{second} is correct on {row['gained']:,} questions on which {first} is wrong, and wrong on {row['lost']:,} "
-        f"on which {first} is correct: {points(row)}; {finding} (exact McNemar test, {p_value(p)})."
+        f"on which {first} is correct: {points(row)}; {tested}."
     )
 
 
+def _both_p(row) -> str:
+    """p of a pair, and Holm's where it differs: "p = 0.03; Holm p = 0.09"."""
+    return p_value(row["p"]) + ("" if row["p"] == row["p_holm"] else f"; Holm {p_value(row['p_holm'])}")
+
+
 def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
-    """Which has the highest accuracy, and how far it is ahead of each other one."""
+    """Which has the highest accuracy, and how far it is ahead of the others: of each, or of the next ones if many."""
     best, found = comparison.leads(predictions, pairs)
     equal = [best, *found.loc[found["difference"] == 0, "first"]]
     accuracy = percent(statistics.is_correct(predictions[best]).mean())
     if len(predictions) == 1:
         return f"{best} has an accuracy of {accuracy}."
-    text = f"{listed(equal)} {'has' if len(equal) == 1 else 'have'} the highest accuracy: {accuracy}."
-    for _, row in found.iterrows():
+    text = f"{listed(equal)} {'has' if len(equal) == 1 else 'have'} the highest accuracy{_on(found)}: {accuracy}."
+    if found["p"].isna().any():
+        text += " No difference is tested: these questions trained at least one of the checkpoints."
+    nearest = found.sort_values("difference", kind="stable")
+    if len(found) > SHOWN:
+        text += f" {short_verdict(predictions, pairs)}. The nearest:"
+        nearest = nearest[:1]
+    for _, row in nearest.iterrows():
         against = f"{best} against {row['first']}" if len(equal) > 1 else f"Against {row['first']}"
-        text += f" {against}: {points(row)}, {p_value(row['p_holm'])}, {significance(row['p_holm'])}."
+        text += f" {against}: {points(row)}"
+        text += f", McNemar {_both_p(row)}: {significance(row['p_holm'])}." if pd.notna(row["p"]) else "."
     return text
+
+
+def _on(found: pd.DataFrame) -> str:
+    return " on questions of the training data" if found["p"].isna().any() else ""
 
 
 def short_verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
     """The verdict as a title: "e3 is significantly better than e1; its lead over e2 is not significant"."""
     best, found = comparison.leads(predictions, pairs)
-    if found.empty:
-        return f"{best}: accuracy {percent(statistics.is_correct(predictions[best]).mean())}"
+    accuracy = percent(statistics.is_correct(predictions[best]).mean())
+    if found.empty or found["p"].isna().any():
+        return f"{best}: accuracy {accuracy}{_on(found)}"
     sure, level = found["p_holm"] < SIGNIFICANT, found["difference"] == 0
-    groups = {
+    clauses = {
         "{who} is significantly better than {names}": found.loc[sure, "first"],
         "{whose} lead over {names} is not significant": found.loc[~sure & ~level, "first"],
         "{who} is as accurate as {names}": found.loc[level, "first"],
     }
-    clauses = [(words, listed(names)) for words, names in groups.items() if len(names)]
+    said = [(words, listed(names, SHOWN)) for words, names in clauses.items() if len(names)]
     subjects = [{"who": best, "whose": f"{best}'s"}] + [{"who": "it", "whose": "its"}] * 2
-    return "; ".join(words.format(names=names, **who) for (words, names), who in zip(clauses, subjects, strict=False))
+    return "; ".join(words.format(names=names, **who) for (words, names), who in zip(said, subjects, strict=False))
+
+
+def scope(lineage: pd.DataFrame) -> str:
+    """What a comparison of single checkpoints (tables.lineage_table) cannot say."""
+    if len(lineage) < 2:
+        return ""
+    text = (
+        "Each checkpoint comes from one training run with one seed, and the intervals reflect the sampling of test "
+        "questions only. So this is about these checkpoints. Which recipe is better takes several seeds."
+    )
+    later = lineage[lineage["parent"].notna()]
+    for row in later.itertuples():
+        text += f" {row.name} continues from {row.parent}, so it has also trained longer."
+    return text

@@ -3,23 +3,28 @@
 import pandas as pd
 
 from race import LEVELS, RACE_QUESTIONS
-from race.report.sentences import interval, percent, rate, signed
-from race.score.results import RESULT_COLUMNS
+from race.report.sentences import interval, p_number, percent, rate, signed
+from race.score.results import PASSAGE_COLUMNS, RESULT_COLUMNS, SEEN_COLUMNS
+from race.train.stages import epochs_trained
 
 REPORTED = {"e1": 0.671, "e2": 0.680, "e3": 0.720}  # the original authors' accuracies on RACE's test split, not ours
-PUBLISHED = [  # published accuracies; ALBERT's authors call theirs dev set results (google-research/albert, issue 30)
+ALBERT = "README of google-research/albert; by its authors (issue 30) single run dev set results with early stopping"
+PUBLISHED = [  # published accuracies on RACE, and what each is
     ("guessing", 0.25, "one of four options"),
-    ("ALBERT v2 base", 0.668, "README of google-research/albert (dev set)"),
-    ("ALBERT v2 large", 0.752, "README of google-research/albert (dev set)"),
-    ("ALBERT v2 xlarge", 0.807, "README of google-research/albert (dev set)"),
-    ("ALBERT v2 xxlarge", 0.868, "README of google-research/albert (dev set)"),
-    ("RoBERTa large", 0.832, "Liu et al. 2019, arXiv:1907.11692"),
-    ("human ceiling", 0.95, "Lai et al. 2017, arXiv:1704.04683"),
+    ("ALBERT v2 base", 0.668, ALBERT),
+    ("ALBERT v2 large", 0.752, ALBERT),
+    ("ALBERT v2 xlarge", 0.807, ALBERT),
+    ("ALBERT v2 xxlarge", 0.868, ALBERT),
+    ("RoBERTa large", 0.832, "test split; Liu et al. 2019, arXiv:1907.11692"),
+    ("people on Mechanical Turk", 0.733, "sample of the test split; Lai et al. 2017, arXiv:1704.04683"),
+    ("valid questions", 0.945, "share with one clear answer, the ceiling for people; Lai et al. 2017"),
 ]
-FORMATS = dict.fromkeys(["accuracy", *LEVELS, "calibration_error", "confidence"], percent)
+FORMATS = dict.fromkeys(["accuracy", *LEVELS, "rest", "calibration_error", "confidence", "threshold"], percent)
 FORMATS |= dict.fromkeys(["questions", "correct", "gained", "lost", "both", "neither"], "{:,}")
-FORMATS |= {"log_loss": "{:.4f}", "val_loss": "{:.3f}", "learning_rate": rate, "epochs": "{:.0f}", "points": signed}
-FORMATS |= dict.fromkeys(["p", "p (Holm)"], "{:.2g}")
+FORMATS |= {"log_loss": "{:.4f}", "val_loss": "{:.3f}", "learning_rate": rate, "points": signed}
+FORMATS |= dict.fromkeys(["epochs trained", "chosen epoch (from 0)", "trained on", "chosen on"], "{:,.0f}")
+FORMATS |= dict.fromkeys(["intraclass correlation", "design effect"], lambda value: f"{value:.2f}".replace("-", "−"))
+FORMATS |= dict.fromkeys(["McNemar p", "Fisher p", "Holm p"], p_number)
 
 
 def styled(table: pd.DataFrame):
@@ -29,19 +34,49 @@ def styled(table: pd.DataFrame):
 
 
 def score_style(table: pd.DataFrame):
-    """Accuracies by level or by group, the interval in one column."""
-    columns = [name for name in ("grouping", "group", *RESULT_COLUMNS) if name in table]
-    return styled(_one_interval(table[columns]))
+    """Accuracies for reading, each interval in one column: Wilson's, and by passage where it is known."""
+    columns = [
+        name for name in (*RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS, "group", "threshold") if name in table
+    ]
+    names = {"icc": "intraclass correlation", "design_effect": "design effect"}
+    names |= {"trained_on": "trained on", "selected_on": "chosen on"}
+    return styled(_one_interval(table[columns]).rename(columns=names))
+
+
+def groups_style(table: pd.DataFrame):
+    """statistics.group_accuracies for reading."""
+    shown = _one_interval(table).drop(columns="correct").rename(columns={"p": "Fisher p", "p_holm": "Holm p"})
+    shown.insert(shown.columns.get_loc("difference"), "points", 100 * shown.pop("difference"))
+    return styled(shown)
+
+
+def calibration_style(table: pd.DataFrame):
+    """calibration.calibration_table for reading."""
+    shown = table.drop(columns=["floor"])
+    for place, (name, low, high) in enumerate(
+        [("95 % interval", "error_low", "error_high"), ("if perfectly calibrated", "floor_low", "floor_high")]
+    ):
+        shown.insert(3 + place, name, [interval(row, low, high) for _, row in table.iterrows()])
+    return styled(shown.drop(columns=["error_low", "error_high", "floor_low", "floor_high"]))
 
 
 def _one_interval(table: pd.DataFrame) -> pd.DataFrame:
-    shown = table.drop(columns=["ci_low", "ci_high"])
-    shown.insert(shown.columns.get_loc("accuracy") + 1, "95 % interval", [interval(row) for _, row in table.iterrows()])
+    """Each pair of ends as one column of words, after the accuracy."""
+    shown = table.copy()
+    place = shown.columns.get_loc("accuracy") + 1
+    for name, ends in (("95 % by passage", ["passage_low", "passage_high"]), ("95 % Wilson", ["ci_low", "ci_high"])):
+        if ends[0] in shown:
+            words = [interval(row, *ends) if pd.notna(row[ends[0]]) else "–" for _, row in shown.iterrows()]
+            shown = shown.drop(columns=ends)
+            shown.insert(place, name, words)
     return shown
 
 
 def lineage_table(checkpoints: list, names: list[str]) -> pd.DataFrame:
-    """What each named checkpoint remembers, a row each; `parent`: which of the others its base is, by hash."""
+    """What each named checkpoint remembers, a row each.
+
+    epochs: trained in its stage; chosen_epoch: its own, from 0; parent: which of the others its base is, by hash.
+    """
     name_of = {checkpoint.sha256: name for checkpoint, name in zip(checkpoints, names, strict=True)}
     rows = [
         {
@@ -50,7 +85,8 @@ def lineage_table(checkpoints: list, names: list[str]) -> pd.DataFrame:
             "checkpoint": checkpoint.name,
             "base": checkpoint.base,
             "learning_rate": checkpoint.learning_rate,
-            "epochs": None if checkpoint.epoch is None else checkpoint.epoch + 1,
+            "epochs": epochs_trained(checkpoint),
+            "chosen_epoch": checkpoint.epoch,
             "val_loss": checkpoint.val_loss,
             "parent": name_of.get(checkpoint.base_sha256),
         }
@@ -66,28 +102,36 @@ def stages_behind(checkpoints: list) -> list[str]:
 
 
 def comparison_table(tables: list[pd.DataFrame], checkpoints: list, names: list[str]) -> pd.DataFrame:
-    """One row a checkpoint: what it remembers, accuracy with interval, accuracy by level."""
+    """One row a checkpoint: what it remembers, accuracy with both intervals, and of each level with that by passage.
+
+    A level's ends: middle_low, middle_high, high_low, high_high.
+    """
     scores = []
     for table in tables:
-        everything = table.iloc[0][["questions", "accuracy", "ci_low", "ci_high"]]
-        levels = table.set_index("level")["accuracy"].reindex(LEVELS)
-        scores.append({**everything, **levels})
+        row = table.iloc[0][["questions", "accuracy", "ci_low", "ci_high", "passage_low", "passage_high"]].to_dict()
+        for level, found in table.set_index("level").reindex(LEVELS).iterrows():
+            known = pd.notna(found["passage_low"])
+            ends = ("passage_low", "passage_high") if known else ("ci_low", "ci_high")
+            row |= {level: found["accuracy"], f"{level}_low": found[ends[0]], f"{level}_high": found[ends[1]]}
+        scores.append(row)
     return lineage_table(checkpoints, names).drop(columns="parent").join(pd.DataFrame(scores))
 
 
 def comparison_style(table: pd.DataFrame):
     """The comparison for reading."""
-    return styled(_one_interval(table.drop(columns=["stage", "checkpoint", "questions"])))
+    ends = [f"{level}_{end}" for level in LEVELS for end in ("low", "high")]
+    shown = _one_interval(table.drop(columns=["stage", "checkpoint", "questions", *ends]))
+    return styled(shown.rename(columns={"epochs": "epochs trained", "chosen_epoch": "chosen epoch (from 0)"}))
 
 
 def pairs_style(pairs: pd.DataFrame):
-    """The paired comparisons for reading: differences in points, the interval in one column."""
-    shown = pairs.rename(columns={"second": "checkpoint", "first": "against", "p_holm": "p (Holm)"})
+    """The paired comparisons for reading: differences in points with the interval that belongs to McNemar's p."""
+    shown = pairs.rename(columns={"second": "checkpoint", "first": "against", "p": "McNemar p", "p_holm": "Holm p"})
     shown["points"] = 100 * pairs["difference"]
     ends = zip(100 * pairs["ci_low"], 100 * pairs["ci_high"], strict=True)
-    shown["95 % interval"] = [f"{signed(low)} to {signed(high)}" for low, high in ends]
-    names = ["checkpoint", "against", "gained", "lost", "both", "neither", "points", "95 % interval", "p", "p (Holm)"]
-    return styled(shown[names])
+    shown["95 % bootstrap"] = ["–" if pd.isna(low) else f"{signed(low)} to {signed(high)}" for low, high in ends]
+    names = ["checkpoint", "against", "gained", "lost", "both", "neither", "points", "95 % bootstrap", "McNemar p"]
+    return styled(shown[[*names, "Holm p"]])
 
 
 def reported_accuracy(tables: list[pd.DataFrame]) -> dict[str, float]:

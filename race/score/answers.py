@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from race import RaceError
+from race import LETTERS, RaceError
 from race.data.cache import build_cache, read_manifest, splits_of
 from race.data.module import RaceDataset
 from race.files import atomic_write
@@ -70,7 +70,7 @@ def answers(checkpoint: Checkpoint, source: str, cache_dir: str | Path, **settin
 def _of_split(checkpoint: Checkpoint, cache: Path, split: str, settings: dict) -> pd.DataFrame:
     predictions, dataset = predict(checkpoint, cache, split, **settings), RaceDataset(cache, split)
     texts = [dataset.text(row) for row in range(len(dataset))]
-    chosen = predictions[PROBABILITIES].to_numpy().argmax(1)
+    chosen = predictions["prediction"].map(LETTERS.index)
     columns = {
         "split": split,
         "id": predictions["example_id"],

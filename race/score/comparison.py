@@ -1,12 +1,15 @@
 """Paired comparisons: several tables of predictions on the same questions, two by two and combined. Numbers only."""
 
+import functools
 import itertools
+import operator
 
 import numpy as np
 import pandas as pd
 
-from race import LETTERS, RaceError
-from race.score.statistics import PROBABILITIES, is_correct, mcnemar
+from race import RaceError
+from race.score.results import SEEN_COLUMNS
+from race.score.statistics import PROBABILITIES, holm, is_correct, mcnemar, most_probable, probabilities_of
 
 QUESTION = ["level", "example_id", "question_index", "answer"]  # identifies a question, and its correct answer
 OUTCOMES = ["both", "gained", "lost", "neither"]
@@ -18,6 +21,7 @@ TURNED = {"first": "second", "gained": "lost", "ci_low": "ci_high"}  # what chan
 def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) -> dict:
     """`second` against `first` on the same questions: counts, McNemar's p, and a 95 % bootstrap interval.
 
+    Where all articles trained one of the two, neither p nor interval would be about new questions: both are NaN.
     difference = accuracy of second − of first. Questions are resampled in pairs. As only four outcomes exist, drawing
     their counts is the same, and a thousand times faster than scipy.stats.bootstrap, which draws every question.
     """
@@ -30,19 +34,25 @@ def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) 
     low, high = np.quantile((drawn[:, 1] - drawn[:, 2]) / questions, (0.025, 0.975))
     gained, lost = counts["gained"], counts["lost"]
     found = {"difference": (gained - lost) / questions, "ci_low": float(low), "ci_high": float(high)}
-    return {"questions": questions} | counts | found | {"p": mcnemar(gained, lost)}
+    found |= {"p": mcnemar(gained, lost)}
+    if any(table.get("article_in_train", pd.Series([False])).fillna(False).all() for table in (first, second)):
+        found |= dict.fromkeys(["ci_low", "ci_high", "p"], np.nan)
+    return {"questions": questions} | counts | found
 
 
 def compare_pairs(predictions: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:
     """A row for every two of the named predictions, later against earlier; p_holm is adjusted for their number."""
-    from statsmodels.stats.multitest import multipletests
-
     rows = [
         {"first": first, "second": second} | paired_comparison(predictions[first], predictions[second], seed)
         for first, second in itertools.combinations(predictions, 2)
     ]
     table = pd.DataFrame(rows, columns=PAIR_COLUMNS)
-    return table.assign(p_holm=multipletests(table["p"], method="holm")[1]) if rows else table
+    return table.assign(p_holm=holm(table["p"])) if rows else table
+
+
+def shown_pairs(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, most: int = 10) -> pd.DataFrame:
+    """The pairs to draw and to tell: all, or those of the best checkpoint if there are more than `most`."""
+    return pairs if len(pairs) <= most else leads(predictions, pairs)[1]
 
 
 def leads(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> tuple[str, pd.DataFrame]:
@@ -55,11 +65,17 @@ def leads(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> tuple[st
 
 
 def ensemble(predictions: list[pd.DataFrame]) -> pd.DataFrame:
-    """The predictions of the mean probabilities of several models on the same questions."""
+    """The predictions of the mean probabilities of several models on the same questions.
+
+    An article that one of them was trained or chosen on counts so for the ensemble.
+    """
     _check_same_questions(predictions)
-    mean = np.mean([table[PROBABILITIES].to_numpy() for table in predictions], axis=0)
-    combined = predictions[0].assign(prediction=np.take(LETTERS, mean.argmax(1)))
+    mean = np.mean([probabilities_of(table) for table in predictions], axis=0)
+    combined = predictions[0].assign(prediction=most_probable(mean))
     combined[PROBABILITIES] = mean
+    for column in SEEN_COLUMNS.values():
+        if all(column in table for table in predictions):
+            combined[column] = functools.reduce(operator.or_, [table[column] for table in predictions])
     return combined
 
 

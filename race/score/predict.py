@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 
 from race import LETTERS, MAX_LEN, RaceError
 from race.data import RaceDataModule, collate
+from race.data.seen import seen
 from race.device import AUTOCAST, default_device, default_precision, device_name, versions
 from race.score import results
-from race.score.statistics import PROBABILITIES, kind_of_question
+from race.score.statistics import PROBABILITIES, kind_of_question, most_probable
 from race.settings import from_root
 from race.train.checkpoints import Checkpoint, short_names
 from race_module import RaceModule
@@ -64,10 +65,7 @@ def saved_predictions(
     """
     resolved = {"checkpoint_sha256": checkpoint.sha256} | prediction_settings(cache_dir, split, **settings)
     path = results.predictions_path(run_dir, checkpoint, split, resolved["level"])
-    before = results.earlier_path(run_dir, checkpoint, split)
     found = "FRESH is set" if fresh else results.read_predictions(path, resolved)
-    if isinstance(found, str) and not fresh and isinstance(old := results.read_predictions(before, resolved), tuple):
-        found, path = old, before
     if not isinstance(found, str):
         print(f"{path.name}: saved predictions are used, made {found[1]['made']}")
         return found
@@ -114,7 +112,7 @@ def prediction_settings(
         raise RaceError(f"PRECISION is {precision!r}; to score, expected one of {', '.join(AUTOCAST)}")
     limited = limit_questions is not None and limit_questions < manifest["splits"][split]["questions"]
     return {
-        "format": 1,
+        "format": 2,
         "cache_sha256": results.content_hash(manifest["files"]),
         "split": split,
         "batch_size": batch_size,
@@ -130,8 +128,8 @@ def prediction_settings(
 def predict(checkpoint: Checkpoint, cache_dir: str | Path, split: str = "test", **settings) -> pd.DataFrame:
     """Score one checkpoint on a split; one row a question, in the order of the cache. settings: prediction_settings.
 
-    Columns: example_id, question_index, level, answer and prediction ("A".."D"), p_A … p_D, and those of
-    `question_facts`. Raises RaceError if the model's output is not finite.
+    Columns: example_id, question_index, level, answer and prediction ("A".."D"), p_A … p_D, those of `question_facts`
+    and of race.data.seen. Raises RaceError if the model's output is not finite.
     """
     resolved, device = prediction_settings(cache_dir, split, **settings), settings.get("device") or default_device()
     sample = {name: resolved[name] for name in ("limit_questions", "level")} | {"seed": resolved["seed"] or 0}
@@ -154,9 +152,10 @@ def predict(checkpoint: Checkpoint, cache_dir: str | Path, split: str = "test", 
     columns = dataset.columns()
     predictions = pd.DataFrame({name: columns[name] for name in ("example_id", "question_index", "level")})
     predictions["answer"] = np.take(LETTERS, columns["label"])
-    predictions["prediction"] = np.take(LETTERS, probabilities.argmax(1))
+    predictions["prediction"] = most_probable(probabilities)
     predictions[PROBABILITIES] = probabilities
-    return pd.concat([predictions, question_facts(dataset)], axis=1)
+    known = {name: pd.array(column, "boolean") for name, column in seen(checkpoint.lineage, dataset).items()}
+    return pd.concat([predictions, question_facts(dataset), pd.DataFrame(known)], axis=1)
 
 
 def question_facts(dataset) -> pd.DataFrame:

@@ -5,14 +5,15 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from race import LEVELS, RaceError
 from race.files import atomic_write, file_hash
-from race.score.statistics import accuracy_by, macro_accuracy
+from race.score.statistics import by_passage, is_correct, macro_accuracy, wilson
 
 RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct", "accuracy", "ci_low", "ci_high"]
+PASSAGE_COLUMNS = ["passages", "icc", "design_effect", "passage_low", "passage_high"]
+SEEN_COLUMNS = {"trained_on": "article_in_train", "selected_on": "article_in_validation"}
 MACRO_COLUMNS = ["macro_accuracy", "macro_low", "macro_high"]
 SETTINGS_COLUMNS = ["checkpoint_sha256", "cache_sha256", "batch_size", "max_len", "limit_questions", "seed"]
 SETTINGS_COLUMNS += ["precision", "device"]
@@ -20,16 +21,31 @@ WHICH = ["checkpoint_sha256", "checkpoint", "folder"]  # what tells checkpoints 
 
 
 def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split: str) -> pd.DataFrame:
-    """RESULT_COLUMNS for all questions and for each level present, with 95 % Wilson intervals."""
-    everything = accuracy_by(predictions, np.full(len(predictions), "all"))
-    levels = accuracy_by(predictions, predictions["level"], list(LEVELS))
-    table = pd.concat([part for part in (everything, levels) if len(part)], ignore_index=True)
-    table = table.rename(columns={"group": "level"})
-    return table.assign(stage=stage, checkpoint=checkpoint, split=split)[RESULT_COLUMNS]
+    """RESULT_COLUMNS (Wilson intervals), PASSAGE_COLUMNS (statistics.by_passage) and SEEN_COLUMNS, a row for all
+    questions and for each level present.
+
+    trained_on, selected_on: the number of questions whose article trained the checkpoint, or is in the validation split
+    that chose it; missing where that is not known.
+    """
+    parts = {"all": predictions}
+    parts |= {level: part for level in LEVELS if len(part := predictions[predictions["level"] == level])}
+    rows = []
+    for level, part in parts.items():
+        questions, correct = len(part), int(is_correct(part).sum())
+        low, high = wilson(correct, questions)
+        values = [stage, checkpoint, split, level, questions, correct, correct / questions, float(low), float(high)]
+        known = {name: _count(part.get(column)) for name, column in SEEN_COLUMNS.items()}
+        rows.append(dict(zip(RESULT_COLUMNS, values, strict=True)) | by_passage(part) | known)
+    return pd.DataFrame(rows).astype(dict.fromkeys(SEEN_COLUMNS, "Int64"))
+
+
+def _count(column: pd.Series | None) -> int | None:
+    """How many are true; None if some are not known."""
+    return None if column is None or column.isna().any() else int(column.sum())
 
 
 def result_table(predictions: pd.DataFrame, made: dict) -> pd.DataFrame:
-    """RESULT_COLUMNS, then macro accuracy over the levels, hashes, settings, device, seconds, versions and folder.
+    """accuracy_table, then macro accuracy over the levels, hashes, settings, device, seconds, versions and folder.
 
     Of one level alone there is one row, of that level.
     """
@@ -37,7 +53,9 @@ def result_table(predictions: pd.DataFrame, made: dict) -> pd.DataFrame:
     table = accuracy_table(predictions, made["stage"], made["checkpoint"], settings["split"])
     if settings.get("level"):
         table = table[table["level"] == settings["level"]].reset_index(drop=True)
-    details = dict(zip(MACRO_COLUMNS, macro_accuracy(predictions) or [None] * 3, strict=True))
+    levels = table[table["level"] != "all"]
+    macro = macro_accuracy(levels) if len(levels) else [None] * 3
+    details = dict(zip(MACRO_COLUMNS, macro, strict=True))
     details |= {name: settings[name] for name in SETTINGS_COLUMNS} | {"seconds": made["seconds"]}
     details |= {name: versions[name] for name in ("torch", "transformers")} | {"made": made["made"]}
     details |= {"folder": made.get("folder")}
@@ -48,11 +66,6 @@ def predictions_path(run_dir: str | Path, checkpoint, split: str, level: str | N
     """The file with the predictions of a Checkpoint, by name and hash; a JSON file beside it says what made them."""
     parts = [checkpoint.label, checkpoint.sha256[:8], split, *([level] if level else [])]
     return Path(run_dir) / "predictions" / f"{'-'.join(parts)}.parquet"
-
-
-def earlier_path(run_dir: str | Path, checkpoint, split: str) -> Path:
-    """Where earlier versions kept them: by name only."""
-    return Path(run_dir) / "predictions" / f"{checkpoint.label}-{split}.parquet"
 
 
 def save_predictions(path: Path, predictions: pd.DataFrame, made: dict) -> None:

@@ -1,22 +1,16 @@
-"""Statistics on a table of predictions: intervals, groups, letters, calibration. Numbers only; no model is needed."""
+"""Statistics on a table of predictions: intervals, groups, letters. Numbers only; no model is needed."""
 
 import re
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
-from scipy.stats import binomtest, chi2, rankdata
+from scipy.stats import binomtest, chi2, fisher_exact, norm, rankdata, t
 
-from race import CHANCE, LETTERS, LEVELS
+from race import CHANCE, LETTERS, LEVELS, RaceError
 
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 SIGNIFICANT = 0.05  # a p-value below is called significant
-BINS = 10  # of equal width, for confidence
-TEMPERATURES = 0.05, 20.0  # the range that is searched
-COVERAGES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.2)  # fractions of the questions that are answered
-FEW = 20  # questions; a group with fewer is shown, and never named as the hardest
 # kind → (rule in words, pattern or None); the first rule that fits counts
 KIND_RULES = {
     "negated": (
@@ -52,14 +46,73 @@ def kind_of_question(question: str) -> str:
 
 
 def is_correct(predictions: pd.DataFrame) -> np.ndarray:
-    """[N] whether each question is answered correctly."""
-    return (predictions["answer"] == predictions["prediction"]).to_numpy(bool)
+    """[N] whether each question is answered correctly; raises RaceError if there is none, or a letter is missing."""
+    columns = predictions[["answer", "prediction"]]
+    if not len(columns):
+        raise RaceError("there are no predictions: the split, LEVEL or LIMIT_QUESTIONS leaves no question")
+    if missing := int(columns.isna().any(axis=1).sum()):
+        raise RaceError(f"{missing:,} of {len(columns):,} predictions have no answer or no choice: score again")
+    return (columns["answer"] == columns["prediction"]).to_numpy(bool)
 
 
-def wilson(correct: int, questions: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion."""
-    interval = binomtest(int(correct), int(questions)).proportion_ci(0.95, method="wilson")
-    return interval.low, interval.high
+def probabilities_of(predictions: pd.DataFrame) -> np.ndarray:
+    """[N, 4] the probabilities of the options; raises RaceError if one is not a number from 0 to 1."""
+    probabilities = predictions[PROBABILITIES].to_numpy(float)
+    if bad := int((~((probabilities >= 0) & (probabilities <= 1 + 1e-9))).any(1).sum()):
+        raise RaceError(f"{bad:,} of {len(predictions):,} predictions have a probability outside 0 to 1, or NaN")
+    return probabilities
+
+
+def most_probable(probabilities: np.ndarray) -> np.ndarray:
+    """[N] the letter of the highest of [N, 4] probabilities; among equal ones (to 1e-12) a fixed draw decides.
+
+    The first of equals would favour A.
+    """
+    highest = probabilities >= probabilities.max(1, keepdims=True) - 1e-12
+    drawn = np.random.default_rng(0).random(probabilities.shape)
+    return np.take(LETTERS, np.where(highest, drawn, -1).argmax(1))
+
+
+def wilson(correct, questions, alpha: float = 0.05):
+    """Wilson's interval of proportions at level 1 − alpha: (low, high), of numbers or of arrays."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(correct, questions, alpha, method="wilson")
+    return np.clip(low, 0, 1), np.clip(high, 0, 1)
+
+
+def by_passage(predictions: pd.DataFrame) -> dict:
+    """The accuracy's 95 % interval with passages as clusters within levels, and what it follows from.
+
+    Questions of one passage are alike, so that they count for less than as many single ones. passages; icc: intraclass
+    correlation within passages (analysis of variance); design_effect: variance of the accuracy with whole passages
+    drawn (Cochran 1977, ch. 9 to 11) over that with single questions drawn, at least 1; passage_low and passage_high:
+    Wilson's interval for questions / design_effect, with the t quantile for passages − levels. NaN where there are too
+    few passages.
+    """
+    correct, count = is_correct(predictions), len(predictions)
+    levels, rate = predictions["level"].to_numpy(), correct.mean()
+    keys = pd.MultiIndex.from_arrays([levels, predictions["example_id"]])
+    passage = pd.factorize(keys)[0]
+    sizes, rights = np.bincount(passage), np.bincount(passage, correct)
+    level = pd.factorize(levels)[0][np.unique(passage, return_index=True)[1]]  # of each passage
+    clusters, asked = np.bincount(level), np.bincount(level, sizes)
+    if (clusters < 2).any():  # a level of one passage says nothing of passages: all together
+        level, clusters, asked = np.zeros_like(level), np.array([len(sizes)]), np.array([count])
+    found, freedom = {"passages": len(sizes)}, len(sizes) - len(clusters)
+    if freedom < 1:
+        return found | dict.fromkeys(["icc", "design_effect", "passage_low", "passage_high"], np.nan)
+    mean = (np.bincount(level, rights) / asked)[level]  # the accuracy of each passage's level
+    spread = np.bincount(level, (rights - sizes * mean) ** 2) * clusters / (clusters - 1)
+    single = count * rate * (1 - rate)
+    effect = max(1.0, float(spread.sum() / single)) if single else 1.0
+    between = (sizes * (rights / sizes - mean) ** 2).sum() / freedom
+    within = (rights * (1 - rights / sizes)).sum() / (count - len(sizes)) if count > len(sizes) else np.nan
+    size = (count - (np.bincount(level, sizes**2) / asked).sum()) / freedom
+    total = between + (size - 1) * within
+    low, high = wilson(correct.sum() / effect, count / effect, 2 * norm.sf(t.ppf(0.975, freedom)))
+    found |= {"icc": float((between - within) / total) if total else np.nan, "design_effect": effect}
+    return found | {"passage_low": float(low), "passage_high": float(high)}
 
 
 def above_chance(correct: int, questions: int) -> float:
@@ -78,22 +131,20 @@ def accuracy_by(predictions: pd.DataFrame, groups, order: list | None = None) ->
     counts = pd.Series(is_correct(predictions)).groupby(groups).agg(["size", "sum"])
     if order is not None:
         counts = counts.loc[[group for group in order if group in counts.index]]
-    rows = [[group, n, k, k / n, *wilson(k, n)] for group, n, k in counts.itertuples()]
-    return pd.DataFrame(rows, columns=GROUP_COLUMNS)
+    questions, correct = (counts[name].to_numpy() for name in ("size", "sum"))
+    columns = [counts.index, questions, correct, correct / questions, *wilson(correct, questions)]
+    return pd.DataFrame(dict(zip(GROUP_COLUMNS, columns, strict=True)))
 
 
-def macro_accuracy(predictions: pd.DataFrame) -> tuple[float, float, float] | None:
-    """Mean of the levels' accuracies with its 95 % interval, or None if no level is known.
+def macro_accuracy(levels: pd.DataFrame) -> tuple[float, float, float]:
+    """Mean of the levels' accuracies with its 95 % interval, from the rows of the levels in results.accuracy_table.
 
-    The interval combines the levels' Wilson intervals (Zou and Donner 2008, Statistics in Medicine 27:1693).
+    The interval combines those of the levels by passage, or Wilson's (Zou and Donner 2008, Statistics in Medicine
+    27:1693).
     """
-    levels = accuracy_by(predictions, predictions["level"], list(LEVELS))
-    if levels.empty:
-        return None
     mean, count = float(levels["accuracy"].mean()), len(levels)
-    below, above = (
-        float(np.sqrt(((levels["accuracy"] - levels[end]) ** 2).sum())) / count for end in ("ci_low", "ci_high")
-    )
+    ends = [levels[f"passage_{end}"].fillna(levels[f"ci_{end}"]) for end in ("low", "high")]
+    below, above = (float(np.sqrt(((levels["accuracy"] - end) ** 2).sum())) / count for end in ends)
     return mean, mean - below, mean + above
 
 
@@ -106,26 +157,54 @@ def length_groups(tokens, count: int = 5) -> tuple[np.ndarray, list[str]]:
     return np.array(names, dtype=object)[np.unique(place, return_inverse=True)[1]], names
 
 
-def group_accuracies(predictions: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Accuracy by what a question is like: {name of the grouping: table}."""
+def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy by what a question is like, within each level, and every group against the rest of its level.
+
+    Columns: grouping, level ("middle", "high"; "all" if no level is known), GROUP_COLUMNS (Wilson intervals), rest
+    (accuracy of the level's other questions), difference (to the rest), p (Fisher's exact test), p_holm (Holm's
+    adjustment for all tests of the table). Without other questions, the last four are NaN.
+    """
     lengths, order = length_groups(predictions["article_tokens"])
     truncated = predictions["truncated"].map({True: "truncated", False: "not truncated"})
-    tables = {
-        "kind of question": accuracy_by(predictions, predictions["kind"], KINDS),
-        "article length (tokens)": accuracy_by(predictions, lengths, order),
-        "sequence": accuracy_by(predictions, truncated, ["not truncated", "truncated"]),
-        "correct answer": accuracy_by(predictions, predictions["answer"], LETTERS),
+    groupings = {
+        "kind of question": (predictions["kind"], KINDS),
+        "article length (tokens)": (lengths, order),
+        "sequence": (truncated, ["not truncated", "truncated"]),
+        "correct answer": (predictions["answer"], LETTERS),
     }
     if predictions["article_in_train"].notna().any():
         seen = predictions["article_in_train"].map({True: "also in train", False: "not in train"})
-        tables["article"] = accuracy_by(predictions, seen, ["not in train", "also in train"])
-    return tables
+        groupings["article"] = (seen, ["not in train", "also in train"])
+    known = predictions["level"].isin(LEVELS)
+    levels = predictions["level"].where(known, "no level" if known.any() else "all")
+    parts = []
+    for grouping, (groups, names) in groupings.items():
+        for level in (*LEVELS, "no level", "all"):
+            if (here := (levels == level).to_numpy()).any():
+                part = accuracy_by(predictions[here], np.asarray(groups, dtype=object)[here], names)
+                parts.append(_against_the_rest(part).assign(grouping=grouping, level=level))
+    table = pd.concat(parts, ignore_index=True)
+    columns = ["grouping", "level", *GROUP_COLUMNS, "rest", "difference", "p"]
+    return table[columns].assign(p_holm=holm(table["p"]))
 
 
-def hardest_group(table: pd.DataFrame) -> pd.Series | None:
-    """The group with the lowest accuracy among those with FEW questions or more, or None if there are not two."""
-    enough = table[table["questions"] >= FEW]
-    return enough.loc[enough["accuracy"].idxmin()] if len(enough) > 1 else None
+def _against_the_rest(part: pd.DataFrame) -> pd.DataFrame:
+    """Accuracies by group with rest, difference and p: each group against all others together."""
+    questions, correct = part["questions"].sum() - part["questions"], part["correct"].sum() - part["correct"]
+    rest = (correct / questions.where(questions > 0)).astype(float)
+    tested = zip(part["correct"], part["questions"], correct, questions, strict=True)
+    p = [fisher_exact([[k, n - k], [r, m - r]]).pvalue if m else np.nan for k, n, r, m in tested]
+    return part.assign(rest=rest, difference=part["accuracy"] - rest, p=p)
+
+
+def holm(p) -> np.ndarray:
+    """p-values adjusted by Holm for their number; NaN stays NaN and does not count."""
+    from statsmodels.stats.multitest import multipletests
+
+    adjusted = np.array(p, dtype=float)
+    if (tested := ~np.isnan(adjusted)).any():
+        adjusted[tested] = multipletests(adjusted[tested], method="holm")[1]
+    return adjusted
 
 
 def confusion(predictions: pd.DataFrame) -> np.ndarray:
@@ -159,94 +238,16 @@ def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     return statistic, freedom, float(chi2.sf(statistic, freedom))
 
 
-def longest_option_test(predictions: pd.DataFrame) -> tuple[float, float, float]:
-    """The longest option: how often it is chosen, how often it is correct (fractions), and McNemar's p of the two."""
-    chosen = (predictions["prediction"] == predictions["longest_option"]).to_numpy(bool)
-    correct = (predictions["answer"] == predictions["longest_option"]).to_numpy(bool)
+def longest_option_test(predictions: pd.DataFrame) -> dict:
+    """The longest option: how often it is chosen, how often it is correct (fractions), and McNemar's p of the two.
+
+    Keys: questions (with one longest option), ties (without: left out), chosen, correct, p.
+    """
+    known = predictions[predictions["longest_option"].notna()]
+    found = {"questions": len(known), "ties": len(predictions) - len(known)}
+    if known.empty:
+        return found | {"chosen": np.nan, "correct": np.nan, "p": np.nan}
+    chosen = (known["prediction"] == known["longest_option"]).to_numpy(bool)
+    correct = (known["answer"] == known["longest_option"]).to_numpy(bool)
     p = mcnemar(int((chosen & ~correct).sum()), int((correct & ~chosen).sum()))
-    return float(chosen.mean()), float(correct.mean()), p
-
-
-def confidence(predictions: pd.DataFrame) -> np.ndarray:
-    """[N] the probability of the chosen option."""
-    return predictions[PROBABILITIES].to_numpy().max(1)
-
-
-def reliability(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Mean confidence, accuracy and its Wilson interval in BINS bins of equal width over (0, 1], if not empty.
-
-    Not scikit-learn's calibration_curve: it does not count the questions in a bin, which the intervals need.
-    """
-    sure, edges = confidence(predictions), np.linspace(0, 1, BINS + 1)
-    place = np.searchsorted(edges[1:-1], sure)  # a value on an edge belongs to the bin below
-    table = accuracy_by(predictions, place)
-    bins = table.pop("group").to_numpy(int)
-    mean = pd.Series(sure).groupby(place).mean().to_numpy()
-    return table.assign(low=edges[bins], high=edges[bins + 1], confidence=mean)
-
-
-def calibration_error(predictions: pd.DataFrame) -> float:
-    """Expected calibration error: |accuracy − mean confidence| of each bin, weighted by its questions."""
-    table = reliability(predictions)
-    return float((table["questions"] * (table["accuracy"] - table["confidence"]).abs()).sum() / len(predictions))
-
-
-def log_loss(predictions: pd.DataFrame) -> float:
-    """Mean negative log-likelihood of the correct answers, in nats; ln 4 = 1.386 is chance."""
-    from sklearn import metrics
-
-    return float(metrics.log_loss(predictions["answer"], y_proba=predictions[PROBABILITIES], labels=LETTERS))
-
-
-def fit_temperature(predictions: pd.DataFrame) -> float:
-    """The temperature in TEMPERATURES with the lowest log loss (Guo et al. 2017); above 1: the model is too confident.
-
-    Not by `log_loss`: scikit-learn cuts probabilities off at 2e-16, where the search would find no slope.
-    """
-    logits = _log_probabilities(predictions)
-    answers = np.arange(len(predictions)), predictions["answer"].map(LETTERS.index).to_numpy()
-
-    def loss(log_temperature: float) -> float:
-        return -log_softmax(logits / np.exp(log_temperature), axis=1)[answers].mean()
-
-    found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-8})
-    return float(np.exp(found.x))
-
-
-def at_temperature(predictions: pd.DataFrame, temperature: float) -> pd.DataFrame:
-    """The predictions with logits divided by `temperature`: other probabilities, the same answers."""
-    changed = predictions.copy()
-    changed[PROBABILITIES] = np.exp(log_softmax(_log_probabilities(predictions) / temperature, axis=1))
-    return changed
-
-
-def _log_probabilities(predictions: pd.DataFrame) -> np.ndarray:
-    return np.log(np.maximum(predictions[PROBABILITIES].to_numpy(), np.finfo(float).tiny))
-
-
-def calibration_table(versions: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Log loss, calibration error and mean confidence beside accuracy, a row for each named table of predictions."""
-    rows = [
-        [name, log_loss(table), calibration_error(table), confidence(table).mean(), is_correct(table).mean()]
-        for name, table in versions.items()
-    ]
-    return pd.DataFrame(rows, columns=["", "log_loss", "calibration_error", "confidence", "accuracy"])
-
-
-def coverage_curve(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy if only the most confident questions are answered: threshold, coverage (fraction answered), accuracy.
-
-    Questions of the same confidence are answered together, so their order cannot flatter the curve.
-    """
-    by_confidence = pd.Series(is_correct(predictions)).groupby(-confidence(predictions))
-    counts = by_confidence.agg(questions="size", correct="sum").cumsum().rename_axis("threshold").reset_index()
-    rates = {"coverage": counts["questions"] / len(predictions), "accuracy": counts["correct"] / counts["questions"]}
-    return counts.assign(threshold=-counts["threshold"], **rates)
-
-
-def coverage_groups(curve: pd.DataFrame, coverages=COVERAGES) -> pd.DataFrame:
-    """GROUP_COLUMNS and threshold if at least these fractions of the questions are answered, most confident first."""
-    points = curve.iloc[np.searchsorted(curve["coverage"], np.array(coverages) - 1e-12)].reset_index(drop=True)
-    ends = np.array([wilson(row.correct, row.questions) for row in points.itertuples()])
-    names = [f"most confident {100 * coverage:.0f} %" for coverage in points["coverage"]]
-    return points.assign(group=names, ci_low=ends[:, 0], ci_high=ends[:, 1])[[*GROUP_COLUMNS, "threshold"]]
+    return found | {"chosen": float(chosen.mean()), "correct": float(correct.mean()), "p": p}

@@ -101,7 +101,8 @@ def _of_folder(folder: Path) -> tuple[dict, bool]:
     try:
         facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         cache = {"source": facts["data"]["name"], "source_sha256": facts["data"]["sha256"]}
-        return {**facts["lineage"][-1], "cache": cache | {"max_qa_len": facts["max_qa_len"]}}, False
+        cache |= {"max_qa_len": facts["max_qa_len"]}
+        return {**facts["lineage"][-1], "cache": cache, "articles": facts.get("articles")}, False
     except FileNotFoundError:
         return {}, False
     except (ValueError, KeyError, TypeError, IndexError) as error:

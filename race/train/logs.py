@@ -1,5 +1,6 @@
 """The course of the training, read back from the logs on disk."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -16,12 +17,17 @@ def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:
     return pd.read_csv(versions[-1])
 
 
-def learning_story(run_dir: str | Path, stages: list[str], questions_per_epoch: int) -> tuple[pd.DataFrame, list[str]]:
+def learning_story(
+    run_dir: str | Path, stages: list[str], questions_per_epoch: int, validation_questions: int
+) -> tuple[pd.DataFrame, list[str]]:
     """Validation after each epoch of all stages over the questions seen, and notes on logs that are missing.
 
-    Columns: stage, epoch, questions (trained on by then, over all stages), val_loss, val_acc, learning_rate.
+    Columns: stage, epoch (from 0), questions (trained on by then, over all stages), val_loss, val_acc, val_low and
+    val_high (Wilson's 95 % interval of val_acc), learning_rate.
     """
-    columns = ["stage", "epoch", "questions", "val_loss", "val_acc", "learning_rate"]
+    from statsmodels.stats.proportion import proportion_confint
+
+    columns = ["stage", "epoch", "questions", "val_loss", "val_acc", "val_low", "val_high", "learning_rate"]
     parts, notes, seen = [pd.DataFrame(columns=columns)], [], 0
     for stage in stages:
         try:
@@ -34,6 +40,8 @@ def learning_story(run_dir: str | Path, stages: list[str], questions_per_epoch: 
         part = epochs.rename(columns={"val_loss_epoch": "val_loss"}).assign(stage=stage, learning_rate=rate)
         part["epoch"] = part["epoch"].astype(int)
         part["questions"] = seen + (part["epoch"] + 1) * questions_per_epoch
+        asked = validation_questions or math.nan
+        part["val_low"], part["val_high"] = proportion_confint(part["val_acc"] * asked, asked, method="wilson")
         parts.append(part[columns])
         seen = part["questions"].max()
     return pd.concat(parts[1:] or parts, ignore_index=True), notes

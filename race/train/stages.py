@@ -110,6 +110,16 @@ class Stage:
         return sorted(own, key=lambda checkpoint: (_loss(checkpoint), checkpoint.epoch)), damaged
 
 
+def epochs_trained(checkpoint: Checkpoint) -> int | None:
+    """How many epochs the stage of a checkpoint was trained, by the files of its run beside it; None if some lack."""
+    if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
+        return None
+    beside, _ = Stage(checkpoint.stage, checkpoint.path.parent)._read()
+    start = checkpoint.lineage.get("weights_start")
+    epochs = {it.epoch for it in beside if it.lineage.get("weights_start") == start}
+    return len(epochs) if epochs == set(range(len(epochs))) else None
+
+
 def _loss(checkpoint: Checkpoint) -> float:
     """Its validation loss; infinite if it is not known, or not a number."""
     loss = checkpoint.val_loss

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from race import LETTERS, RaceError, check_least
 from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest
+from race.data.seen import seen_articles
 from race.device import default_device, default_precision, processes, versions
 from race.settings import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
@@ -79,18 +80,20 @@ def start_stage(
             check_files(cache_dir, "model/")
         module = RaceModule(model=base_model or Path(cache_dir) / "model", **settings)
         encoder = module.model.base_model
-        base, chain = str(base_model or manifest["model"]["name"]), []
+        base, chain, articles = str(base_model or manifest["model"]["name"]), [], {}
         sha256 = weights_hash(encoder.embeddings, encoder.encoder)  # later stages: of the file
     else:
         checkpoint = Checkpoint(base_checkpoint) if base_checkpoint else stage.before.best()
         checkpoint.check_encoding(manifest, cache_dir)
         module = checkpoint.load(cache_dir, **settings)
         base, sha256, chain = checkpoint.name, checkpoint.sha256, [*checkpoint.chain, checkpoint.stage or "unknown"]
+        articles = checkpoint.lineage.get("articles")
     known, used = module.model.config.vocab_size, manifest["tokenizer"]["vocabulary"]
     if known < used:
         raise RaceError(f"the model has {known} tokens, the cache {used}: make a cache with the model's own tokenizer")
     module.lineage = {"stage": stage.name, "cache": identity, "tokenizer": identity["tokenizer"]}
     module.lineage |= {"base": base, "base_sha256": sha256, "chain": chain, "recipe": settings}
+    module.lineage |= {"articles": articles}
     module.lineage |= {"weights_start": weights_hash(module.model), "versions": versions(), "commit": git_commit()}
     module.made_with = {name.upper(): value for name, value in settings.items()} | {"CACHE_DIR": str(cache_dir)}
     module.made_with |= {"BASE_MODEL": base_model, "BASE_CHECKPOINT": base_checkpoint, "SEED": torch.initial_seed()}
@@ -140,6 +143,7 @@ def train_stage(
     recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
     recipe |= {"precision": trainer.precision, "processes": trainer.world_size}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
+    module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
     if state is not None:
         check_identity(state, identity, stage.name)
         if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):

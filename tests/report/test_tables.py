@@ -37,7 +37,8 @@ def test_lineage_follows_hashes(three):
     table = lineage_table(three, short_names(three)).set_index("name")
     assert table["parent"].fillna("").to_dict() == {"e1": "", "e2": "e1", "other": ""}
     assert table["base"].fillna("").tolist() == ["albert-base-v2", "e1-a.ckpt", ""]
-    assert table.loc["e1", ["epochs", "val_loss"]].tolist() == [2, 0.9] and pd.isna(table.loc["other", "epochs"])
+    assert table.loc["e1", ["chosen_epoch", "val_loss"]].tolist() == [1, 0.9]
+    assert table["epochs"].isna().tolist() == [True, False, True]  # of e1, the file of epoch 0 is missing
     changed = torch.load(three[0].path, weights_only=True)
     torch.save(changed | {"more": 1}, three[0].path)  # the same name, another file
     again = [Checkpoint(checkpoint.path) for checkpoint in three]
@@ -55,6 +56,16 @@ def test_short_names_tell_all_apart(three, tmp_path):
     assert short_names([three[0], named("e1-d.ckpt", stage="e1", epoch=1)]) == ["e1-a", "e1-d"]
 
 
+def test_epochs_trained_are_those_of_the_run_whatever_epoch_is_chosen(tmp_path):
+    for epoch in range(3):
+        race = {"stage": "e1", "epoch": epoch, "metrics": {"val_loss_epoch": abs(epoch - 1)}, "weights_start": "x"}
+        torch.save({"race": race}, tmp_path / f"e1-{epoch}.ckpt")
+    torch.save({"race": race | {"epoch": 5, "weights_start": "another run"}}, tmp_path / "e1-5.ckpt")
+    chosen = Checkpoint(tmp_path / "e1-1.ckpt")
+    row = lineage_table([chosen], ["e1"]).iloc[0]
+    assert (row["epochs"], row["chosen_epoch"]) == (3, 1)
+
+
 def test_comparison_has_a_row_for_each_checkpoint(three):
     tables = [
         accuracy_table(made("AB", "AB", levels=["middle", "high"]), "e1", three[0].name, "test"),
@@ -63,7 +74,8 @@ def test_comparison_has_a_row_for_each_checkpoint(three):
     table = comparison_table(tables, [three[0], three[2]], ["e1", "e3"])
     first, second = table.iloc[0], table.iloc[1]
     assert first[["name", "accuracy", "middle", "high", "questions"]].tolist() == ["e1", 1.0, 1.0, 1.0, 2]
-    assert first[["epochs", "learning_rate", "base"]].tolist() == [2, 2e-5, "albert-base-v2"]
+    assert first[["chosen_epoch", "learning_rate", "base"]].tolist() == [1, 2e-5, "albert-base-v2"]
+    assert first["middle_low"] < 1 == first["middle_high"]
     assert second["accuracy"] == 0.5 and pd.isna(second["middle"]) and pd.isna(second["val_loss"])
     html = comparison_style(table).to_html()
     assert "34.2 % to 100.0 %" in html and ">2e-5<" in html and ">–<" in html
@@ -77,6 +89,7 @@ def test_scores_have_the_interval_in_one_column():
 def test_differences_are_counted_in_points():
     html = pairs_style(compare_pairs(dict(zip(("e1", "e2"), two(3000, 312, 288, 1334), strict=True)))).to_html()
     assert ">+0.5<" in html and ">0.35<" in html and ">1,334<" in html
+    assert ">McNemar p<" in html and ">Holm p<" in html and ">95 % bootstrap<" in html
 
 
 def test_other_peoples_numbers_appear_on_their_split_only():
@@ -91,3 +104,7 @@ def test_other_peoples_numbers_appear_on_their_split_only():
     assert published["accuracy"].is_monotonic_increasing and published["source"].ne("").all()
     assert published.query("source == 'measured here'")["accuracy"].tolist() == [0.7]
     assert published["accuracy"].iloc[0] == 0.25
+    source = published.set_index("model")["source"]
+    assert "dev set" in source["ALBERT v2 base"] and "test split" in source["RoBERTa large"]
+    assert "share with one clear answer" in source["valid questions"]
+    assert published.set_index("model").loc["people on Mechanical Turk", "accuracy"] == 0.733

@@ -3,11 +3,12 @@
 from math import comb
 
 import numpy as np
+import pandas as pd
 import pytest
 from predictions import made, random_predictions, two
 
 from race import RaceError
-from race.score.comparison import compare_pairs, ensemble, leads, paired_comparison
+from race.score.comparison import compare_pairs, ensemble, leads, paired_comparison, shown_pairs
 from race.score.statistics import PROBABILITIES
 
 
@@ -90,3 +91,26 @@ def test_ensemble_is_the_mean_of_probabilities():
     np.testing.assert_allclose(together[PROBABILITIES], expected)
     assert together["prediction"].tolist() == ["B", "B"]
     assert first["prediction"].tolist() == ["A", "A"]  # untouched
+
+
+def test_a_tie_of_the_ensemble_is_broken_by_no_letter():
+    first, second = made("A" * 400, "A" * 400, 0.7), made("A" * 400, "B" * 400, 0.7)
+    chosen = ensemble([first, second])["prediction"].value_counts()
+    assert 150 < chosen["A"] < 250 and chosen["A"] + chosen["B"] == 400
+
+
+def test_what_one_member_has_seen_the_ensemble_has_seen():
+    first, second = (made("AAA", "AAA", article_in_validation=[False] * 3) for _ in range(2))
+    first["article_in_train"] = pd.array([True, False, None], "boolean")
+    second["article_in_train"] = pd.array([False, False, False], "boolean")
+    found = ensemble([first, second])["article_in_train"]
+    assert found.tolist()[:2] == [True, False] and pd.isna(found[2])
+
+
+def test_many_pairs_are_shown_for_the_best_only():
+    weak, strong = two(20, 30, 2, 20)
+    few = {"a": weak, "b": weak, "c": strong}
+    assert len(shown_pairs(few, compare_pairs(few))) == 3
+    many = {str(number): weak for number in range(9)} | {"best": strong}
+    shown = shown_pairs(many, compare_pairs(many))
+    assert len(shown) == 9 and set(shown["second"]) == {"best"}

@@ -5,34 +5,30 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-from predictions import made, random_predictions
-from scipy.special import softmax
-from scipy.stats import chi2
+from predictions import made, on_passages, random_predictions
+from scipy.stats import chi2, hypergeom
 
-from race import LETTERS
+from race import LETTERS, RaceError
+from race.score.calibration import calibration_error, coverage_curve
+from race.score.results import accuracy_table
 from race.score.statistics import (
     KIND_RULES,
     KINDS,
     PROBABILITIES,
     accuracy_by,
-    at_temperature,
-    calibration_error,
-    confidence,
+    by_passage,
     confusion,
-    coverage_curve,
-    coverage_groups,
-    fit_temperature,
     group_accuracies,
-    hardest_group,
+    holm,
+    is_correct,
     kind_of_question,
     length_groups,
     letter_counts,
     letter_test,
-    log_loss,
     longest_option_test,
     macro_accuracy,
     mcnemar,
-    reliability,
+    most_probable,
     wilson,
 )
 
@@ -57,14 +53,101 @@ def test_accuracy_by_group_counts_and_leaves_out_what_is_missing_or_empty():
 
 def test_macro_accuracy_by_hand():
     """3 of 4 and 1 of 2: the mean of the two; the distances to Wilson's ends add up as squares."""
-    predictions = made("ABCDAB", "ABCAAC", levels=["middle"] * 4 + ["high"] * 2)
+    table = accuracy_table(made("ABCDAB", "ABCAAC", levels=["middle"] * 4 + ["high"] * 2), "e1", "x", "test")
     (low_m, high_m), (low_h, high_h) = wilson(3, 4), wilson(1, 2)
     below = np.hypot(0.75 - low_m, 0.5 - low_h) / 2
     above = np.hypot(high_m - 0.75, high_h - 0.5) / 2
-    assert macro_accuracy(predictions) == pytest.approx((0.625, 0.625 - below, 0.625 + above))
-    assert macro_accuracy(made("AB", "AB")) is None
-    one_level = made("AB", "AA", levels=["high"] * 2)
-    assert macro_accuracy(one_level) == pytest.approx((0.5, *wilson(1, 2)))
+    assert macro_accuracy(table[1:]) == pytest.approx((0.625, 0.625 - below, 0.625 + above))
+    assert macro_accuracy(table[2:]) == pytest.approx((0.5, *wilson(1, 2)))
+    by_passage_too = table.assign(passage_low=table["ci_low"] - 0.1, passage_high=table["ci_high"])
+    assert macro_accuracy(by_passage_too[1:])[1] < macro_accuracy(table[1:])[1]  # the interval that is quoted
+
+
+def test_no_predictions_and_missing_answers_name_their_cause():
+    with pytest.raises(RaceError, match="there are no predictions: the split, LEVEL or LIMIT_QUESTIONS leaves"):
+        accuracy_table(made("AB", "AB")[:0], "e1", "x", "test")
+    with pytest.raises(RaceError, match="1 of 2 predictions have no answer or no choice"):
+        is_correct(made("AB", "AB").assign(prediction=["A", None]))
+
+
+def test_equal_probabilities_favour_no_letter():
+    drawn = pd.Series(most_probable(np.full((4000, 4), 0.25))).value_counts()
+    assert drawn.min() > 900 and drawn.max() < 1100
+    close = most_probable(np.array([[0.1 + 0.2, 0.3, 0.2, 0.2]] * 400))  # 0.30000000000000004
+    assert set(close) == {"A", "B"} and most_probable(np.array([[0.1, 0.2, 0.4, 0.3]])).tolist() == ["C"]
+
+
+# -------------------------------------------------------------------------------------------------- passages
+
+
+def test_interval_by_passage_by_hand():
+    """Two passages a level; each level's clusters around its own accuracy, k / (k − 1) times their squares."""
+    rights = {"high": [[1, 1, 1], [0, 0, 1]], "middle": [[1, 1], [1, 0, 1]]}
+    rows = [
+        {"level": level, "example_id": f"{level}{number}", "answer": "A", "prediction": "A" if right else "B"}
+        for level, passages in rights.items()
+        for number, answers in enumerate(passages)
+        for right in answers
+    ]
+    found, variance, squares = by_passage(pd.DataFrame(rows)), 0.0, {"between": 0.0, "within": 0.0}
+    for passages in rights.values():
+        mean = np.mean(np.concatenate(passages))
+        variance += 2 * sum((sum(answers) - len(answers) * mean) ** 2 for answers in passages) / 11**2
+        squares["between"] += sum(len(answers) * (np.mean(answers) - mean) ** 2 for answers in passages) / 2
+        squares["within"] += sum(((np.array(answers) - np.mean(answers)) ** 2).sum() for answers in passages) / 7
+    effect = variance / ((8 / 11) * (3 / 11) / 11)
+    size = (11 - (9 + 9) / 6 - (4 + 9) / 5) / 2
+    icc = (squares["between"] - squares["within"]) / (squares["between"] + (size - 1) * squares["within"])
+    assert found["passages"] == 4 and found["design_effect"] == pytest.approx(effect) and effect > 1
+    assert found["icc"] == pytest.approx(icc)
+    z, n = 4.302653, 11 / effect  # t(0.975, 2), effective questions
+    centre, half = 8 / 11 + z * z / (2 * n), z * np.sqrt((8 / 11) * (3 / 11) / n + z * z / (4 * n * n))
+    expected = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    assert (found["passage_low"], found["passage_high"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_interval_by_passage_is_the_bootstrap_over_passages_within_level():
+    predictions = on_passages(4, 0.3)
+    found, rng = by_passage(predictions), np.random.default_rng(0)
+    passages = predictions.assign(correct=is_correct(predictions)).groupby(["level", "example_id"])["correct"]
+    passages, drawn = passages.agg(["sum", "size"]), []
+    strata = [passages.loc[level].to_numpy() for level in ("high", "middle")]
+    for _ in range(3000):
+        taken = [part[rng.integers(0, len(part), len(part))].sum(0) for part in strata]
+        drawn.append(sum(rights for rights, _ in taken) / sum(asked for _, asked in taken))
+    ends = np.quantile(drawn, (0.025, 0.975))
+    assert (found["passage_low"], found["passage_high"]) == pytest.approx(ends, abs=0.004)
+    low, high = wilson(is_correct(predictions).sum(), len(predictions))
+    assert found["passage_high"] - found["passage_low"] > 1.2 * (high - low)
+
+
+@pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
+def test_interval_by_passage_covers(icc):
+    """Passages like RACE's, in two levels: 95 % of the intervals by passage have the accuracy in them."""
+    covered, by_question, correlations = [], [], []
+    for seed in range(800):
+        predictions = on_passages(seed, icc)
+        found, share = by_passage(predictions), (predictions["level"] == "high").mean()
+        true = 0.72 * share + 0.77 * (1 - share)
+        covered.append(found["passage_low"] <= true <= found["passage_high"])
+        low, high = wilson(is_correct(predictions).sum(), len(predictions))
+        by_question.append(low <= true <= high)
+        correlations.append(found["icc"])
+    assert 0.93 <= np.mean(covered) <= 0.97
+    assert np.mean(correlations) == pytest.approx(icc, abs=0.01)
+    if icc == 0.3:
+        assert np.mean(by_question) < 0.9
+
+
+def test_interval_by_passage_at_the_edge():
+    one = by_passage(made("ABCD", "ABCA"))
+    assert one["passages"] == 1 and np.isnan([one["icc"], one["design_effect"], one["passage_low"]]).all()
+    single = by_passage(made("ABCD" * 5, "ABCA" * 5, example_id=range(20)))  # a question a passage
+    assert single["design_effect"] == pytest.approx(20 / 19) and np.isnan(single["icc"])
+    right = by_passage(made("ABCD", "ABCD", example_id=list("aabb")))
+    assert right["design_effect"] == 1 and right["passage_high"] == 1 and np.isnan(right["icc"])
+    few = by_passage(made("ABCD", "ABCA", levels=["middle"] * 3 + ["high"], example_id=list("aabc")))
+    assert few["passages"] == 3 and 0 < few["passage_low"] < few["passage_high"] < 1  # levels together
 
 
 def test_confusion_of_one_class_only_and_of_a_mixed_one():
@@ -121,24 +204,66 @@ def test_length_groups_are_even_and_keep_equal_lengths_together():
     assert groups.tolist() == ["1"] * 4 + ["2"]
 
 
-def test_group_accuracies_count_every_question_once():
+def test_group_accuracies_count_every_question_of_a_level_once():
     predictions = random_predictions(5000)
-    tables = group_accuracies(predictions)
-    assert list(tables) == ["kind of question", "article length (tokens)", "sequence", "correct answer", "article"]
-    right = (predictions["answer"] == predictions["prediction"]).sum()
-    for table in tables.values():
-        assert (table["questions"].sum(), table["correct"].sum()) == (5000, right)
-    cloze = predictions[predictions["kind"] == "cloze"]
-    row = tables["kind of question"].set_index("group").loc["cloze"]
-    assert (row["questions"], row["correct"]) == (len(cloze), (cloze["answer"] == cloze["prediction"]).sum())
+    table = group_accuracies(predictions)
+    groupings = ["kind of question", "article length (tokens)", "sequence", "correct answer", "article"]
+    assert table["grouping"].unique().tolist() == groupings
+    right = predictions["answer"] == predictions["prediction"]
+    for (_, level), part in table.groupby(["grouping", "level"]):
+        here = predictions["level"] == level
+        assert (part["questions"].sum(), part["correct"].sum()) == (here.sum(), (right & here).sum())
+    cloze = (predictions["kind"] == "cloze") & (predictions["level"] == "high")
+    row = table.query("grouping == 'kind of question' and group == 'cloze' and level == 'high'").iloc[0]
+    assert (row["questions"], row["correct"]) == (cloze.sum(), (right & cloze).sum())
+    others = (predictions["kind"] != "cloze") & (predictions["level"] == "high")
+    assert row["rest"] == pytest.approx(right[others].mean())
+    assert row["difference"] == pytest.approx(row["accuracy"] - row["rest"])
     predictions["article_in_train"] = pd.array([pd.NA] * 5000, dtype="boolean")
-    assert "article" not in group_accuracies(predictions)
+    assert "article" not in set(group_accuracies(predictions)["grouping"])
+    predictions["level"] = ""
+    assert set(group_accuracies(predictions)["level"]) == {"all"}
 
 
-def test_hardest_group_has_enough_questions():
-    table = pd.DataFrame({"group": ["a", "b", "c"], "questions": [19, 20, 50], "accuracy": [0.0, 0.5, 0.6]})
-    assert hardest_group(table)["group"] == "b"
-    assert hardest_group(table[:2]) is None
+def test_a_group_is_tested_against_the_rest_of_its_level():
+    """Fisher's exact p by the hypergeometric sum, adjusted by Holm's steps over all groups of the table."""
+    predictions = random_predictions(400, seed=3)
+    table = group_accuracies(predictions)
+    for row in table.itertuples():
+        level = predictions[predictions["level"] == row.level]
+        drawn = hypergeom(len(level), int(is_correct(level).sum()), row.questions)
+        likely = drawn.pmf(np.arange(row.questions + 1))
+        assert row.p == pytest.approx(likely[likely <= drawn.pmf(row.correct) * (1 + 1e-7)].sum(), rel=1e-6)
+    order, count = np.argsort(table["p"], kind="stable"), len(table)
+    steps = np.maximum.accumulate(table["p"].to_numpy()[order] * np.arange(count, 0, -1)).clip(max=1)
+    np.testing.assert_allclose(table["p_holm"].to_numpy()[order], steps)
+    assert np.isnan(holm([0.01, np.nan, 0.04])[1]) and holm([0.01, np.nan, 0.04])[[0, 2]].tolist() == [0.02, 0.04]
+
+
+def test_groups_that_differ_by_level_alone_are_not_named():
+    """Short articles are all of an easy level: within each level every length is as hard as every other."""
+    rng, count = np.random.default_rng(0), 2000
+    middle = rng.random(count) < 0.5
+    correct = rng.random(count) < np.where(middle, 0.95, 0.4)
+    levels = list(np.where(middle, "middle", "high"))
+    table = made("A" * count, "".join(np.where(correct, "A", "B")), levels=levels)
+    tokens = np.where(middle, rng.integers(50, 120, count), rng.integers(100, 400, count))
+    facts = {"kind": "what", "article_tokens": tokens, "truncated": False}
+    table = table.assign(**facts, article_in_train=pd.array([pd.NA] * count, dtype="boolean"))
+    assert group_accuracies(table)["p_holm"].min() > 0.05
+    assert group_accuracies(table.assign(level=""))["p_holm"].min() < 1e-6  # what a table without levels would say
+
+
+def test_groups_of_equal_kinds_are_rarely_named():
+    """Eight equal kinds in two levels: about one table in twenty names one, or fewer. Each by itself: every second."""
+    named = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        table = random_predictions(600, seed).assign(truncated=False, article_tokens=100)
+        table["kind"] = rng.choice(KINDS[:8], 600)
+        found = group_accuracies(table.assign(article_in_train=pd.array([pd.NA] * 600, dtype="boolean")))
+        named.append((found.loc[found["grouping"] == "kind of question", "p_holm"] < 0.05).any())
+    assert np.mean(named) <= 0.08
 
 
 # -------------------------------------------------------------------------------------------------- position and length
@@ -161,9 +286,11 @@ def test_a_model_that_takes_the_longest_option():
     longest = "ABCDABCDAB" * 10
     predictions = made("ABCDAAAAAA" * 10, longest, longest_option=list(longest))
     assert accuracy_by(predictions, ["all"] * 100)["accuracy"].tolist() == [0.6]  # A B C D A . . . A .
-    assert longest_option_test(predictions) == pytest.approx((1.0, 0.6, 2 / 2**40))  # 40 gained, none lost
-    fair = made("ABBA", "ABAB", longest_option=list("AAAA"))
-    assert longest_option_test(fair) == (0.5, 0.5, 1.0)
+    found = longest_option_test(predictions)
+    assert found == pytest.approx({"questions": 100, "ties": 0, "chosen": 1.0, "correct": 0.6, "p": 2 / 2**40})
+    fair = longest_option_test(made("ABBAC", "ABABC", longest_option=[*"AAAA", None]))  # the last has no longest one
+    assert fair == {"questions": 4, "ties": 1, "chosen": 0.5, "correct": 0.5, "p": 1.0}
+    assert np.isnan(longest_option_test(made("A", "A", longest_option=[None]))["p"])
 
 
 def test_a_model_that_guesses():
@@ -216,92 +343,3 @@ def test_mcnemar_is_the_exact_binomial_sum():
         expected = sum(comb(count, k) for k in range(count + 1) if comb(count, k) <= likely) / 2**count
         assert mcnemar(gained, lost) == pytest.approx(expected)
     assert mcnemar(0, 0) == 1.0
-
-
-# -------------------------------------------------------------------------------------------------- confidence
-
-
-def test_reliability_by_hand():
-    """0.5 lies on an edge and counts below it; bins without questions are not there."""
-    predictions = made("AAAAA", "AAABB", [0.5, 0.95, 0.91, 0.99, 0.5])
-    table = reliability(predictions)
-    assert table[["questions", "correct"]].to_numpy().tolist() == [[2, 1], [3, 2]]
-    assert table[["low", "high"]].to_numpy() == pytest.approx(np.array([[0.4, 0.5], [0.9, 1.0]]))
-    assert table["confidence"].tolist() == pytest.approx([0.5, 0.95])
-    assert calibration_error(predictions) == pytest.approx((2 * abs(0.5 - 0.5) + 3 * abs(2 / 3 - 0.95)) / 5)
-
-
-def test_calibration_error_is_a_loop_over_the_questions():
-    predictions = random_predictions(500)
-    answers = zip(predictions["answer"], predictions["prediction"], predictions[PROBABILITIES].to_numpy(), strict=True)
-    questions = [(max(row), answer == chosen) for answer, chosen, row in answers]
-    gaps = 0.0
-    for i in range(10):
-        inside = [(sure, right) for sure, right in questions if i / 10 < sure <= (i + 1) / 10]
-        gaps += abs(sum(sure for sure, _ in inside) - sum(right for _, right in inside))
-    assert calibration_error(predictions) == pytest.approx(gaps / 500)
-
-
-def test_calibration_of_all_right_all_wrong_and_even_odds():
-    assert calibration_error(made("ABCD", "ABCD", 1.0)) == 0
-    assert calibration_error(made("ABCD", "BCDA", 1.0)) == 1
-    assert calibration_error(made("ABCD", "AAAA")) == 0  # says 25 %, is right on 25 %
-
-
-def test_log_loss_and_zero_probabilities():
-    assert log_loss(made("AB", "AA")) == pytest.approx(np.log(4))
-    assert log_loss(made("AA", "AB", [0.7, 0.4])) == pytest.approx(-(np.log(0.7) + np.log(0.2)) / 2)
-    assert np.isfinite(log_loss(made("B", "A", 1.0)))
-
-
-def from_logits(logits: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    table = made("".join(np.take(LETTERS, labels)), "".join(np.take(LETTERS, logits.argmax(1))))
-    table[PROBABILITIES] = softmax(logits, axis=1)
-    return table
-
-
-def test_temperature_is_found_again():
-    """Labels drawn from softmax(z), and a model that says softmax(2.5 z): 2.5, as a grid search finds."""
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 1.5, (8000, 4))
-    labels = (softmax(logits, axis=1).cumsum(1) > rng.random((8000, 1))).argmax(1)
-    predictions = from_logits(2.5 * logits, labels)
-    grid = np.arange(2.2, 2.8, 0.005)
-    losses = [-np.log(softmax(2.5 * logits / t, axis=1)[np.arange(8000), labels]).mean() for t in grid]
-    found = fit_temperature(predictions)
-    assert found == pytest.approx(grid[int(np.argmin(losses))], abs=0.005) and abs(found - 2.5) < 0.1
-    better = at_temperature(predictions, found)
-    np.testing.assert_allclose(better[PROBABILITIES], softmax(2.5 * logits / found, axis=1), atol=1e-12)
-    assert log_loss(better) == pytest.approx(min(losses), abs=1e-4)
-    assert calibration_error(better) < calibration_error(predictions) / 3
-    assert better["prediction"].equals(predictions["prediction"])
-    assert (better[PROBABILITIES].to_numpy().argmax(1) == predictions[PROBABILITIES].to_numpy().argmax(1)).all()
-
-
-def test_temperature_at_the_end_of_its_range():
-    all_right, all_wrong = made("ABCD", "ABCD", 0.6), made("ABCD", "BCDA", 0.6)
-    for predictions, end in ((all_right, 0.05), (all_wrong, 20)):
-        assert fit_temperature(predictions) == pytest.approx(end, rel=1e-3)
-    assert np.isfinite(fit_temperature(made("AB", "BA", 1.0)))  # wholly sure and wrong
-
-
-def test_coverage_by_hand_with_ties():
-    """Two questions share a confidence: they are answered together, whatever their order."""
-    for chosen in ("ABBA", "ABAB"):  # of the tied pair in the middle, one is right
-        curve = coverage_curve(made("AAAA", chosen, [0.9, 0.6, 0.6, 0.5]))
-        assert curve["coverage"].tolist() == [0.25, 0.75, 1.0] and curve["threshold"].tolist() == [0.9, 0.6, 0.5]
-        right = [chosen[0] == "A", sum(letter == "A" for letter in chosen[:3]), sum(letter == "A" for letter in chosen)]
-        assert curve["correct"].tolist() == right
-    groups = coverage_groups(curve, (1.0, 0.5, 0.25))
-    assert groups["group"].tolist() == ["most confident 100 %", "most confident 75 %", "most confident 25 %"]
-    assert groups["questions"].tolist() == [4, 3, 1] and groups["correct"].tolist() == [2, 2, 1]
-    assert (groups["ci_low"][1], groups["ci_high"][1]) == pytest.approx(wilson(2, 3))
-
-
-def test_coverage_of_all_alike_is_one_point():
-    curve = coverage_curve(made("ABCD", "AAAA"))
-    assert curve[["coverage", "accuracy"]].to_numpy().tolist() == [[1.0, 0.25]]
-
-
-def test_confidence_is_the_chosen_probability():
-    assert confidence(made("AB", "BB", [0.7, 0.4])).tolist() == pytest.approx([0.7, 0.4])

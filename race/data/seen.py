@@ -1,0 +1,57 @@
+"""Which articles a checkpoint was trained on, and which chose it: their hashes travel in its lineage."""
+
+import base64
+
+import numpy as np
+
+from race.data.cache import cache_identity, read_manifest
+from race.data.module import RaceDataModule, RaceDataset
+
+COLUMNS = {"train": "article_in_train", "validation": "article_in_validation"}  # what a column of `seen` is about
+
+
+def seen_articles(data: RaceDataModule, before: dict | None) -> dict:
+    """What a checkpoint remembers of the articles of its own data and of those of the stages before.
+
+    {"train": hashes, "validation": hashes, "complete": whether nothing is missing}. before: the same of the base; None
+    if the base does not say, {} if it was trained on none.
+    """
+    known = {}
+    for split in COLUMNS:
+        own = data.dataset(split).article_hashes()
+        known[split] = _packed(np.union1d(own, _unpacked((before or {}).get(split, ""))))
+    return known | {"complete": before is not None and before.get("complete", True)}
+
+
+def seen(lineage: dict, dataset: RaceDataset) -> dict[str, np.ndarray]:
+    """[N] article_in_train, article_in_validation: is the article of a question one that trained, or chose, a model?
+
+    True, False, or None where that is not known. lineage: of a checkpoint. One without hashes, but of the same source
+    as the cache, had the cache's own splits.
+    """
+    articles, manifest = lineage.get("articles"), read_manifest(dataset.cache_dir)
+    known, complete = {}, bool(articles and articles["complete"])
+    if articles:
+        known = {split: _unpacked(articles[split]) for split in COLUMNS}
+    elif _source(lineage.get("cache")) == _source(cache_identity(manifest)):
+        held = [split for split in COLUMNS if split in manifest["splits"]]
+        known = {split: RaceDataset(dataset.cache_dir, split).article_hashes() for split in held}
+        complete = not lineage.get("chain")  # what the stages before were trained on is not recorded
+    own, found = dataset.article_hashes(), {}
+    for split, column in COLUMNS.items():
+        there = np.isin(own, known.get(split, np.array([], np.uint64)))
+        found[column] = np.where(there, True, False if complete and split in known else None)
+    return found
+
+
+def _source(cache: object) -> object:
+    """The hash of a cache's source; of a lineage without one, something that equals no other."""
+    return cache["source_sha256"] if isinstance(cache, dict) and cache.get("source_sha256") else object()
+
+
+def _packed(hashes: np.ndarray) -> str:
+    return base64.b64encode(hashes.astype("<u8").tobytes()).decode()
+
+
+def _unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<u8")

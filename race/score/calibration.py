@@ -1,0 +1,152 @@
+"""Calibration on a table of predictions: confidence against accuracy, temperature, coverage. Numbers only."""
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from scipy.stats import ttest_1samp
+
+from race import LETTERS
+from race.score.statistics import GROUP_COLUMNS, accuracy_by, is_correct, probabilities_of, wilson
+
+BINS = 10  # of equal width, for confidence
+DRAWS = 2_000  # of a bootstrap, and of the perfectly calibrated model
+TEMPERATURES = 0.05, 20.0  # the range that is searched
+COVERAGES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.2)  # fractions of the questions that are answered
+
+
+def confidence(predictions: pd.DataFrame) -> np.ndarray:
+    """[N] the probability of the chosen option."""
+    return probabilities_of(predictions).max(1)
+
+
+def _bins(predictions: pd.DataFrame) -> np.ndarray:
+    """[N] the number of each question's bin; a confidence on an edge belongs to the bin below."""
+    return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence(predictions))
+
+
+def reliability(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Mean confidence, accuracy and its Wilson interval in BINS bins of equal width over (0, 1], if not empty.
+
+    Not scikit-learn's calibration_curve: it does not count the questions in a bin, which the intervals need.
+    """
+    place, edges = _bins(predictions), np.linspace(0, 1, BINS + 1)
+    table = accuracy_by(predictions, place)
+    bins = table.pop("group").to_numpy(int)
+    mean = pd.Series(confidence(predictions)).groupby(place).mean().to_numpy()
+    return table.assign(low=edges[bins], high=edges[bins + 1], confidence=mean)
+
+
+def calibration_error(predictions: pd.DataFrame) -> float:
+    """Expected calibration error: |accuracy − mean confidence| of each bin, weighted by its questions."""
+    table = reliability(predictions)
+    return float((table["questions"] * (table["accuracy"] - table["confidence"]).abs()).sum() / len(predictions))
+
+
+def calibration_spread(predictions: pd.DataFrame, seed: int = 0) -> dict:
+    """What sampling does to the calibration error: its 95 % interval, and what a calibrated model would read.
+
+    floor, floor_low, floor_high: mean and central 95 % of the errors of a model whose answers are correct with exactly
+    its confidences. error_low, error_high: bootstrap over the questions. Resampling adds to the error, as sampling
+    does: both ends allow for that, and the lower one is 0 for an error that a calibrated model may have.
+    """
+    sure, correct, rng = confidence(predictions), is_correct(predictions), np.random.default_rng(seed)
+    count, member = len(sure), np.eye(BINS)[_bins(predictions)]  # [N, BINS]
+    drawn = rng.multinomial(count, np.full(count, 1 / count), DRAWS)
+    errors = np.abs(drawn @ (member * (correct - sure)[:, None])).sum(1) / count
+    right = rng.random((DRAWS, count)) < sure
+    floor = np.abs((right - sure) @ member).sum(1) / count
+    error, (floor_low, floor_high) = calibration_error(predictions), np.quantile(floor, (0.025, 0.975))
+    upper = np.quantile(errors, 0.975)
+    low, high = 0.0 if error <= floor_high else 2 * error - upper, upper - (errors.mean() - error)
+    names = ("error_low", "error_high", "floor", "floor_low", "floor_high")
+    values = max(low, 0.0), min(max(high, error), 1.0), floor.mean(), floor_low, floor_high
+    return {name: float(value) for name, value in zip(names, values, strict=True)}
+
+
+def losses(predictions: pd.DataFrame) -> np.ndarray:
+    """[N] the negative log-likelihood of each correct answer, in nats; a probability of 0 counts as 2e-16."""
+    probabilities, answers = probabilities_of(predictions), predictions["answer"].map(LETTERS.index)
+    return -np.log(np.maximum(probabilities[np.arange(len(answers)), answers.to_numpy()], np.finfo(float).eps))
+
+
+def log_loss(predictions: pd.DataFrame) -> float:
+    """Mean negative log-likelihood of the correct answers, in nats; ln 4 = 1.386 is chance."""
+    return float(losses(predictions).mean())
+
+
+def log_loss_change(before: pd.DataFrame, after: pd.DataFrame) -> tuple[float, float, float]:
+    """Log loss of `after` − of `before`, two versions of the same predictions, with its 95 % interval (paired t)."""
+    change = losses(after) - losses(before)
+    if len(change) < 2 or np.ptp(change) == 0:
+        return float(change.mean()), np.nan, np.nan
+    interval = ttest_1samp(change, 0).confidence_interval(0.95)
+    return float(change.mean()), float(interval.low), float(interval.high)
+
+
+def fit_temperature(predictions: pd.DataFrame) -> tuple[float | None, str]:
+    """The temperature with the lowest log loss (Guo et al. 2017), or None and a sentence that says why there is none.
+
+    Above 1: the model is too confident. Not by `log_loss`, which cuts probabilities off at 2e-16, where the search
+    would find no slope.
+    """
+    correct, logits = is_correct(predictions), _log_probabilities(predictions)
+    answers = np.arange(len(predictions)), predictions["answer"].map(LETTERS.index).to_numpy()
+
+    def loss(log_temperature: float) -> float:
+        return -log_softmax(logits / np.exp(log_temperature), axis=1)[answers].mean()
+
+    why = None
+    if correct.all() or not correct.any():
+        why = f"{'every' if correct.all() else 'no'} answer on validation is correct"
+    elif (confidence(predictions) == 1).any():
+        why = "a probability on validation is exactly 1, which no temperature changes"
+    else:
+        found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-8}).x
+        if np.abs(found - np.log(TEMPERATURES)).min() > 1e-3:
+            return float(np.exp(found)), ""
+        why = f"the best one is not between {TEMPERATURES[0]:g} and {TEMPERATURES[1]:g}"
+    return None, f"No temperature is fitted: {why}."
+
+
+def at_temperature(predictions: pd.DataFrame, temperature: float) -> pd.DataFrame:
+    """The predictions with logits divided by `temperature`: other probabilities, the same answers."""
+    changed = predictions.copy()
+    names = [f"p_{letter}" for letter in LETTERS]
+    changed[names] = np.exp(log_softmax(_log_probabilities(predictions) / temperature, axis=1))
+    return changed
+
+
+def _log_probabilities(predictions: pd.DataFrame) -> np.ndarray:
+    return np.log(np.maximum(probabilities_of(predictions), np.finfo(float).tiny))
+
+
+def calibration_table(versions: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """A row for each named table of predictions: log loss, calibration error and its spread, confidence, accuracy."""
+    rows = [
+        {"": name, "log_loss": log_loss(table), "calibration_error": calibration_error(table)}
+        | calibration_spread(table)
+        | {"confidence": confidence(table).mean(), "accuracy": is_correct(table).mean()}
+        for name, table in versions.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def coverage_curve(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy if only the most confident questions are answered: threshold, coverage (fraction answered), accuracy,
+    ci_low and ci_high (Wilson, of each point by itself).
+
+    Questions of the same confidence are answered together, so their order cannot flatter the curve.
+    """
+    by_confidence = pd.Series(is_correct(predictions)).groupby(-confidence(predictions))
+    counts = by_confidence.agg(questions="size", correct="sum").cumsum().rename_axis("threshold").reset_index()
+    rates = {"coverage": counts["questions"] / len(predictions), "accuracy": counts["correct"] / counts["questions"]}
+    low, high = wilson(counts["correct"], counts["questions"])
+    return counts.assign(threshold=-counts["threshold"], **rates, ci_low=low, ci_high=high)
+
+
+def coverage_groups(curve: pd.DataFrame, coverages=COVERAGES) -> pd.DataFrame:
+    """GROUP_COLUMNS and threshold if at least these fractions of the questions are answered, most confident first."""
+    points = curve.iloc[np.searchsorted(curve["coverage"], np.array(coverages) - 1e-12)].reset_index(drop=True)
+    names = [f"most confident {100 * coverage:.0f} %" for coverage in points["coverage"]]
+    return points.assign(group=names)[[*GROUP_COLUMNS, "threshold"]]
