@@ -19,7 +19,8 @@ from race.report import figures, score_figures, sentences
 from race.report.error_browser import error_browser, mistake_cards
 from race.score import calibration, comparison, statistics
 from race.score.predict import question_facts
-from race.score.results import SEEN_COLUMNS, accuracy_table, read_predictions, save_predictions
+from race.score.results import accuracy_table, read_predictions, save_predictions
+from race.score.statistics import SEEN_COLUMNS
 
 MODELS = ("e1", "e2", "e3")
 

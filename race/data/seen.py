@@ -5,16 +5,15 @@ import base64
 import numpy as np
 
 from race.data.cache import cache_identity, read_manifest
-from race.data.module import RaceDataModule, RaceDataset
 
 COLUMNS = {"train": "article_in_train", "validation": "article_in_validation"}  # what a column of `seen` is about
 
 
-def seen_articles(data: RaceDataModule, before: dict | None) -> dict:
+def seen_articles(data, before: dict | None) -> dict:
     """What a checkpoint remembers of the articles of its own data and of those of the stages before.
 
-    {"train": hashes, "validation": hashes, "complete": whether nothing is missing}. before: the same of the base; None
-    if the base does not say, {} if it was trained on none.
+    {"train": hashes, "validation": hashes, "complete": whether nothing is missing}. data: RaceDataModule; before: the
+    same of the base, None if the base does not say, {} if it was trained on none.
     """
     known = {}
     for split in COLUMNS:
@@ -23,11 +22,11 @@ def seen_articles(data: RaceDataModule, before: dict | None) -> dict:
     return known | {"complete": before is not None and before.get("complete", True)}
 
 
-def seen(lineage: dict, dataset: RaceDataset) -> dict[str, np.ndarray]:
+def seen(lineage: dict, dataset) -> dict[str, np.ndarray]:
     """[N] article_in_train, article_in_validation: is the article of a question one that trained, or chose, a model?
 
-    True, False, or None where that is not known. lineage: of a checkpoint. One without hashes, but of the same source
-    as the cache, had the cache's own splits.
+    True, False, or None where that is not known. lineage: of a checkpoint; one without hashes, but of the same source
+    as the cache, had the cache's own splits. dataset: RaceDataset.
     """
     articles, manifest = lineage.get("articles"), read_manifest(dataset.cache_dir)
     known, complete = {}, bool(articles and articles["complete"])
@@ -35,7 +34,7 @@ def seen(lineage: dict, dataset: RaceDataset) -> dict[str, np.ndarray]:
         known = {split: _unpacked(articles[split]) for split in COLUMNS}
     elif _source(lineage.get("cache")) == _source(cache_identity(manifest)):
         held = [split for split in COLUMNS if split in manifest["splits"]]
-        known = {split: RaceDataset(dataset.cache_dir, split).article_hashes() for split in held}
+        known = {split: type(dataset)(dataset.cache_dir, split).article_hashes() for split in held}
         complete = not lineage.get("chain")  # what the stages before were trained on is not recorded
     own, found = dataset.article_hashes(), {}
     for split, column in COLUMNS.items():

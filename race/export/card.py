@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 
-from race.report.sentences import percent, quoted, rate, seen
+from race.report.sentences import quoted, seen
+from race.written import percent, rate
 
 RACE_HOME = "https://www.cs.cmu.edu/~glai1/data/race/"
 

@@ -14,9 +14,9 @@ import pandas as pd
 from IPython.display import HTML
 
 from race import LETTERS, LEVELS, RaceError
-from race.report.sentences import percent
 from race.score.calibration import confidence
 from race.score.statistics import KINDS, PROBABILITIES, is_correct
+from race.written import percent
 
 CONFIDENCES = {"under 50 %": (0.0, 0.5), "50 to 90 %": (0.5, 0.9), "90 % and more": (0.9, 1.01)}
 

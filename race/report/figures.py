@@ -15,8 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from race import CHANCE, LEVELS
 from race.files import atomic_write
-from race.report.sentences import percent, rate, signed
-from race.score.statistics import SIGNIFICANT
+from race.written import SIGNIFICANT, percent, rate, signed
 
 INK, GREY = "#222222", "#767676"  # text, lines
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's colour-blind safe palette
@@ -227,7 +226,8 @@ def lineage_figure(lineage: pd.DataFrame) -> Figure:
     chain = [name for name, *_ in boxes if name in rows]
     single = all(above == place - 1 for place, (_, _, above) in enumerate(boxes) if place)
     title = wrapped(" → ".join(chain) if single else "Where these checkpoints come from", WIDTH - 0.3, 11)
-    figure = plt.figure(figsize=(WIDTH, 1), layout="none")
+    figure = plt.figure(figsize=(WIDTH, 1))
+    figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))  # in inches, downwards
     axes.text(0.1, 0.1, title, va="top", fontsize=11)
     step, top, places = min(0.5, 2.6 / max(1, *(box[1] for box in boxes))), 0.42 + 0.21 * title.count("\n"), []

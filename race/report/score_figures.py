@@ -10,9 +10,8 @@ from matplotlib.ticker import MaxNLocator
 from race import CHANCE, LETTERS
 from race.report import figures
 from race.report.figures import BLUE, CHANCE_WORDS, GREY, MARKS, ORANGE, STYLE, WIDTH, key, wrapped
-from race.report.sentences import listed, percent, signed
 from race.score.calibration import BINS, coverage_groups
-from race.score.statistics import SIGNIFICANT
+from race.written import SIGNIFICANT, listed, percent, signed
 
 LINES = {"middle": "-", "high": "--", "all": "-"}  # at the accuracy of each level
 

@@ -1,18 +1,12 @@
-"""Every sentence that says what was found, and how numbers are written in sentences, tables and figures."""
+"""Every sentence that says what was found."""
 
-import numpy as np
 import pandas as pd
 
 from race import CHANCE
 from race.score import comparison, results, statistics
-from race.score.statistics import SIGNIFICANT
+from race.written import SIGNIFICANT, listed, p_value, percent, signed, significance
 
 SHOWN = 3  # so many other checkpoints are named one by one
-
-
-def percent(value: float) -> str:
-    """A fraction as "75.9 %"."""
-    return f"{100 * value:.1f} %"
 
 
 def interval(row, low: str = "ci_low", high: str = "ci_high") -> str:
@@ -26,50 +20,10 @@ def quoted(row) -> str:
     return f"{interval(row, 'passage_low', 'passage_high')}, by passage" if known else interval(row)
 
 
-def signed(value: float) -> str:
-    """A difference as "+24.2", "−0.3" or "0.0"."""
-    text = f"{value:+.1f}".replace("-", "−")
-    return "0.0" if text[1:] == "0.0" else text
-
-
 def points(row) -> str:
     """A difference of accuracies with its interval, if it has one: "+0.5 points (95 % interval −0.9 to +1.9)"."""
     difference, low, high = (signed(100 * row[name]) for name in ("difference", "ci_low", "ci_high"))
     return f"{difference} points" + ("" if pd.isna(row["ci_low"]) else f" (95 % interval {low} to {high})")
-
-
-def p_number(p: float) -> str:
-    """p as "0.032", "< 0.001" or "–"; rounded, but never across the limit of what is called significant."""
-    if pd.isna(p) or p < 0.001:
-        return "–" if pd.isna(p) else "< 0.001"
-    digits, text = 2, f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
-    while (float(text) < SIGNIFICANT) != (p < SIGNIFICANT):
-        digits, text = digits + 1, f"{p:.{digits}g}"
-    return text
-
-
-def p_value(p: float) -> str:
-    """p as "p = 0.032" or "p < 0.001"."""
-    text = p_number(p)
-    return f"p {text}" if text[0] == "<" else f"p = {text}"
-
-
-def rate(learning_rate: float) -> str:
-    """A learning rate as "2.5e-5"."""
-    return np.format_float_scientific(learning_rate, precision=2, trim="-", exp_digits=1)
-
-
-def significance(p: float) -> str:
-    """ "significant" or "not significant"."""
-    return "significant" if p < SIGNIFICANT else "not significant"
-
-
-def listed(names, most: int | None = None) -> str:
-    """Names as "a", "a and b", "a, b and c"; more than `most` as "4 others"."""
-    *first, last = names
-    if most and len(first) >= most:
-        return f"{len(first) + 1} others"
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def origin(checkpoint) -> str:

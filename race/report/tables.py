@@ -3,9 +3,11 @@
 import pandas as pd
 
 from race import LEVELS, RACE_QUESTIONS
-from race.report.sentences import interval, p_number, percent, rate, signed
-from race.score.results import PASSAGE_COLUMNS, RESULT_COLUMNS, SEEN_COLUMNS
+from race.report.sentences import interval
+from race.score.results import PASSAGE_COLUMNS, RESULT_COLUMNS
+from race.score.statistics import SEEN_COLUMNS
 from race.train.stages import epochs_trained
+from race.written import p_number, percent, rate, signed
 
 REPORTED = {"e1": 0.671, "e2": 0.680, "e3": 0.720}  # the original authors' accuracies on RACE's test split, not ours
 ALBERT = "README of google-research/albert; by its authors (issue 30) single run dev set results with early stopping"

@@ -8,8 +8,15 @@ import numpy as np
 import pandas as pd
 
 from race import RaceError
-from race.score.results import SEEN_COLUMNS
-from race.score.statistics import PROBABILITIES, holm, is_correct, mcnemar, most_probable, probabilities_of
+from race.score.statistics import (
+    PROBABILITIES,
+    SEEN_COLUMNS,
+    holm,
+    is_correct,
+    mcnemar,
+    most_probable,
+    probabilities_of,
+)
 
 QUESTION = ["level", "example_id", "question_index", "answer"]  # identifies a question, and its correct answer
 OUTCOMES = ["both", "gained", "lost", "neither"]

@@ -9,11 +9,10 @@ import pandas as pd
 
 from race import LEVELS, RaceError
 from race.files import atomic_write, file_hash
-from race.score.statistics import by_passage, is_correct, macro_accuracy, wilson
+from race.score.statistics import SEEN_COLUMNS, by_passage, is_correct, macro_accuracy, wilson
 
 RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 PASSAGE_COLUMNS = ["passages", "icc", "design_effect", "passage_low", "passage_high"]
-SEEN_COLUMNS = {"trained_on": "article_in_train", "selected_on": "article_in_validation"}
 MACRO_COLUMNS = ["macro_accuracy", "macro_low", "macro_high"]
 SETTINGS_COLUMNS = ["checkpoint_sha256", "cache_sha256", "batch_size", "max_len", "limit_questions", "seed"]
 SETTINGS_COLUMNS += ["precision", "device"]

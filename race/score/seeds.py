@@ -15,7 +15,8 @@ from scipy.stats import t, ttest_1samp
 from race import RaceError
 from race.files import atomic_write
 from race.score.results import RESULT_COLUMNS
-from race.score.statistics import SIGNIFICANT
+from race.score.statistics import holm
+from race.written import SIGNIFICANT, p_number, percent, signed, significance
 
 KEYS = ["stage", "split", "level"]
 NAMES = ["stage", "checkpoint", "split", "level"]  # cells that must not be empty
@@ -89,8 +90,6 @@ def differences(runs: list[str | Path]) -> pd.DataFrame:
     −0.8"). Interval and p are empty for one seed and if all seeds are alike; the interval alone if it reaches beyond
     −1 or 1. Raises RaceError as over_seeds does.
     """
-    from statsmodels.stats.multitest import multipletests
-
     rows = []
     for (split, level), group in _read_all(runs).groupby(["split", "level"], sort=False):
         by_seed = group.pivot(index="seed", columns="stage", values="accuracy").loc[group["seed"].unique()]
@@ -98,8 +97,8 @@ def differences(runs: list[str | Path]) -> pd.DataFrame:
             names = {"first": first, "second": second, "split": split, "level": level}
             rows.append(names | _paired((by_seed[second] - by_seed[first]).dropna()))
     table = pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
-    for _, group in table[table["p"].notna()].groupby(["split", "level"]):
-        table.loc[group.index, "p_holm"] = multipletests(group["p"], method="holm")[1]
+    for _, group in table.groupby(["split", "level"]):
+        table.loc[group.index, "p_holm"] = holm(group["p"])
     return table
 
 
@@ -107,7 +106,7 @@ def _paired(found: pd.Series) -> dict:
     """The columns of `differences` from n on, but p_holm, for one difference a seed."""
     lowest, highest = found.min(), found.max()
     row = {"n": len(found), "seeds": " ".join(found.index), "mean": found.mean(), "std": found.std()}
-    row |= {"lowest": lowest, "highest": highest, "each_in_points": ", ".join(_signed(it) for it in found)}
+    row |= {"lowest": lowest, "highest": highest, "each_in_points": ", ".join(signed(100 * it) for it in found)}
     if len(found) < 2:
         return row
     if highest - lowest < ALIKE:
@@ -241,7 +240,7 @@ def report(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
     head = ["stage", "split", "level", "questions", "seeds", "mean", "standard deviation", "95 % t interval"]
     rows = []
     for row in table.itertuples():
-        mean, low, high = (f"{100 * value:.1f} %" for value in (row.mean, row.ci_low, row.ci_high))
+        mean, low, high = (percent(value) for value in (row.mean, row.ci_low, row.ci_high))
         asked = f"{row.questions:,}" + (f"–{row.questions_most:,}" if row.questions_most > row.questions else "")
         interval = f"{low} to {high}" if pd.notna(row.ci_low) else f"none: {_why(row) or 'beyond 0 to 100 %'}"
         rows.append([row.stage, row.split, row.level, asked, _seeds(row), mean, _spread(row), interval])
@@ -264,11 +263,13 @@ def _report_differences(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
     rows, others, seeds = [], [], table.set_index(KEYS)["seeds"]
     for row in pairs.itertuples():
         name, why = f"{row.second} − {row.first}", _why(row)
-        mean = f"{_signed(row.mean)} points" if row.n else "–"
-        interval = f"{_signed(row.ci_low)} to {_signed(row.ci_high)}"
+        mean = f"{signed(100 * row.mean)} points" if row.n else "–"
+        interval = f"{signed(100 * row.ci_low)} to {signed(100 * row.ci_high)}"
         if pd.isna(row.ci_low):
             interval = f"none: {why or 'beyond −100 to +100 points'}"
-        tested = [f"none: {why}", "–"] if why else [_p(row.p), f"{_p(row.p_holm)}: {_significance(row.p_holm)}"]
+        tested = (
+            [f"none: {why}", "–"] if why else [p_number(row.p), f"{p_number(row.p_holm)}: {significance(row.p_holm)}"]
+        )
         cells = [name, row.split, row.level, _seeds(row), mean, _spread(row), interval, *tested]
         rows.append([*cells, row.each_in_points or "–"])
         for stage in (row.first, row.second):
@@ -303,24 +304,6 @@ def _seeds(row) -> str:
 
 def _spread(row) -> str:
     return f"{100 * row.std:.2f} points" if row.n > 1 else "–"
-
-
-def _signed(difference: float) -> str:
-    """A difference of accuracies in points: "+24.2", "−0.3" or "0.0"."""
-    text = f"{100 * difference:+.1f}".replace("-", "−")
-    return "0.0" if text[1:] == "0.0" else text
-
-
-def _p(p: float) -> str:
-    """p as "0.032" or "< 0.001", with as many digits as show on which side of SIGNIFICANT it is."""
-    if p < 0.001:
-        return "< 0.001"
-    texts = [f"{p:.2f}"] if p >= 0.1 else [f"{p:.{digits}g}" for digits in range(2, 18)]
-    return next(text for text in texts if (float(text) < SIGNIFICANT) == (p < SIGNIFICANT))
-
-
-def _significance(p: float) -> str:
-    return "significant" if p < SIGNIFICANT else "not significant"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from race import CHANCE, LETTERS, LEVELS, RaceError
 
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
-SIGNIFICANT = 0.05  # a p-value below is called significant
+SEEN_COLUMNS = {"trained_on": "article_in_train", "selected_on": "article_in_validation"}  # of results: of predictions
 # kind → (rule in words, pattern or None); the first rule that fits counts
 KIND_RULES = {
     "negated": (
@@ -178,12 +178,13 @@ def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
     known = predictions["level"].isin(LEVELS)
     levels = predictions["level"].where(known, "no level" if known.any() else "all")
     parts = []
-    for grouping, (groups, names) in groupings.items():
+    for number, (grouping, (groups, names)) in enumerate(groupings.items()):
         for level in (*LEVELS, "no level", "all"):
             if (here := (levels == level).to_numpy()).any():
                 part = accuracy_by(predictions[here], np.asarray(groups, dtype=object)[here], names)
-                parts.append(_against_the_rest(part).assign(grouping=grouping, level=level))
-    table = pd.concat(parts, ignore_index=True)
+                place = number * 1000 + part["group"].map(names.index)
+                parts.append(_against_the_rest(part).assign(grouping=grouping, level=level, place=place))
+    table = pd.concat(parts).sort_values("place", kind="stable", ignore_index=True)
     columns = ["grouping", "level", *GROUP_COLUMNS, "rest", "difference", "p"]
     return table[columns].assign(p_holm=holm(table["p"]))
 

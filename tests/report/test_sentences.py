@@ -12,17 +12,6 @@ from race.score.results import accuracy_table
 from race.score.statistics import group_accuracies, macro_accuracy, wilson
 
 
-def test_numbers_are_written_one_way():
-    assert sentences.percent(0.7589) == "75.9 %" and sentences.percent(1) == "100.0 %"
-    assert [sentences.signed(value) for value in (24.19, -0.26, 0.04, -0.04)] == ["+24.2", "−0.3", "0.0", "0.0"]
-    assert [sentences.rate(value) for value in (2.5e-5, 0.00025, 2e-6, 0.01)] == ["2.5e-5", "2.5e-4", "2e-6", "1e-2"]
-    written = ["p < 0.001", "p = 0.0012", "p = 0.032", "p = 0.35", "p = 1.00", "p = 0.04996", "p = 0.05"]
-    assert [sentences.p_value(p) for p in (1e-9, 0.00123, 0.0321, 0.349, 1.0, 0.04996, 0.0502)] == written
-    assert sentences.p_number(np.nan) == "–"
-    assert [sentences.listed(names) for names in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
-    assert sentences.listed("abc", 3) == "a, b and c" and sentences.listed("abcd", 3) == "4 others"
-
-
 def known(table: pd.DataFrame, train: bool | None, validation: bool | None) -> pd.DataFrame:
     """Predictions of a checkpoint that was trained, or chosen, on the articles of all these questions, or of none."""
     columns = {"article_in_train": train, "article_in_validation": validation}

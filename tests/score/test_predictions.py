@@ -19,14 +19,13 @@ from race.score.predict import answer_question, predict, prediction_settings, sc
 from race.score.results import (
     PASSAGE_COLUMNS,
     RESULT_COLUMNS,
-    SEEN_COLUMNS,
     accuracy_table,
     predictions_path,
     read_results,
     save_results,
     write_json,
 )
-from race.score.statistics import PROBABILITIES
+from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
 from race.train.checkpoints import Checkpoint
 from race_module import RaceModule
 

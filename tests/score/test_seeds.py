@@ -8,7 +8,7 @@ import pytest
 
 from race import RaceError
 from race.score.results import RESULT_COLUMNS
-from race.score.seeds import WHAT_IS_COVERED, _p, differences, main, over_seeds, report
+from race.score.seeds import WHAT_IS_COVERED, differences, main, over_seeds, report
 
 E1, E2, E3 = (("e1", "test", "all"), ("e2", "test", "all"), ("e3", "test", "all"))
 CHAIN = ({E2: 0.70, E3: 0.705}, {E2: 0.75, E3: 0.742}, {E2: 0.68, E3: 0.681})  # e3 − e2: +0.5, −0.8, +0.1 points
@@ -318,11 +318,6 @@ def test_stages_that_no_seed_has_both(tmp_path):
     assert "| e2 − e1 | test | all | 0 | – | – | none: no seed has both | none: no seed has both | – | – |" in said(
         runs
     )
-
-
-def test_no_p_is_rounded_across_the_level():
-    found = {0.0496: "0.0496", 0.049996: "0.049996", 0.05: "0.05", 0.0504: "0.05", 0.0321: "0.032", 0.3: "0.30"}
-    assert {p: _p(p) for p in found} == found and _p(0.0004) == "< 0.001" and _p(1) == "1.00"
 
 
 def test_command_line(tmp_path, capsys):
