@@ -12,6 +12,7 @@ from race import RaceError
 from race.chain import run_notebook
 from race.train.checkpoints import weights_hash
 from race.train.stages import Stage
+from race.written import listed
 from race_module import RaceModule
 
 PARAMETERS = "CACHE_DIR CHECKPOINT_DIR RUN_DIR BATCH_SIZE MAX_LEN SEED LIMIT_QUESTIONS".split()
@@ -70,9 +71,10 @@ def test_executed_notebook_shows_tables_and_figures(chain, notebook):
 
 def test_evaluations_leave_what_they_found_as_json(chain):
     analysis = json.loads((chain / "run" / "analysis-e3-test.json").read_text())
-    assert sum(row["questions"] for row in analysis["groups"]["kind of question"]) == 48
-    assert [row["letter"] for row in analysis["letters"]] == list("ABCD") and len(analysis["calibration"]) == 2
-    assert analysis["coverage"][0]["questions"] == 48 and analysis["temperature"] > 0
+    kinds = [row for row in analysis["groups"] if row["grouping"] == "kind of question"]
+    assert sum(row["questions"] for row in kinds) == 48
+    assert [row["letter"] for row in analysis["letters"]] == list("ABCD") and len(analysis["calibration"]) >= 1
+    assert analysis["coverage"][0]["questions"] == 48
     compared = json.loads((chain / "run" / "chain-test.json").read_text())
     assert [(row["first"], row["second"]) for row in compared["pairs"]] == [("e1", "e2"), ("e1", "e3"), ("e2", "e3")]
     results = pd.read_csv(chain / "run" / "results.csv").query("level == 'all'").set_index("stage")["correct"]
@@ -81,7 +83,7 @@ def test_evaluations_leave_what_they_found_as_json(chain):
         row["gained"] - row["lost"] == results[row["second"]] - results[row["first"]] for row in compared["pairs"]
     )
     best = max(results)
-    assert compared["verdict"].startswith(tuple(f"{name} has the highest" for name in results[results == best].index))
+    assert compared["verdict"].startswith(f"{listed(results[results == best].index)} ha")
     assert compared["ensemble"][0]["questions"] == 48
 
 

@@ -14,7 +14,7 @@ from race.data import RaceDataModule, collate
 from race.data.seen import seen
 from race.device import AUTOCAST, default_device, default_precision, device_name, versions
 from race.score import results
-from race.score.statistics import PROBABILITIES, kind_of_question, most_probable
+from race.score.statistics import PROBABILITIES, kind_of_question
 from race.settings import from_root
 from race.train.checkpoints import Checkpoint, short_names
 from race_module import RaceModule
@@ -152,7 +152,7 @@ def predict(checkpoint: Checkpoint, cache_dir: str | Path, split: str = "test", 
     columns = dataset.columns()
     predictions = pd.DataFrame({name: columns[name] for name in ("example_id", "question_index", "level")})
     predictions["answer"] = np.take(LETTERS, columns["label"])
-    predictions["prediction"] = most_probable(probabilities)
+    predictions["prediction"] = np.take(LETTERS, probabilities.argmax(1))  # as accuracy is counted in training
     predictions[PROBABILITIES] = probabilities
     known = {name: pd.array(column, "boolean") for name, column in seen(checkpoint.lineage, dataset).items()}
     return pd.concat([predictions, question_facts(dataset), pd.DataFrame(known)], axis=1)
