@@ -18,7 +18,7 @@ from race.files import atomic_write
 from race.written import SIGNIFICANT, percent, rate, signed
 
 INK, GREY = "#222222", "#767676"  # text, lines
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's colour-blind safe palette
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"  # Okabe and Ito's palette; a darker purple
 MARKS = {"middle": (GREEN, "^"), "high": (PURPLE, "v"), "all": (BLUE, "o")}  # colour and marker of each level
 WIDTH = 8.6  # inches of every figure
 CHANCE_WORDS = f"chance ({100 * CHANCE:.0f} %)"
@@ -101,7 +101,7 @@ def level_marks(axes, level: str, places, *columns: pd.Series, fill: bool = True
     """Accuracies of a level, at these heights, and the ends of their intervals."""
     accuracy, low, high = (column.astype(float) for column in columns)
     color, marker = MARKS[level]
-    style = {"color": color, "markerfacecolor": color if fill else "white", "capsize": 3, "markersize": 5.5}
+    style = {"color": color, "markerfacecolor": color if fill else "white", "capsize": 3, "markersize": 4.5}
     axes.errorbar(accuracy, places, xerr=whiskers(accuracy, low, high), fmt=marker, linewidth=1.2, **style)
 
 
@@ -181,8 +181,8 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
             level_marks(axes, level, places, *(table[level + end] for end in ("", "_low", "_high")))
             keys.append(key(level, *MARKS[level]))
     for place, accuracy in enumerate(table["accuracy"]):
-        beside(axes, place, percent(accuracy))
-    accuracy_axis(axes, "accuracy, 95 % interval (at the right: all questions)")
+        beside(axes, place - 0.1 * (len(drawn) - 1), percent(accuracy))  # level with its mark
+    accuracy_axis(axes, "accuracy, 95 % interval by passage (at the right: all questions)")
     return finish(figure, *keys, key(CHANCE_WORDS, line=":"), title=title)
 
 
@@ -204,8 +204,10 @@ def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
     reach = 110 * pairs[["difference", "ci_low", "ci_high"]].abs().to_numpy().max() or 1
     axes.set_xlim(-reach, reach)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.6g}".replace("-", "−") if value else "0")
-    sure = key(f"filled: significant (p, Holm < {SIGNIFICANT})", BLUE, "o")
-    return finish(figure, sure, key("hollow: not significant", ORANGE, "o", fill=False), title=title)
+    sure, keys = pairs["p_holm"] < SIGNIFICANT, []
+    keys += [key(f"filled: significant (Holm p < {SIGNIFICANT})", BLUE, "o")] if sure.any() else []
+    keys += [] if sure.all() else [key("hollow: not significant, or not tested", ORANGE, "o", fill=False)]
+    return finish(figure, *keys, title=title)
 
 
 @plt.style.context(STYLE)
@@ -276,7 +278,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
         spans.barh(place, end - start, 0.5, start, color=GREY)
         for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
             axes.plot(part["questions"], part[name], "o-", color=color, markersize=4)
-            axes.axvline(end, color=GREY, linewidth=1, linestyle="--")
+            axes.axvline(end, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
             _ring(axes, best["questions"], best[name], color)
             if before is not None:  # the weights from which the next stage starts
                 ends = [before["questions"], first["questions"]], [before[name], first[name]]

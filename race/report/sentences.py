@@ -72,7 +72,7 @@ def _seen(row) -> list[str]:
     if _all_seen(row, "trained_on"):
         return ["{who} {was} trained on the articles of all these questions: nothing here is about new questions."]
     if pd.notna(trained) and pd.notna(chosen) and trained == chosen == 0:
-        return ["The articles of these questions neither trained nor chose {who}."]
+        return ["No article of these questions was used to train or to choose {who}."]
     words = "Of these questions, {who} {was} trained on the articles of " + (
         "" if pd.isna(trained) else f"{trained:,}."
     )
@@ -234,8 +234,8 @@ def paired(row: pd.Series) -> str:
 
 
 def _both_p(row) -> str:
-    """p of a pair, and Holm's where it differs: "p = 0.03; Holm p = 0.09"."""
-    return p_value(row["p"]) + ("" if row["p"] == row["p_holm"] else f"; Holm {p_value(row['p_holm'])}")
+    """p of a pair, and Holm's, of several: "p = 0.03; Holm p = 0.09"."""
+    return f"{p_value(row['p'])}; Holm {p_value(row['p_holm'])}" if row["pairs"] > 1 else p_value(row["p"])
 
 
 def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
@@ -245,7 +245,8 @@ def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
     accuracy = percent(statistics.is_correct(predictions[best]).mean())
     if len(predictions) == 1:
         return f"{best} has an accuracy of {accuracy}."
-    text = f"{listed(equal)} {'has' if len(equal) == 1 else 'have'} the highest accuracy{_on(found)}: {accuracy}."
+    text = f"{listed(equal)} {'has' if len(equal) == 1 else 'have'} the highest accuracy{_on(found)}: "
+    text += f"{accuracy} of {len(predictions[best]):,} questions."
     if found["p"].isna().any():
         text += " No difference is tested: these questions trained at least one of the checkpoints."
     nearest = found.sort_values("difference", kind="stable")
@@ -285,8 +286,9 @@ def scope(lineage: pd.DataFrame) -> str:
     if len(lineage) < 2:
         return ""
     text = (
-        "Each checkpoint comes from one training run with one seed, and the intervals reflect the sampling of test "
-        "questions only. So this is about these checkpoints. Which recipe is better takes several seeds."
+        "Each checkpoint comes from one training run with one seed, and the intervals reflect the sampling of "
+        'questions only: this compares these checkpoints, not their recipes, which takes several seeds. "Not significant" does '
+        "not mean equal: the interval shows which differences remain possible."
     )
     later = lineage[lineage["parent"].notna()]
     for row in later.itertuples():

@@ -23,16 +23,19 @@ PUBLISHED = [  # published accuracies on RACE, and what each is
 ]
 FORMATS = dict.fromkeys(["accuracy", *LEVELS, "rest", "calibration_error", "confidence", "threshold"], percent)
 FORMATS |= dict.fromkeys(["questions", "correct", "gained", "lost", "both", "neither"], "{:,}")
-FORMATS |= {"log_loss": "{:.4f}", "val_loss": "{:.3f}", "learning_rate": rate, "points": signed}
-FORMATS |= dict.fromkeys(["epochs trained", "chosen epoch (from 0)", "trained on", "chosen on"], "{:,.0f}")
+FORMATS |= {"log_loss": "{:.4f}", "validation loss": "{:.3f}", "learning_rate": rate, "points": signed}
+FORMATS |= dict.fromkeys(
+    ["epochs trained", "chosen epoch (from 0)", "seen in training", "used for choosing"], "{:,.0f}"
+)
 FORMATS |= dict.fromkeys(["intraclass correlation", "design effect"], lambda value: f"{value:.2f}".replace("-", "−"))
 FORMATS |= dict.fromkeys(["McNemar p", "Fisher p", "Holm p"], p_number)
 
 
 def styled(table: pd.DataFrame):
     """A table as a notebook shows it: every column in its format, what is not known as a dash."""
-    formats = {name: form for name, form in FORMATS.items() if name in table}
-    return table.style.format(formats, na_rep="–").hide(axis="index")
+    formats = {name.replace("_", " "): form for name, form in FORMATS.items() if name in table}
+    shown = table.rename(columns=lambda name: name.replace("_", " "))
+    return shown.style.format(formats, na_rep="–").hide(axis="index")
 
 
 def score_style(table: pd.DataFrame):
@@ -41,7 +44,7 @@ def score_style(table: pd.DataFrame):
         name for name in (*RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS, "group", "threshold") if name in table
     ]
     names = {"icc": "intraclass correlation", "design_effect": "design effect"}
-    names |= {"trained_on": "trained on", "selected_on": "chosen on"}
+    names |= {"trained_on": "seen in training", "selected_on": "used for choosing"}
     return styled(_one_interval(table[columns]).rename(columns=names))
 
 
@@ -123,7 +126,11 @@ def comparison_style(table: pd.DataFrame):
     """The comparison for reading."""
     ends = [f"{level}_{end}" for level in LEVELS for end in ("low", "high")]
     shown = _one_interval(table.drop(columns=["stage", "checkpoint", "questions", *ends]))
-    return styled(shown.rename(columns={"epochs": "epochs trained", "chosen_epoch": "chosen epoch (from 0)"}))
+    return styled(
+        shown.rename(
+            columns={"epochs": "epochs trained", "chosen_epoch": "chosen epoch (from 0)", "val_loss": "validation loss"}
+        )
+    )
 
 
 def pairs_style(pairs: pd.DataFrame):

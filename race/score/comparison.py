@@ -20,7 +20,7 @@ from race.score.statistics import (
 
 QUESTION = ["level", "example_id", "question_index", "answer"]  # identifies a question, and its correct answer
 OUTCOMES = ["both", "gained", "lost", "neither"]
-PAIR_COLUMNS = ["first", "second", "questions", *OUTCOMES, "difference", "ci_low", "ci_high", "p", "p_holm"]
+PAIR_COLUMNS = ["first", "second", "questions", *OUTCOMES, "difference", "ci_low", "ci_high", "p", "p_holm", "pairs"]
 RESAMPLES = 10_000
 TURNED = {"first": "second", "gained": "lost", "ci_low": "ci_high"}  # what changes places if the two do
 
@@ -48,13 +48,13 @@ def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) 
 
 
 def compare_pairs(predictions: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:
-    """A row for every two of the named predictions, later against earlier; p_holm is adjusted for their number."""
+    """A row for every two of the named predictions, later against earlier; p_holm: adjusted for all `pairs` of them."""
     rows = [
         {"first": first, "second": second} | paired_comparison(predictions[first], predictions[second], seed)
         for first, second in itertools.combinations(predictions, 2)
     ]
     table = pd.DataFrame(rows, columns=PAIR_COLUMNS)
-    return table.assign(p_holm=holm(table["p"])) if rows else table
+    return table.assign(p_holm=holm(table["p"]), pairs=len(rows))
 
 
 def shown_pairs(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, most: int = 10) -> pd.DataFrame:

@@ -34,7 +34,7 @@ def test_headline():
         "e1 answers 25 of 100 test questions correctly: accuracy 25.0 % (95 % interval 17.5 % to 34.3 %), "
         "not significantly above chance (25 %; exact binomial test, p = 0.54). "
         f"Macro accuracy over the two levels: 25.0 % ({low} to {high}). "
-        "The articles of these questions neither trained nor chose e1."
+        "No article of these questions was used to train or to choose e1."
     )
     text = sentences.headline(results(made("ABCD" * 25, "ABCD" * 25)))
     assert "accuracy 100.0 % (95 % interval 96.3 % to 100.0 %), significantly above chance" in text
@@ -47,7 +47,7 @@ def test_headline():
     [
         (True, False, "e1 was trained on the articles of all these questions: nothing here is about new questions."),
         (False, True, "Their validation loss chose e1 among the epochs: the accuracy is optimistic."),
-        (False, False, "The articles of these questions neither trained nor chose e1."),
+        (False, False, "No article of these questions was used to train or to choose e1."),
         (None, None, "Whether e1 was trained on the articles of these questions is not known."),
     ],
 )
@@ -68,7 +68,8 @@ def test_some_articles_seen():
     )
     tables = [accuracy_table(known(made("A", "A"), False, False), name, "x", "test") for name in ("e1", "e2")]
     assert (
-        sentences.seen(tables, ["e1", "e2"]) == "The articles of these questions neither trained nor chose e1 and e2."
+        sentences.seen(tables, ["e1", "e2"])
+        == "No article of these questions was used to train or to choose e1 and e2."
     )
 
 
@@ -203,7 +204,7 @@ def test_verdict_names_the_best_whatever_the_order():
     for order in ({"weak": weak, "strong": strong}, {"strong": strong, "weak": weak}):
         verdict, short = verdicts(**order)
         assert verdict.startswith(
-            "strong has the highest accuracy: 69.4 %. Against weak: +38.9 points (95 % interval +"
+            "strong has the highest accuracy: 69.4 % of 72 questions. Against weak: +38.9 points (95 % interval +"
         )
         assert (
             verdict.endswith(", McNemar p < 0.001: significant.")
@@ -227,7 +228,7 @@ def test_on_training_questions_nothing_is_tested():
     weak, strong = (known(table, True, False) for table in two(20, 30, 2, 20))
     verdict, short = verdicts(weak=weak, strong=strong)
     assert verdict == (
-        "strong has the highest accuracy on questions of the training data: 69.4 %. No difference is tested: these "
+        "strong has the highest accuracy on questions of the training data: 69.4 % of 72 questions. No difference is tested: these "
         "questions trained at least one of the checkpoints. Against weak: +38.9 points."
     )
     assert short == "strong: accuracy 69.4 % on questions of the training data"
@@ -251,14 +252,18 @@ def test_verdict_of_one_checkpoint_claims_no_lead():
 def test_verdict_of_a_tie_names_both():
     first, second = two(10, 3, 2, 5)
     verdict, short = verdicts(a=first, b=second, c=second)
-    assert verdict.startswith("b and c have the highest accuracy: 65.0 %. b against")
-    assert "b against c: 0.0 points (95 % interval 0.0 to 0.0), McNemar p = 1.00: not significant." in verdict
+    assert verdict.startswith("b and c have the highest accuracy: 65.0 % of 20 questions. b against")
+    assert (
+        "b against c: 0.0 points (95 % interval 0.0 to 0.0), McNemar p = 1.00; Holm p = 1.00: not significant."
+        in verdict
+    )
     assert short == "b's lead over a is not significant; it is as accurate as c"
 
 
 def test_scope_says_what_one_seed_cannot():
     lineage = pd.DataFrame({"name": ["e1", "e2"], "parent": [None, "e1"]})
     text = sentences.scope(lineage)
-    assert "one training run with one seed" in text and "this is about these checkpoints" in text
+    assert "one training run with one seed" in text and "this compares these checkpoints, not their recipes" in text
+    assert "does not mean equal" in text
     assert text.endswith("e2 continues from e1, so it has also trained longer.")
     assert sentences.scope(lineage[:1]) == ""
