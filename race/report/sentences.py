@@ -27,8 +27,9 @@ def points(row) -> str:
 
 
 def origin(checkpoint) -> str:
-    """What a checkpoint remembers: "stage e3, epoch (from 0) 1, trained from e2-….ckpt"; or that it is not known."""
-    facts = {"stage": checkpoint.stage, "epoch (from 0)": checkpoint.epoch, "trained from": checkpoint.base}
+    """What a checkpoint remembers: "stage e3, epoch 1 (from 0), trained from e2-….ckpt"; or that it is not known."""
+    epoch = None if checkpoint.epoch is None else f"{checkpoint.epoch} (from 0)"
+    facts = {"stage": checkpoint.stage, "epoch": epoch, "trained from": checkpoint.base}
     return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in facts.items())
 
 
@@ -287,8 +288,8 @@ def scope(lineage: pd.DataFrame) -> str:
         return ""
     text = (
         "Each checkpoint comes from one training run with one seed, and the intervals reflect the sampling of "
-        'questions only: this compares these checkpoints, not their recipes, which takes several seeds. "Not significant" does '
-        "not mean equal: the interval shows which differences remain possible."
+        "questions only: this compares these checkpoints, not their recipes, which takes several seeds. Not "
+        "significant does not mean equal: the interval shows which differences remain possible."
     )
     later = lineage[lineage["parent"].notna()]
     for row in later.itertuples():

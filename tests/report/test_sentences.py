@@ -228,8 +228,8 @@ def test_on_training_questions_nothing_is_tested():
     weak, strong = (known(table, True, False) for table in two(20, 30, 2, 20))
     verdict, short = verdicts(weak=weak, strong=strong)
     assert verdict == (
-        "strong has the highest accuracy on questions of the training data: 69.4 % of 72 questions. No difference is tested: these "
-        "questions trained at least one of the checkpoints. Against weak: +38.9 points."
+        "strong has the highest accuracy on questions of the training data: 69.4 % of 72 questions. No difference is "
+        "tested: these questions trained at least one of the checkpoints. Against weak: +38.9 points."
     )
     assert short == "strong: accuracy 69.4 % on questions of the training data"
     pair = compare_pairs({"weak": weak, "strong": strong}).iloc[0]
