@@ -201,7 +201,7 @@ def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
     axes.axvline(0, color=GREY, linewidth=1)
     better = "right of 0: the one named first is more accurate"
     axes.set_xlabel(f"difference of accuracy (percentage points), 95 % interval\n{better}")
-    reach = 110 * pairs[["difference", "ci_low", "ci_high"]].abs().to_numpy().max() or 1
+    reach = 110 * np.nanmax(pairs[["difference", "ci_low", "ci_high"]].abs().to_numpy()) or 1
     axes.set_xlim(-reach, reach)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.6g}".replace("-", "−") if value else "0")
     sure, keys = pairs["p_holm"] < SIGNIFICANT, []

@@ -6,6 +6,7 @@ from race import CHANCE
 from race.score import comparison, results, statistics
 from race.written import SIGNIFICANT, listed, p_value, percent, signed, significance
 
+NOT_TESTED = "not tested: most of these questions trained one of the two"
 SHOWN = 3  # so many other checkpoints are named one by one
 
 
@@ -41,20 +42,19 @@ def headline(table: pd.DataFrame) -> str:
         f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly: "
         f"accuracy {percent(row['accuracy'])} (95 % interval {quoted(row)})"
     )
-    if not _all_seen(row, "trained_on"):
-        p = statistics.above_chance(row["correct"], row["questions"])
-        above = "significantly" if p < SIGNIFICANT else "not significantly"
-        text += f", {above} above chance ({100 * CHANCE:.0f} %; exact binomial test, {p_value(p)})"
-    if len(table) > 2:
+    if not _mostly_trained(row):
+        low, high = (row[f"{'passage' if pd.notna(row['passage_low']) else 'ci'}_{end}"] for end in ("low", "high"))
+        where = "inside it" if low <= CHANCE <= high else "below it" if low > CHANCE else "above it"
+        text += f"; chance, {100 * CHANCE:.0f} %, is {where}"
+    if pd.notna(row.get("macro_accuracy")):
         text += f". Macro accuracy over the two levels: {percent(row['macro_accuracy'])} "
         text += f"({interval(row, 'macro_low', 'macro_high')})"
     return f"{text}. {seen([table], [row['stage']])}"
 
 
-def _all_seen(row, column: str) -> bool:
-    """Whether a checkpoint is known to have seen every article of a row of results."""
-    count = row.get(column)
-    return bool(pd.notna(count) and count == row["questions"])
+def _mostly_trained(row) -> bool:
+    """Whether more than half of a row's questions are known to have an article that trained the checkpoint."""
+    return bool(pd.notna(row["trained_on"]) and row["trained_on"] > row["questions"] / 2)
 
 
 def seen(tables: list[pd.DataFrame], names: list[str]) -> str:
@@ -69,34 +69,47 @@ def seen(tables: list[pd.DataFrame], names: list[str]) -> str:
 
 
 def _seen(row) -> list[str]:
-    trained, chosen = (row.get(name) for name in ("trained_on", "selected_on"))
-    if _all_seen(row, "trained_on"):
-        return ["{who} {was} trained on the articles of all these questions: nothing here is about new questions."]
-    if pd.notna(trained) and pd.notna(chosen) and trained == chosen == 0:
-        return ["No article of these questions was used to train or to choose {who}."]
-    words = "Of these questions, {who} {was} trained on the articles of " + (
-        "" if pd.isna(trained) else f"{trained:,}."
-    )
-    told = [
-        "Whether {who} {was} trained on the articles of these questions is not known." if pd.isna(trained) else words
-    ]
-    if pd.isna(chosen):
-        return [*told, "Whether they chose {who} is not known."]
-    if _all_seen(row, "selected_on"):
-        return [*told, "Their validation loss chose {who} among the epochs: the accuracy is optimistic."]
-    return [*told, f"{chosen:,} of these questions have an article of the validation split that chose {{who}}."]
+    """Sentences about one row of results, with {who} and {was}."""
+    questions, unknown = row["questions"], int(row["not_known"])
+    trained, chosen = (0 if pd.isna(row[name]) else int(row[name]) for name in ("trained_on", "selected_on"))
+    if unknown == questions and not trained and not chosen:
+        return ["Whether articles of these questions were used to train or to choose {who} is not known."]
+    told = []
+    if trained == questions:
+        told += ["{who} {was} trained on the articles of all these questions: nothing here is about new questions."]
+    elif trained:
+        told += [f"{{who}} {{was}} trained on the articles of {trained:,} of these {questions:,} questions."]
+    if chosen == questions:
+        told += ["The validation loss on the articles of these questions chose {who}: the accuracy is optimistic."]
+    elif chosen:
+        told += [
+            f"{chosen:,} of these {questions:,} questions have an article of the validation split that chose {{who}}."
+        ]
+    if unknown:
+        told += [
+            f"Of {unknown:,} questions it is not known whether their article was used to train or to choose {{who}}."
+        ]
+    return told or ["No article of these questions was used to train or to choose {who}."]
 
 
 def alike(row) -> str:
     """How alike the questions of one passage are, and which interval follows from it."""
     if pd.isna(row["design_effect"]):
-        return "There are too few passages for an interval by passage: Wilson's takes every question as independent."
-    found = "not defined" if pd.isna(row["icc"]) else f"{row['icc']:.2f}".replace("-", "−")
-    text = f"{row['questions']:,} questions on {row['passages']:,} passages: intraclass correlation within a passage "
-    text += f"{found}, design effect {row['design_effect']:.2f}"
-    if row["design_effect"] == 1:
-        return f"{text} (at least 1): the interval by passage is hardly wider than Wilson's."
-    return f"{text}. Quote the interval by passage: Wilson's takes the questions as independent and is too narrow."
+        return (
+            "How alike the questions of one passage are cannot be estimated here (too few passages, or all answers "
+            "correct, or all wrong): Wilson's interval takes every question as independent."
+        )
+    text = f"{row['questions']:,} questions on {row['passages']:,} passages: "
+    if pd.notna(row["icc"]):
+        text += f"intraclass correlation within a passage {row['icc']:.2f}, ".replace("-", "−")
+    text += f"design effect {row['design_effect']:.2f} (at least 1)"
+    wider = (row["passage_high"] - row["passage_low"]) / (row["ci_high"] - row["ci_low"])
+    if wider < 1.05:
+        return f"{text}. The interval by passage is hardly wider than Wilson's."
+    return (
+        f"{text}. Quote the interval by passage, which is {wider:.2f} times as wide as Wilson's: that one takes the "
+        "questions of a passage as independent."
+    )
 
 
 def overlap(predictions: pd.DataFrame) -> str:
@@ -118,7 +131,7 @@ def groups(table: pd.DataFrame) -> str:
     tests = int(table["p"].notna().sum())
     if not tests:
         return "No grouping has two groups within a level: there is nothing to compare."
-    how = f"Fisher's exact test of each group against the rest, {tests} tests, Holm's adjustment"
+    how = f"Fisher's exact test of each group against the rest; Holm's adjustment for {tests} tests"
     found = table[table["p_holm"] < SIGNIFICANT].sort_values("difference")
     if found.empty:
         return f"No group differs significantly from the other questions of its level ({how})."
@@ -132,8 +145,9 @@ def groups(table: pd.DataFrame) -> str:
 
 
 def _group(row) -> str:
+    level = "" if row["level"] == "all" else f", level {row['level']}"
     return (
-        f"{row['grouping']} “{row['group']}”, level {row['level']}, {row['questions']:,} questions, "
+        f"{row['grouping']} “{row['group']}”{level}, {row['questions']:,} questions, "
         f"{percent(row['accuracy'])} against {percent(row['rest'])} ({signed(100 * row['difference'])} points, "
         f"Holm {p_value(row['p_holm'])})"
     )
@@ -148,8 +162,10 @@ def groups_title(table: pd.DataFrame) -> str:
     for word, row in (("harder", found.iloc[0]), ("easier", found.iloc[-1])):
         if (row["difference"] < 0) == (word == "harder"):
             size = f"{signed(100 * row['difference'])} points, {row['questions']:,} questions"
-            parts.append(f"{word} than the rest of {row['level']}: “{row['group']}” ({size})")
-    return "; ".join(parts).capitalize()
+            rest = "the rest" if row["level"] == "all" else f"the rest of {row['level']}"
+            parts.append(f"{word} than {rest}: “{row['group']}” ({size})")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:]
 
 
 def letters(predictions: pd.DataFrame) -> str:
@@ -161,7 +177,8 @@ def letters(predictions: pd.DataFrame) -> str:
     apart = (table["chosen"] - table["right"]).abs()
     if not apart.any():
         return "Each letter is chosen exactly as often as it is correct."
-    test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, {freedom} degrees of freedom, {p_value(p)}"
+    degrees = f"{freedom} degree{'s' if freedom > 1 else ''} of freedom"
+    test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, {degrees}, {p_value(p)}"
     largest = [
         f"{row.letter}, chosen on {percent(row.chosen_share)} and correct on {percent(row.right_share)}"
         for row in table[apart == apart.max()].itertuples()
@@ -204,9 +221,8 @@ def calibration(table: pd.DataFrame, temperature: float | None, change: tuple | 
     if temperature is None or change is None:
         return text
     mean, low, high = change
-    finding = (
-        "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else "not significant"
-    )
+    finding = "not tested" if pd.isna(low) else "not significant"
+    finding = "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else finding
     ends = "" if pd.isna(low) else f" (95 % interval {_signed3(low)} to {_signed3(high)})"
     text += f" At temperature {temperature:.2f}, fitted on validation, log loss changes by {_signed3(mean)}{ends}, "
     return f"{text}from {row['log_loss']:.3f} to {table.iloc[1]['log_loss']:.3f}: {finding}."
@@ -222,7 +238,7 @@ def paired(row: pd.Series) -> str:
     if row["gained"] == row["lost"] == 0:
         return f"{second} and {first} are correct on the same questions: there is no difference to test."
     better = second if row["difference"] > 0 else first
-    tested = "no test: these questions trained at least one of the two"
+    tested = NOT_TESTED
     if pd.notna(row["p"]):
         finding = (
             "the difference is not significant" if row["p_holm"] >= SIGNIFICANT else f"{better} is significantly better"
@@ -246,39 +262,36 @@ def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
     accuracy = percent(statistics.is_correct(predictions[best]).mean())
     if len(predictions) == 1:
         return f"{best} has an accuracy of {accuracy}."
-    text = f"{listed(equal)} {'has' if len(equal) == 1 else 'have'} the highest accuracy{_on(found)}: "
+    text = f"{listed(equal)} {'has' if len(equal) == 1 else 'have'} the highest accuracy: "
     text += f"{accuracy} of {len(predictions[best]):,} questions."
-    if found["p"].isna().any():
-        text += " No difference is tested: these questions trained at least one of the checkpoints."
     nearest = found.sort_values("difference", kind="stable")
     if len(found) > SHOWN:
-        text += f" {short_verdict(predictions, pairs)}. The nearest:"
-        nearest = nearest[:1]
+        nearest = nearest[nearest["difference"] > 0][:1]
+        text += f" {short_verdict(predictions, pairs)}."
     for _, row in nearest.iterrows():
-        against = f"{best} against {row['first']}" if len(equal) > 1 else f"Against {row['first']}"
-        text += f" {against}: {points(row)}"
-        text += f", McNemar {_both_p(row)}: {significance(row['p_holm'])}." if pd.notna(row["p"]) else "."
+        against = (
+            f"{best} against {row['first']}" if len(equal) > 1 or len(found) > SHOWN else f"Against {row['first']}"
+        )
+        tested = f"McNemar {_both_p(row)}: {significance(row['p_holm'])}" if pd.notna(row["p"]) else NOT_TESTED
+        text += f" {against}: {points(row)}, {tested}."
     return text
-
-
-def _on(found: pd.DataFrame) -> str:
-    return " on questions of the training data" if found["p"].isna().any() else ""
 
 
 def short_verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
     """The verdict as a title: "e3 is significantly better than e1; its lead over e2 is not significant"."""
     best, found = comparison.leads(predictions, pairs)
     accuracy = percent(statistics.is_correct(predictions[best]).mean())
-    if found.empty or found["p"].isna().any():
-        return f"{best}: accuracy {accuracy}{_on(found)}"
-    sure, level = found["p_holm"] < SIGNIFICANT, found["difference"] == 0
+    if found.empty:
+        return f"{best}: accuracy {accuracy}"
+    sure, level, untested = found["p_holm"] < SIGNIFICANT, found["difference"] == 0, found["p"].isna()
     clauses = {
         "{who} is significantly better than {names}": found.loc[sure, "first"],
-        "{whose} lead over {names} is not significant": found.loc[~sure & ~level, "first"],
-        "{who} is as accurate as {names}": found.loc[level, "first"],
+        "{whose} lead over {names} is not significant": found.loc[~sure & ~level & ~untested, "first"],
+        "{who} is as accurate as {names}": found.loc[level & ~untested, "first"],
+        "{who} is not tested against {names} (training questions)": found.loc[untested, "first"],
     }
     said = [(words, listed(names, SHOWN)) for words, names in clauses.items() if len(names)]
-    subjects = [{"who": best, "whose": f"{best}'s"}] + [{"who": "it", "whose": "its"}] * 2
+    subjects = [{"who": best, "whose": f"{best}'s"}] + [{"who": "it", "whose": "its"}] * 3
     return "; ".join(words.format(names=names, **who) for (words, names), who in zip(said, subjects, strict=False))
 
 
@@ -287,7 +300,7 @@ def scope(lineage: pd.DataFrame) -> str:
     if len(lineage) < 2:
         return ""
     text = (
-        "Each checkpoint comes from one training run with one seed, and the intervals reflect the sampling of "
+        "Each checkpoint is one training run, and the intervals reflect the sampling of "
         "questions only: this compares these checkpoints, not their recipes, which takes several seeds. Not "
         "significant does not mean equal: the interval shows which differences remain possible."
     )

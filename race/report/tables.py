@@ -41,10 +41,12 @@ def styled(table: pd.DataFrame):
 def score_style(table: pd.DataFrame):
     """Accuracies for reading, each interval in one column: Wilson's, and by passage where it is known."""
     columns = [
-        name for name in (*RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS, "group", "threshold") if name in table
+        name
+        for name in ("group", *RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS, "not_known", "threshold")
+        if name in table
     ]
     names = {"icc": "intraclass correlation", "design_effect": "design effect"}
-    names |= {"trained_on": "seen in training", "selected_on": "used for choosing"}
+    names |= {"trained_on": "seen in training", "selected_on": "used for choosing", "not_known": "not known"}
     return styled(_one_interval(table[columns]).rename(columns=names))
 
 

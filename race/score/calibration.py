@@ -99,8 +99,8 @@ def fit_temperature(predictions: pd.DataFrame) -> tuple[float | None, str]:
     why = None
     if correct.all() or not correct.any():
         why = f"{'every' if correct.all() else 'no'} answer on validation is correct"
-    elif (confidence(predictions) == 1).any():
-        why = "a probability on validation is exactly 1, which no temperature changes"
+    elif (np.sort(probabilities_of(predictions))[:, :-1] == 0).all(1).any():
+        why = "a question of validation has the probabilities 1 and three times 0, which no temperature changes"
     else:
         found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-8}).x
         if np.abs(found - np.log(TEMPERATURES)).min() > 1e-3:

@@ -15,6 +15,7 @@ from race.score.statistics import (
     is_correct,
     mcnemar,
     most_probable,
+    mostly_trained_on,
     probabilities_of,
 )
 
@@ -28,7 +29,8 @@ TURNED = {"first": "second", "gained": "lost", "ci_low": "ci_high"}  # what chan
 def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) -> dict:
     """`second` against `first` on the same questions: counts, McNemar's p, and a 95 % bootstrap interval.
 
-    Where all articles trained one of the two, neither p nor interval would be about new questions: both are NaN.
+    Where most of the articles trained one of the two, neither p nor interval would be about new questions: both are
+    NaN.
     difference = accuracy of second − of first. Questions are resampled in pairs. As only four outcomes exist, drawing
     their counts is the same, and a thousand times faster than scipy.stats.bootstrap, which draws every question.
     """
@@ -42,7 +44,7 @@ def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) 
     gained, lost = counts["gained"], counts["lost"]
     found = {"difference": (gained - lost) / questions, "ci_low": float(low), "ci_high": float(high)}
     found |= {"p": mcnemar(gained, lost)}
-    if any(table.get("article_in_train", pd.Series([False])).fillna(False).all() for table in (first, second)):
+    if mostly_trained_on(first) or mostly_trained_on(second):
         found |= dict.fromkeys(["ci_low", "ci_high", "p"], np.nan)
     return {"questions": questions} | counts | found
 

@@ -24,7 +24,7 @@ def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split
     questions and for each level present.
 
     trained_on, selected_on: the number of questions whose article trained the checkpoint, or is in the validation split
-    that chose it; missing where that is not known.
+    that chose it, as far as known; missing where that is known of none. not_known: of how many it is not.
     """
     parts = {"all": predictions}
     parts |= {level: part for level in LEVELS if len(part := predictions[predictions["level"] == level])}
@@ -33,14 +33,15 @@ def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split
         questions, correct = len(part), int(is_correct(part).sum())
         low, high = wilson(correct, questions)
         values = [stage, checkpoint, split, level, questions, correct, correct / questions, float(low), float(high)]
-        known = {name: _count(part.get(column)) for name, column in SEEN_COLUMNS.items()}
-        rows.append(dict(zip(RESULT_COLUMNS, values, strict=True)) | by_passage(part) | known)
+        rows.append(dict(zip(RESULT_COLUMNS, values, strict=True)) | by_passage(part) | _seen(part))
     return pd.DataFrame(rows).astype(dict.fromkeys(SEEN_COLUMNS, "Int64"))
 
 
-def _count(column: pd.Series | None) -> int | None:
-    """How many are true; None if some are not known."""
-    return None if column is None or column.isna().any() else int(column.sum())
+def _seen(part: pd.DataFrame) -> dict:
+    """SEEN_COLUMNS and not_known, counted."""
+    known = {name: part.get(column, pd.Series(pd.NA, part.index)) for name, column in SEEN_COLUMNS.items()}
+    counts = {name: int(column.sum()) if column.notna().any() else None for name, column in known.items()}
+    return counts | {"not_known": max(int(column.isna().sum()) for column in known.values())}
 
 
 def result_table(predictions: pd.DataFrame, made: dict) -> pd.DataFrame:
@@ -53,7 +54,8 @@ def result_table(predictions: pd.DataFrame, made: dict) -> pd.DataFrame:
     if settings.get("level"):
         table = table[table["level"] == settings["level"]].reset_index(drop=True)
     levels = table[table["level"] != "all"]
-    macro = macro_accuracy(levels) if len(levels) else [None] * 3
+    whole = len(levels) == len(LEVELS) and levels["questions"].sum() == table["questions"].max()
+    macro = macro_accuracy(levels) if whole else [None] * 3
     details = dict(zip(MACRO_COLUMNS, macro, strict=True))
     details |= {name: settings[name] for name in SETTINGS_COLUMNS} | {"seconds": made["seconds"]}
     details |= {name: versions[name] for name in ("torch", "transformers")} | {"made": made["made"]}

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, chi2, fisher_exact, norm, rankdata, t
 
-from race import CHANCE, LETTERS, LEVELS, RaceError
+from race import LETTERS, LEVELS, RaceError
 
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 SEEN_COLUMNS = {"trained_on": "article_in_train", "selected_on": "article_in_validation"}  # of results: of predictions
+FEW_ERRORS = 50  # with fewer, χ² is not a good approximation
 # kind → (rule in words, pattern or None); the first rule that fits counts
 KIND_RULES = {
     "negated": (
@@ -66,7 +67,7 @@ def probabilities_of(predictions: pd.DataFrame) -> np.ndarray:
 def most_probable(probabilities: np.ndarray) -> np.ndarray:
     """[N] the letter of the highest of [N, 4] probabilities; among equal ones (to 1e-12) a fixed draw decides.
 
-    The first of equals would favour A.
+    For ensembles, whose means tie; the first of equals would favour A.
     """
     highest = probabilities >= probabilities.max(1, keepdims=True) - 1e-12
     drawn = np.random.default_rng(0).random(probabilities.shape)
@@ -88,7 +89,7 @@ def by_passage(predictions: pd.DataFrame) -> dict:
     correlation within passages (analysis of variance); design_effect: variance of the accuracy with whole passages
     drawn (Cochran 1977, ch. 9 to 11) over that with single questions drawn, at least 1; passage_low and passage_high:
     Wilson's interval for questions / design_effect, with the t quantile for passages − levels. NaN where there are too
-    few passages.
+    few passages, and where all answers are correct, or all wrong.
     """
     correct, count = is_correct(predictions), len(predictions)
     levels, rate = predictions["level"].to_numpy(), correct.mean()
@@ -100,12 +101,11 @@ def by_passage(predictions: pd.DataFrame) -> dict:
     if (clusters < 2).any():  # a level of one passage says nothing of passages: all together
         level, clusters, asked = np.zeros_like(level), np.array([len(sizes)]), np.array([count])
     found, freedom = {"passages": len(sizes)}, len(sizes) - len(clusters)
-    if freedom < 1:
+    if freedom < 1 or rate in (0, 1):
         return found | dict.fromkeys(["icc", "design_effect", "passage_low", "passage_high"], np.nan)
     mean = (np.bincount(level, rights) / asked)[level]  # the accuracy of each passage's level
     spread = np.bincount(level, (rights - sizes * mean) ** 2) * clusters / (clusters - 1)
-    single = count * rate * (1 - rate)
-    effect = max(1.0, float(spread.sum() / single)) if single else 1.0
+    effect = max(1.0, float(spread.sum() / (count * rate * (1 - rate))))
     between = (sizes * (rights / sizes - mean) ** 2).sum() / freedom
     within = (rights * (1 - rights / sizes)).sum() / (count - len(sizes)) if count > len(sizes) else np.nan
     size = (count - (np.bincount(level, sizes**2) / asked).sum()) / freedom
@@ -115,9 +115,10 @@ def by_passage(predictions: pd.DataFrame) -> dict:
     return found | {"passage_low": float(low), "passage_high": float(high)}
 
 
-def above_chance(correct: int, questions: int) -> float:
-    """p of the exact one-sided binomial test of an accuracy against chance."""
-    return float(binomtest(int(correct), int(questions), CHANCE, alternative="greater").pvalue)
+def mostly_trained_on(predictions: pd.DataFrame) -> bool:
+    """Whether more than half of the questions have an article that trained the checkpoint, as far as that is known."""
+    known = predictions.get("article_in_train")
+    return known is not None and float(known.astype("boolean").fillna(False).mean()) > 0.5
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -157,12 +158,17 @@ def length_groups(tokens, count: int = 5) -> tuple[np.ndarray, list[str]]:
     return np.array(names, dtype=object)[np.unique(place, return_inverse=True)[1]], names
 
 
+OF_PASSAGES = ("article length (tokens)", "sequence", "article")  # groupings that hold a passage's questions together
+
+
 def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
     """Accuracy by what a question is like, within each level, and every group against the rest of its level.
 
     Columns: grouping, level ("middle", "high"; "all" if no level is known), GROUP_COLUMNS (Wilson intervals), rest
     (accuracy of the level's other questions), difference (to the rest), p (Fisher's exact test), p_holm (Holm's
-    adjustment for all tests of the table). Without other questions, the last four are NaN.
+    adjustment for all tests of the table). Groups of whole passages are tested with all counts divided by the level's
+    design effect, rounded. Without other questions, the last four are NaN; of two groups, which are each other's rest,
+    the second is tested.
     """
     lengths, order = length_groups(predictions["article_tokens"])
     truncated = predictions["truncated"].map({True: "truncated", False: "not truncated"})
@@ -173,28 +179,33 @@ def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
         "correct answer": (predictions["answer"], LETTERS),
     }
     if predictions["article_in_train"].notna().any():
-        seen = predictions["article_in_train"].map({True: "also in train", False: "not in train"})
-        groupings["article"] = (seen, ["not in train", "also in train"])
+        named = {True: "also in train", False: "not in train"}
+        seen = predictions["article_in_train"].astype(object).map(named).fillna("not known")
+        groupings["article"] = (seen, ["not in train", "also in train", "not known"])
     known = predictions["level"].isin(LEVELS)
-    levels = predictions["level"].where(known, "no level" if known.any() else "all")
-    parts = []
-    for number, (grouping, (groups, names)) in enumerate(groupings.items()):
-        for level in (*LEVELS, "no level", "all"):
-            if (here := (levels == level).to_numpy()).any():
-                part = accuracy_by(predictions[here], np.asarray(groups, dtype=object)[here], names)
-                place = number * 1000 + part["group"].map(names.index)
-                parts.append(_against_the_rest(part).assign(grouping=grouping, level=level, place=place))
+    levels, parts = (predictions["level"] if known.any() else pd.Series("all", predictions.index)), []
+    for level in (*LEVELS, "all"):
+        if not (here := (levels == level).to_numpy()).any():
+            continue
+        effect = np.fmax(1.0, by_passage(predictions[here])["design_effect"])  # 1 where it is not known
+        for number, (grouping, (groups, names)) in enumerate(groupings.items()):
+            part = accuracy_by(predictions[here], np.asarray(groups, dtype=object)[here], names)
+            part = _against_the_rest(part, effect if grouping in OF_PASSAGES else 1.0)
+            place = number * 1000 + part["group"].map(names.index)
+            parts.append(part.assign(grouping=grouping, level=level, place=place))
     table = pd.concat(parts).sort_values("place", kind="stable", ignore_index=True)
     columns = ["grouping", "level", *GROUP_COLUMNS, "rest", "difference", "p"]
     return table[columns].assign(p_holm=holm(table["p"]))
 
 
-def _against_the_rest(part: pd.DataFrame) -> pd.DataFrame:
+def _against_the_rest(part: pd.DataFrame, design_effect: float) -> pd.DataFrame:
     """Accuracies by group with rest, difference and p: each group against all others together."""
     questions, correct = part["questions"].sum() - part["questions"], part["correct"].sum() - part["correct"]
     rest = (correct / questions.where(questions > 0)).astype(float)
-    tested = zip(part["correct"], part["questions"], correct, questions, strict=True)
-    p = [fisher_exact([[k, n - k], [r, m - r]]).pvalue if m else np.nan for k, n, r, m in tested]
+    tables = zip(part["correct"], part["questions"] - part["correct"], correct, questions - correct, strict=True)
+    counts = [np.rint(np.array(table) / design_effect).astype(int).reshape(2, 2) for table in tables]
+    tested = (questions > 0).to_numpy() & ~((len(part) == 2) & (np.arange(len(part)) == 0))
+    p = [fisher_exact(table).pvalue if test else np.nan for table, test in zip(counts, tested, strict=True)]
     return part.assign(rest=rest, difference=part["accuracy"] - rest, p=p)
 
 
@@ -225,6 +236,7 @@ def letter_counts(predictions: pd.DataFrame) -> pd.DataFrame:
 def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     """Are letters chosen as often as they are correct? Stuart and Maxwell's χ², its degrees of freedom, and p.
 
+    With fewer than FEW_ERRORS, p is the share of 20,000 random swaps of choice and correct answer with a χ² as large.
     The choice and the correct answer belong to the same question: the test is paired (Maxwell 1970, British Journal of
     Psychiatry 116:651). Not statsmodels' SquareTable.homogeneity: it gives NaN if the covariance is singular, as it is
     where a letter is in no wrong answer, and a p of 0 for every χ² beyond 80 or so.
@@ -235,8 +247,15 @@ def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     freedom = int(np.linalg.matrix_rank(covariance))
     if freedom == 0:  # every answer is correct
         return 0.0, 0, 1.0
-    statistic = float(difference @ np.linalg.pinv(covariance, hermitian=True) @ difference)
-    return statistic, freedom, float(chi2.sf(statistic, freedom))
+    inverse = np.linalg.pinv(covariance, hermitian=True)  # the same after every swap
+    statistic = float(difference @ inverse @ difference)
+    wrong = predictions[~is_correct(predictions)]
+    if len(wrong) >= FEW_ERRORS:
+        return statistic, freedom, float(chi2.sf(statistic, freedom))
+    steps = [np.array([wrong[it] == letter for letter in LETTERS[:-1]], float) for it in ("prediction", "answer")]
+    drawn = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, len(wrong))) @ (steps[0] - steps[1]).T
+    as_large = ((drawn @ inverse) * drawn).sum(1) >= statistic * (1 - 1e-9)
+    return statistic, freedom, float((as_large.sum() + 1) / (len(as_large) + 1))
 
 
 def longest_option_test(predictions: pd.DataFrame) -> dict:

@@ -18,6 +18,7 @@ from race import LETTERS, RaceError, check_least
 from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest
 from race.data.seen import seen_articles
 from race.device import default_device, default_precision, processes, versions
+from race.model_files import load_config
 from race.settings import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
@@ -80,7 +81,8 @@ def start_stage(
             check_files(cache_dir, "model/")
         module = RaceModule(model=base_model or Path(cache_dir) / "model", **settings)
         encoder = module.model.base_model
-        base, chain, articles = str(base_model or manifest["model"]["name"]), [], {}
+        base, chain = str(base_model or manifest["model"]["name"]), []
+        articles = _articles_of(base_model or Path(cache_dir) / "model", base)
         sha256 = weights_hash(encoder.embeddings, encoder.encoder)  # later stages: of the file
     else:
         checkpoint = Checkpoint(base_checkpoint) if base_checkpoint else stage.before.best()
@@ -98,6 +100,13 @@ def start_stage(
     module.made_with = {name.upper(): value for name, value in settings.items()} | {"CACHE_DIR": str(cache_dir)}
     module.made_with |= {"BASE_MODEL": base_model, "BASE_CHECKPOINT": base_checkpoint, "SEED": torch.initial_seed()}
     return module
+
+
+def _articles_of(model: str | Path, name: str) -> dict | None:
+    """What a model that e1 starts from says of its articles; {} if it is no multiple-choice model, None if unknown."""
+    known = Checkpoint(model).lineage.get("articles") if Path(model).is_dir() else None
+    trained = any(str(it).endswith("ForMultipleChoice") for it in load_config(model).architectures or [])
+    return known or (None if trained and name != "demo" else {})
 
 
 def git_commit() -> str | None:

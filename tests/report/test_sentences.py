@@ -31,31 +31,31 @@ def test_headline():
     table[["passage_low", "passage_high"]] = np.nan  # as where there are too few passages
     low, high = (f"{100 * table[name][0]:.1f} %" for name in ("macro_low", "macro_high"))
     assert sentences.headline(table) == (
-        "e1 answers 25 of 100 test questions correctly: accuracy 25.0 % (95 % interval 17.5 % to 34.3 %), "
-        "not significantly above chance (25 %; exact binomial test, p = 0.54). "
+        "e1 answers 25 of 100 test questions correctly: accuracy 25.0 % (95 % interval 17.5 % to 34.3 %); chance, 25 %, "
+        "is inside it. "
         f"Macro accuracy over the two levels: 25.0 % ({low} to {high}). "
         "No article of these questions was used to train or to choose e1."
     )
     text = sentences.headline(results(made("ABCD" * 25, "ABCD" * 25)))
-    assert "accuracy 100.0 % (95 % interval 96.3 % to 100.0 %), significantly above chance" in text
+    assert "accuracy 100.0 % (95 % interval 96.3 % to 100.0 %); chance, 25 %, is below it." in text
     assert "Macro" not in text  # no level is known
-    assert ", by passage), significantly" in sentences.headline(results(on_passages(0, 0.1)))
+    assert ", by passage); chance, 25 %, is below it" in sentences.headline(results(on_passages(0, 0.1)))
 
 
 @pytest.mark.parametrize(
     ("train", "validation", "said"),
     [
         (True, False, "e1 was trained on the articles of all these questions: nothing here is about new questions."),
-        (False, True, "Their validation loss chose e1 among the epochs: the accuracy is optimistic."),
+        (False, True, "The validation loss on the articles of these questions chose e1: the accuracy is optimistic."),
         (False, False, "No article of these questions was used to train or to choose e1."),
-        (None, None, "Whether e1 was trained on the articles of these questions is not known."),
+        (None, None, "Whether articles of these questions were used to train or to choose e1 is not known."),
     ],
 )
 def test_headline_says_what_the_checkpoint_has_seen_whatever_the_split_is_called(train, validation, said):
     for split in ("train", "validation", "test"):
         text = sentences.headline(results(known(made("ABCD" * 5, "ABCA" * 5), train, validation), split))
         assert said in text
-        assert ("above chance" in text) == (train is not True)  # no test on what was learned
+        assert ("chance" in text) == (train is not True)  # no comparison on what was learned
 
 
 def test_some_articles_seen():
@@ -63,9 +63,14 @@ def test_some_articles_seen():
     predictions["article_in_train"] = pd.array([True, False, False, False], "boolean")
     predictions["article_in_validation"] = pd.array([True, True, False, False], "boolean")
     assert sentences.seen([accuracy_table(predictions, "e1", "x", "test")], ["e1"]) == (
-        "Of these questions, e1 was trained on the articles of 1. "
-        "2 of these questions have an article of the validation split that chose e1."
+        "e1 was trained on the articles of 1 of these 4 questions. "
+        "2 of these 4 questions have an article of the validation split that chose e1."
     )
+    predictions["article_in_train"] = pd.array([True, False, None, None], "boolean")
+    table = accuracy_table(predictions, "e1", "x", "test")
+    assert table.loc[0, ["trained_on", "not_known"]].tolist() == [1, 2]
+    assert "articles of 1 of these 4 questions" in sentences.seen([table], ["e1"])
+    assert "Of 2 questions it is not known" in sentences.seen([table], ["e1"])
     tables = [accuracy_table(known(made("A", "A"), False, False), name, "x", "test") for name in ("e1", "e2")]
     assert (
         sentences.seen(tables, ["e1", "e2"])
@@ -77,11 +82,12 @@ def test_questions_of_a_passage_are_alike():
     def said(predictions: pd.DataFrame) -> str:
         return sentences.alike(accuracy_table(predictions, "e1", "x", "test").iloc[0])
 
-    assert "Quote the interval by passage: Wilson's takes the questions as independent" in said(on_passages(0, 0.3))
-    assert "design effect 1.00 (at least 1): the interval by passage is hardly wider" in said(
-        made("ABCD", "ABCD", example_id=list("aabb"))
-    )
-    assert said(made("AB", "AB")).startswith("There are too few passages")
+    assert "Quote the interval by passage, which is 1.35 times as wide as Wilson's" in said(on_passages(0, 0.3))
+    assert said(on_passages(1, 0.0)).endswith("The interval by passage is hardly wider than Wilson's.")
+    few = said(made("ABAB", "ABBA", example_id=list("aabb")))  # the quantile of t for two passages
+    assert "design effect" in few and "times as wide" in few
+    for none in (made("AB", "AB"), made("ABCD", "ABCD", example_id=list("aabb"))):
+        assert "cannot be estimated here" in said(none)
 
 
 def test_overlap():
@@ -113,6 +119,12 @@ def test_groups_are_named_only_where_they_differ_from_the_rest_of_their_level():
     )
     assert "Holm p < 0.001" in text and "Harder" not in text
     assert title.startswith("Easier than the rest of high: “why” (+")
+    without = group_accuracies(alike.assign(prediction=answers, level=""))
+    assert "level" not in sentences.groups(without).split("(")[0].replace("of its level", "")
+    letter = pd.DataFrame(
+        [["correct answer", "middle", "A", 50, 10, 0.2, 0.1, 0.3, 0.6, -0.4, 0.001, 0.001]], columns=table.columns
+    )
+    assert sentences.groups_title(letter) == "Harder than the rest of middle: “A” (−40.0 points, 50 questions)"
     one = group_accuracies(
         alike.assign(kind="what", article_tokens=9, truncated=False, answer="A", article_in_train=None)
     )
@@ -228,12 +240,19 @@ def test_on_training_questions_nothing_is_tested():
     weak, strong = (known(table, True, False) for table in two(20, 30, 2, 20))
     verdict, short = verdicts(weak=weak, strong=strong)
     assert verdict == (
-        "strong has the highest accuracy on questions of the training data: 69.4 % of 72 questions. No difference is "
-        "tested: these questions trained at least one of the checkpoints. Against weak: +38.9 points."
+        "strong has the highest accuracy: 69.4 % of 72 questions. Against weak: +38.9 points, not tested: most of these "
+        "questions trained one of the two."
     )
-    assert short == "strong: accuracy 69.4 % on questions of the training data"
+    assert short == "strong is not tested against weak (training questions)"
     pair = compare_pairs({"weak": weak, "strong": strong}).iloc[0]
-    assert sentences.paired(pair).endswith("+38.9 points; no test: these questions trained at least one of the two.")
+    assert sentences.paired(pair).endswith("+38.9 points; not tested: most of these questions trained one of the two.")
+    verdict, short = verdicts(weak=weak, strong=known(strong, False, False), other=known(weak, False, False))
+    assert short == "strong is significantly better than other; it is not tested against weak (training questions)"
+    assert (
+        "Against other: +38.9 points (95 % interval" in verdict and "Against weak: +38.9 points, not tested" in verdict
+    )
+    most = weak.assign(article_in_train=pd.array([True] * 71 + [False], "boolean"))
+    assert verdicts(weak=most, strong=strong)[1] == "strong is not tested against weak (training questions)"
 
 
 def test_verdict_of_ten_checkpoints_stays_short():
@@ -241,7 +260,7 @@ def test_verdict_of_ten_checkpoints_stays_short():
     names = {f"checkpoint {number}": weak for number in range(9)}
     verdict, short = verdicts(**names, best=strong)
     assert short == "best is significantly better than 9 others"
-    assert f"{short}. The nearest: Against checkpoint 0: +38.9 points" in verdict and len(verdict) < 300
+    assert f"{short}. best against checkpoint 0: +38.9 points" in verdict and len(verdict) < 300
 
 
 def test_verdict_of_one_checkpoint_claims_no_lead():
@@ -263,7 +282,9 @@ def test_verdict_of_a_tie_names_both():
 def test_scope_says_what_one_seed_cannot():
     lineage = pd.DataFrame({"name": ["e1", "e2"], "parent": [None, "e1"]})
     text = sentences.scope(lineage)
-    assert "one training run with one seed" in text and "this compares these checkpoints, not their recipes" in text
+    assert (
+        "Each checkpoint is one training run" in text and "this compares these checkpoints, not their recipes" in text
+    )
     assert "does not mean equal" in text
     assert text.endswith("e2 continues from e1, so it has also trained longer.")
     assert sentences.scope(lineage[:1]) == ""

@@ -90,13 +90,19 @@ def test_temperature_is_found_again():
     [
         ("ABCD", "ABCD", 0.6, "every answer on validation is correct"),
         ("ABCD", "BCDA", 0.6, "no answer on validation is correct"),
-        ("AB", "AA", 1.0, "a probability on validation is exactly 1"),
+        ("AB", "AA", 1.0, "the probabilities 1 and three times 0"),
         ("AAAAA", "AAAAB", 0.2501, "the best one is not between 0.05 and 20"),
     ],
 )
 def test_no_temperature_and_why(answers, chosen, sure, why):
     temperature, sentence = fit_temperature(made(answers, chosen, sure))
     assert temperature is None and why in sentence
+
+
+def test_one_question_that_is_nearly_sure_does_not_stop_the_temperature():
+    predictions = sampled(np.random.default_rng(3), 300, 1.5)
+    predictions.loc[0, PROBABILITIES] = [1.0, 1e-17, 1e-17, 1e-17]
+    assert fit_temperature(predictions)[0] is not None
 
 
 def test_log_loss_change_is_the_paired_t_interval():

@@ -48,7 +48,7 @@ def test_accuracy_and_wilson_interval_by_hand():
     table = accuracy_table(
         made("ABCDABCDAB", "ABCDABDAAC"[:10], levels=["middle"] * 4 + ["high"] * 6), "e1", "b.ckpt", "test"
     )
-    assert list(table.columns) == [*RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS]
+    assert list(table.columns) == [*RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS, "not_known"]
     everything = table.set_index("level").loc["all"]
     right = sum(a == b for a, b in zip("ABCDABCDAB", "ABCDABDAAC", strict=True))
     assert (everything["questions"], everything["correct"], everything["accuracy"]) == (10, right, right / 10)
@@ -73,7 +73,7 @@ def test_results_replace_the_same_and_keep_the_others(tmp_path):
     save_results(accuracy_table(made("AB", "AA", levels=["", ""]), "e1", "one.ckpt", "validation"), tmp_path, {})
     save_results(accuracy_table(made("AB", "AB", levels=["", ""]), "e1", "one.ckpt", "test"), tmp_path, {})
     saved = pd.read_csv(tmp_path / "results.csv")
-    assert list(saved.columns) == [*RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS]
+    assert list(saved.columns) == [*RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS, "not_known"]
     assert saved[["split", "accuracy"]].to_numpy().tolist() == [["test", 1.0], ["validation", 0.5]]
 
 
