@@ -17,7 +17,7 @@ from race.train.stages import DEMO
 SHOTS = {  # notebook: (what stands in the cell whose output is kept, name of the picture)
     "ex01": ("training_curves(", "training"),
     "eval_test_dataset_race": ("error_browser(", "errors"),
-    "eval_test_dataset_race_2": ('f"chain-{SPLIT}"', "chain"),
+    "eval_test_dataset_race_2": ("comparison_figure(", "chain"),
 }
 MARGIN, ABOVE = 8, 3  # pixels around a picture; more above would show the code's frame
 

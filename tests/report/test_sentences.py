@@ -31,8 +31,8 @@ def test_headline():
     table[["passage_low", "passage_high"]] = np.nan  # as where there are too few passages
     low, high = (f"{100 * table[name][0]:.1f} %" for name in ("macro_low", "macro_high"))
     assert sentences.headline(table) == (
-        "e1 answers 25 of 100 test questions correctly: accuracy 25.0 % (95 % interval 17.5 % to 34.3 %); chance, 25 %, "
-        "is inside it. "
+        "e1 answers 25 of 100 test questions correctly: accuracy 25.0 % (95 % interval 17.5 % to 34.3 %); "
+        "chance, 25 %, is inside it. "
         f"Macro accuracy over the two levels: 25.0 % ({low} to {high}). "
         "No article of these questions was used to train or to choose e1."
     )
@@ -240,8 +240,8 @@ def test_on_training_questions_nothing_is_tested():
     weak, strong = (known(table, True, False) for table in two(20, 30, 2, 20))
     verdict, short = verdicts(weak=weak, strong=strong)
     assert verdict == (
-        "strong has the highest accuracy: 69.4 % of 72 questions. Against weak: +38.9 points, not tested: most of these "
-        "questions trained one of the two."
+        "strong has the highest accuracy: 69.4 % of 72 questions. Against weak: +38.9 points, not tested: most of "
+        "these questions trained one of the two."
     )
     assert short == "strong is not tested against weak (training questions)"
     pair = compare_pairs({"weak": weak, "strong": strong}).iloc[0]
