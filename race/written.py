@@ -6,11 +6,8 @@ SIGNIFICANT = 0.05  # a p-value below is called significant
 
 
 def percent(value: float) -> str:
-    """A fraction as "75.9 %"; what is not 0 or 1 is never written as "0.0 %" or "100.0 %"."""
-    text = f"{100 * value:.1f}"
-    if (text == "100.0" and value < 1) or (text == "0.0" and value > 0):
-        text = f"{100 * value:.2g}" if value < 0.5 else f"{100 * value:.5f}".rstrip("0")
-    return f"{text} %"
+    """A fraction as "75.9 %"."""
+    return f"{100 * value:.1f} %"
 
 
 def signed(value: float) -> str:

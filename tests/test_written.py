@@ -7,8 +7,6 @@ from race import written
 
 def test_numbers_are_written_one_way():
     assert written.percent(0.7589) == "75.9 %" and written.percent(1) == "100.0 %"
-    near = [written.percent(value) for value in (0.99975, 0.9999999, 0.0002, 0.99949, 0.0006)]
-    assert near == ["99.975 %", "99.99999 %", "0.02 %", "99.9 %", "0.1 %"]
     assert [written.signed(value) for value in (24.19, -0.26, 0.04, -0.04)] == ["+24.2", "−0.3", "0.0", "0.0"]
     assert [written.rate(value) for value in (2.5e-5, 0.00025, 2e-6, 0.01)] == ["2.5e-5", "2.5e-4", "2e-6", "1e-2"]
     expected = ["p < 0.001", "p = 0.0012", "p = 0.032", "p = 0.35", "p = 1.00", "p = 0.04996", "p = 0.05"]
