@@ -1,19 +1,24 @@
 # `make help` lists the targets. Everything is installed into .venv from the pinned requirements.
+# TORCH_INDEX is where pip takes torch, and nothing else, from (README, "Torch for your GPU"); .venv remembers it.
 PYTHON ?= python3
 BENCH_DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
+KNOWN_INDEX := $(shell cat $(VENV)/torch_index 2>/dev/null)
+TORCH_INDEX ?= $(KNOWN_INDEX)
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo race test test-browser test-kill screenshots bench audit lint format clean
+.PHONY: torch_index help install demo race test test-browser test-kill screenshots bench audit lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-$(VENV)/run.stamp: requirements.txt
+$(VENV)/run.stamp: requirements.txt $(if $(filter-out $(KNOWN_INDEX),$(TORCH_INDEX)),torch_index)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(TORCH_INDEX),--clear) $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) "$$(grep ^torch== requirements.txt)")
+	$(if $(TORCH_INDEX),@echo $(TORCH_INDEX) > $(VENV)/torch_index)
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	@mkdir -p runs
@@ -23,7 +28,9 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp pyproject.toml
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-install: $(VENV)/run.stamp ## set up .venv only, as on a login node
+torch_index: # another one than in .venv: .venv is made anew
+
+install: $(VENV)/run.stamp ## set up .venv only, as on a login node; TORCH_INDEX= for another build of torch
 
 demo: $(VENV)/run.stamp ## the whole chain on the embedded corpus, on any machine, in minutes
 	$(BIN)/python -m race.chain demo

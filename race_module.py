@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from race import OPTIONS, RaceError
-from race.encoder import build_model, encode, load_pretrained, token_budget
+from race.encoder import at_least_float32, build_model, encode, full_precision, load_pretrained, token_budget
 from race.files import read_archive
+from race.random_state import random_state, set_random_state
 
 
 class RaceModule(pl.LightningModule):
@@ -54,13 +55,15 @@ class RaceModule(pl.LightningModule):
         # Of the epoch so far, by split: loss, correct answers, questions. Not torchmetrics.MeanMetric: a resumed epoch
         # continues the exact sums of each process, and a checkpoint's weights are Hugging Face's and nothing else.
         self.sums: dict[str, torch.Tensor] = {}
+        self.tokens: torch.Tensor | None = None  # of the last training step, of all processes
         self.automatic_optimization = False  # one optimizer step over several micro-batches
         self.save_hyperparameters({"config": self.model.config.to_dict()} | recipe)
 
     def forward(self, batch) -> torch.Tensor:
         """PackedBatch of B questions → logits [B, 4]"""
-        pooled = encode(self.model.base_model, batch)  # [4B, hidden]
-        return self.model.classifier(self.model.dropout(pooled)).view(-1, OPTIONS)
+        pooled = encode(self.model.base_model, batch)  # [4B, hidden], like the logits in float32 whatever autocast says
+        with full_precision(pooled):
+            return self.model.classifier(self.model.dropout(at_least_float32(pooled))).view(-1, OPTIONS)
 
     def loss(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed cross-entropy of B questions, and how many are answered correctly."""
@@ -68,7 +71,6 @@ class RaceModule(pl.LightningModule):
             nothing = sum(parameter.sum() for parameter in self.parameters()) * 0.0
             return nothing, nothing.detach()
         logits = self(batch)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # at least float32
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         return loss, (logits.argmax(1) == batch.labels).sum().to(loss.dtype)
 
@@ -76,9 +78,10 @@ class RaceModule(pl.LightningModule):
         """One optimizer step on one batch, which is divided among the processes."""
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        loss = self.model_step(batch, "train")
+        loss = self.model_step(batch, "train", self.questions_of_all(batch, batch_idx))
         optimizer.step()
-        loss = self.sum_over_processes(loss)
+        tokens = torch.full_like(loss, sum(batch.lengths))  # made on the device: nothing waits for it
+        loss, self.tokens = self.sum_over_processes(torch.stack([loss, tokens]))
         self.log("train_loss_step", loss, prog_bar=True, batch_size=1)
         rate = torch.tensor(optimizer.param_groups[0]["lr"])  # on the CPU; a float would be copied to the GPU
         self.log("learning_rate", rate)
@@ -92,26 +95,63 @@ class RaceModule(pl.LightningModule):
         """Loss and accuracy on the test split."""
         return self.model_step(batch, "test")
 
-    def model_step(self, batch, split: str) -> torch.Tensor:
-        """This process's part of the mean loss of a batch; in training, its gradients are accumulated."""
-        all_questions = len(batch)  # of all processes
-        if split == "train" and self.processes > 1:  # in validation, processes may have different numbers of batches
-            all_questions = self.sum_over_processes(torch.tensor(float(len(batch)), device=self.device))
-        *parts, last = batch.micro_batches(self.token_budget)
-        sums = []
-        for part in (*parts, last):
-            loss, correct = self.loss(part)
-            if split == "train":
-                sync = part is last or self.processes == 1  # processes exchange gradients once a step
-                with contextlib.nullcontext() if sync else self.trainer.strategy.block_backward_sync():
-                    # times the number of processes, by which DDP divides: the gradient is that of the whole batch
-                    self.manual_backward(loss / all_questions * self.processes)
-            sums.append(torch.stack([loss.detach(), correct]))
+    def model_step(self, batch, split: str, all_questions: int | None = None) -> torch.Tensor:
+        """This process's part of the mean loss of a batch; in training, its gradients are accumulated.
+
+        all_questions: in the batch, of all processes. On a GPU that runs out of memory, the step begins anew with half
+        the token budget; raises RaceError if one question does not fit.
+        """
+        all_questions = all_questions or len(batch)
+        while True:
+            sums, start = [], random_state() if split == "train" else None
+            parts = list(batch.micro_batches(self.token_budget))
+            try:
+                for part in parts:
+                    self.between_parts()
+                    sums.append(self._part_step(part, split, all_questions, part is parts[-1]))
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve_budget(parts[len(sums)], error, sync=self.processes > 1 and part is parts[-1])
+            if start is not None:  # out of the except clause, which still holds what did not fit
+                self.zero_grad()
+                set_random_state(start)
+            torch.cuda.empty_cache()
         loss, correct = torch.stack(sums).sum(0)
         new = torch.stack([loss.double(), correct.double(), torch.full_like(loss, len(batch), dtype=torch.float64)])
         before = self.sums.get(split)  # on the CPU after a resume
         self.sums[split] = new if before is None else before.to(new.device) + new
         return loss / all_questions
+
+    def _part_step(self, part, split: str, all_questions: int, last: bool) -> torch.Tensor:
+        """Loss and correct answers of a micro-batch; in training, with the backward pass."""
+        loss, correct = self.loss(part)
+        if split == "train":
+            sync = last or self.processes == 1  # processes exchange gradients once a step
+            with contextlib.nullcontext() if sync else self.trainer.strategy.block_backward_sync():
+                # times the number of processes, by which DDP divides: the gradient is that of the whole batch
+                self.manual_backward(loss / all_questions * self.processes)
+        return torch.stack([loss.detach(), correct])
+
+    def _halve_budget(self, part, error: Exception, sync: bool) -> None:
+        """Half the tokens of the part that did not fit, from now on; raises RaceError if that is impossible."""
+        tokens = sum(part.lengths)
+        if len(part) == 1 or sync:
+            what = "one question" if len(part) == 1 else "a micro-batch, while processes exchange their gradients,"
+            raise RaceError(
+                f"the GPU's memory is full: {what} of {tokens:,} tokens does not fit. Set a smaller MAX_LEN, or "
+                f"BATCH_SIZE or TOKEN_BUDGET (now {self.token_budget:,}); other programs may use this GPU ({error})"
+            ) from error
+        self.token_budget = tokens // 2
+        print(
+            f"the GPU's memory was full: the step is taken again with TOKEN_BUDGET = {self.token_budget:,}", flush=True
+        )
+
+    def between_parts(self) -> None:
+        """Called before each micro-batch; training may replace it, to end within a step."""
+
+    def questions_of_all(self, batch, batch_idx: int) -> int:
+        """How many questions a training batch has in all processes; known without asking them."""
+        return len(batch) if self.processes == 1 else self.trainer.datamodule.batch_questions(batch_idx)
 
     @property
     def processes(self) -> int:
@@ -119,8 +159,10 @@ class RaceModule(pl.LightningModule):
         return 1 if self._trainer is None else self._trainer.world_size
 
     def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        """all_reduce; the value itself where there is one process."""
-        return value if self.processes == 1 else self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+        """all_reduce, for which the host does not wait; the value itself where there is one process."""
+        if self.processes > 1:
+            torch.distributed.all_reduce(value := value.clone())
+        return value
 
     def log_means(self, split: str, loss_name: str) -> None:
         """Log loss and accuracy as means over all questions of an epoch, of all processes."""
@@ -148,12 +190,12 @@ class RaceModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Called by the trainer before anything else."""
-        self.fit_memory(self.trainer.strategy.root_device)
+        self.fit_memory(self.trainer.strategy.root_device, half="mixed" in self.trainer.precision)
 
-    def fit_memory(self, device: torch.device) -> None:
-        """Choose the token budget for a device, if none was given."""
+    def fit_memory(self, device: torch.device, half: bool = False) -> None:
+        """Choose the token budget for a device, if none was given; half: under autocast."""
         if self.token_budget is None:
-            self.token_budget = token_budget(self.model, device)
+            self.token_budget = token_budget(self.model, device, half)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Save lineage and exact metrics beside the weights; a file name has room for two digits only."""

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from bench.common import WORK, source
 
@@ -63,6 +62,8 @@ def write_splits(folder: Path, passages: dict[str, int | None]) -> None:
 
 def without_text(cache: Path) -> None:
     """Empty the text columns of a cache, and compress its files: Arrow opens them all the same."""
+    import pyarrow as pa
+
     for path in cache.glob("*.arrow"):
         batch = pa.ipc.open_file(path.read_bytes()).get_batch(0)
         columns = {}

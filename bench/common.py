@@ -1,5 +1,6 @@
 """What the measurements share: data, shapes, sides in processes of their own that take turns, medians, JSON."""
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import platform
 import re
 import statistics
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -21,9 +23,11 @@ TEST_DATA = Path(os.environ.get("RACE_TEST_DATA", ROOT.parent / "shared" / "data
 WORK = ROOT / "cache" / "bench"
 RESULTS = Path(os.environ.get("RACE_BENCH_RESULTS", ROOT / "bench" / "results"))
 PACKAGES = ("torch", "transformers", "tokenizers", "pytorch-lightning", "pyarrow", "numpy")
-OURS = "ours"
+OURS, OURS_FP32 = "ours", "ours in fp32"
 SIDES = (OURS, "padded to 512", "padded to the longest of a group")
 PROCESSES = SIDES[:2]  # both paddings share one: Hugging Face's model takes 10 GB for a step, which glibc then keeps
+HALF = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # of a CPU, as /proc/cpuinfo names them
 SHAPES = {  # hidden, heads, intermediate, layers; tiny is for the tests
     "tiny": (32, 4, 64, 2),
     "base": (768, 12, 3072, 12),
@@ -69,7 +73,7 @@ def side_model(side: str, shape: str, cache: str):
     config = albert_config(shape, cache)
     torch.manual_seed(0)
     model = AlbertForMultipleChoice(config)
-    if side != OURS:
+    if side not in (OURS, OURS_FP32):
         return model
     weights, model = model.state_dict(), RaceModule(config=config)
     model.model.load_state_dict(weights)
@@ -151,12 +155,67 @@ def forward_flops(shape: str, lengths: np.ndarray, last_layer_at_cls: bool) -> f
     return float((layers - 1) * full.sum() + last.sum())
 
 
-def matrix_rate(device: str = "cpu", products: int = 3) -> list[float]:
-    """FLOP/s of plain matrix products into a buffer that is there already, each one timed: float32, bf16 on CUDA."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (3072, torch.float32)
+def matrix_rate(device: str = "cpu", precision: str = "32-true", products: int = 3) -> list[float]:
+    """FLOP/s of plain matrix products into a buffer that is there already, each one timed, in this precision."""
+    size, dtype = 8192 if device == "cuda" else 3072, HALF[precision] or torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.mm(a, b)
     return [2 * size**3 / timed(lambda: torch.mm(a, b, out=out)) for _ in range(products)]
+
+
+# -------------------------------------------------------------------------------------------------- precision
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """The option --precision; None: `default_precision`."""
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="fp32; on a GPU bf16")
+
+
+def default_precision(device: str) -> str:
+    """What is measured where nothing is asked for."""
+    return "bf16-mixed" if device == "cuda" else "32-true"
+
+
+def sides_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """The sides of a run: in bf16 on CPU, also ours in fp32."""
+    return (*SIDES, OURS_FP32) if options.device == "cpu" and options.precision != "32-true" else SIDES
+
+
+def process_of(side: str) -> str:
+    """The process in which a side computes."""
+    return side if side in (OURS, OURS_FP32) else PROCESSES[1]
+
+
+def autocast(side: str, options: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """What a side computes under: ours what training steps run under, Hugging Face's model torch's own autocast."""
+    precision = "32-true" if side == OURS_FP32 else options.precision
+    if side in (OURS, OURS_FP32):
+        from race.train.precision import autocast
+
+        return autocast(options.device, precision)
+    return torch.autocast(options.device, HALF[precision]) if HALF[precision] else contextlib.nullcontext()
+
+
+def trainer(precision: str, device: str, steps: int, callbacks: list):
+    """A trainer as race.train.training makes it as far as a step's time and memory go: no files, no progress bar."""
+    import pytorch_lightning as pl
+
+    from race.train.precision import Autocast
+
+    settings = {"precision": precision} if HALF[precision] is None else {"plugins": [Autocast(precision, device)]}
+    return pl.Trainer(
+        max_steps=steps,
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        **settings,
+    )
 
 
 # -------------------------------------------------------------------------------------------------- taking turns
@@ -214,12 +273,21 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def result_name(name: str, options: argparse.Namespace) -> str:
+    """The name of a result, with what differs from the usual: shape and precision."""
+    shape = [] if options.shape == "base" else [options.shape]
+    return "-".join([name, *shape, *([] if options.precision == default_precision(options.device) else ["bf16"])])
+
+
 def report(name: str, result: dict, device: str = "cpu") -> Path:
     """Print a result and keep it in bench/results/NAME.json, with the machine and the versions."""
     on = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    machine = {"device": on, "cores": os.cpu_count(), "processor": _processor(), "python": platform.python_version()}
+    machine = {"device": on, "cores": os.cpu_count(), "processor": _cpuinfo("model name")}
+    machine |= {name: name in _cpuinfo("flags").split() for name in BF16_INSTRUCTIONS}
+    machine["python"] = platform.python_version()
     machine["load"] = round(os.getloadavg()[2], 1)  # processes at work in the last 15 minutes: more than ours is noise
-    versions = {package: _version(package) for package in PACKAGES}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    versions = {"this repository": project} | {package: _version(package) for package in PACKAGES}
     text = Path(os.environ.get("RACE_BENCH_CACHE", source())).name
     record = {"machine": machine, "versions": versions, "source": text} | result
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -238,9 +306,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def _cpuinfo(field: str) -> str:
+    """A field of /proc/cpuinfo, "" where it has none; the processor's name from elsewhere if need be."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        lines = []
+    found = next((line.split(":")[1].strip() for line in lines if line.startswith(field)), "")
+    return found or (platform.machine() if field == "model name" else "")

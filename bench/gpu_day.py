@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from bench import common, evaluate, loader, scaling, train_step
 from bench.carried import CARRIED, prepare
 
-NEEDED = {"parity": ("pyarrow",), "speed": ("pyarrow",), "chain": ("pyarrow", "pandas", "scipy", "tensorboard")}
+NEEDED = {"prepare": (), "parity": (), "speed": ("pyarrow",)}
+NEEDED["chain"] = ("pyarrow", "pandas", "scipy", "tensorboard")
 RATES = {
     "e1": 1e-4,
     "e2": 1e-4,
@@ -155,6 +156,7 @@ def _packed(family: str, items: list[dict], device: str, dtype: torch.dtype) -> 
     from transformers import AutoModelForMultipleChoice
 
     from race.data import collate
+    from race.train.precision import autocast
     from race_module import RaceModule
 
     torch.manual_seed(0)
@@ -163,7 +165,7 @@ def _packed(family: str, items: list[dict], device: str, dtype: torch.dtype) -> 
     module.model.load_state_dict(AutoModelForMultipleChoice.from_config(small_config(family)).state_dict())
     batch = collate(items).to(device)
     module.to(device)
-    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with autocast(device, "32-true" if dtype == torch.float32 else "bf16-mixed"):
         logits = module(batch)
     return _backward(module.model, logits, batch.labels)
 
@@ -195,6 +197,7 @@ def curve(options: argparse.Namespace) -> dict:
 def losses(steps: int, device: str, dtype: torch.dtype) -> list[float]:
     """The training losses of so many AdamW steps from the same weights on the same batches."""
     from race.data import collate
+    from race.train.precision import autocast
     from race_module import RaceModule
 
     torch.manual_seed(0)
@@ -202,7 +205,7 @@ def losses(steps: int, device: str, dtype: torch.dtype) -> list[float]:
     optimizer, values = module.configure_optimizers(), []
     for step in range(steps):
         batch = collate(random_items(8, longest=128, seed=step)).to(device)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with autocast(device, "32-true" if dtype == torch.float32 else "bf16-mixed"):
             loss = F.cross_entropy(module(batch).float(), batch.labels)
         optimizer.zero_grad()
         loss.backward()
@@ -258,22 +261,10 @@ def epoch(options: argparse.Namespace) -> dict:
 
     data = RaceDataModule(options.carried, batch_size=2 if options.small else 32)
     module = RaceModule(config=common.albert_config("tiny" if options.small else "base", options.carried))
-    trainer = pl.Trainer(
-        max_steps=warm_up + steps,
-        precision="bf16-mixed" if options.device == "cuda" else "32-true",
-        accelerator="gpu" if options.device == "cuda" else "cpu",
-        devices=1,
-        callbacks=[Clock()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, data)
+    precision = common.default_precision(options.device)
+    common.trainer(precision, options.device, warm_up + steps, [Clock()]).fit(module, data)
     seconds = (marks[1] - marks[0]) / steps
-    result = {"steps": steps, "questions_a_step": data.batch_size, "seconds_a_step": seconds}
+    result = {"steps": steps, "questions_a_step": data.batch_size, "seconds_a_step": seconds, "precision": precision}
     result |= {"token_budget": module.token_budget, "race_epoch_seconds": seconds * -(-RACE_TRAIN // data.batch_size)}
     result["peak_mb"] = common.peak_mb()
     common.report("gpu_epoch", result, options.device)

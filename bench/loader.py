@@ -60,7 +60,8 @@ def seconds_a_question(device: str) -> float | None:
     path = RESULTS / f"train_step{'-cuda' if device == 'cuda' else ''}.json"
     if not path.exists():
         return None
-    return 1 / json.loads(path.read_text())["sides"]["ours"]["questions_per_second"]["median"]
+    rate = json.loads(path.read_text())["sides"]["ours"].get("questions_per_second")
+    return None if rate is None else 1 / rate["median"]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,17 @@ import numpy as np
 import torch
 
 from bench.cache import write_files
-from bench.common import ROOT, SHAPES, albert_config, peak_mb, processes, real_cache, report, timed
+from bench.common import (
+    ROOT,
+    SHAPES,
+    albert_config,
+    default_precision,
+    peak_mb,
+    processes,
+    real_cache,
+    report,
+    timed,
+)
 
 STATE: dict = {}  # of a worker process
 
@@ -63,7 +73,11 @@ def step_sizes(cache: str, shape: str, device: str, tokens: list[int] | None = N
         call["one"](step, [128] * 4)
         for count in tokens or [512 << i for i in range(8 if device == "cuda" else 4)]:
             lengths = [min(512, count // 4)] * (count // min(512, count // 4))
-            seconds = statistics.median(call["one"](step, lengths) for _ in range(2))
+            taken = [call["one"](step, lengths) for _ in range(2)]
+            if None in taken:
+                print(f"  step, {sum(lengths)} tokens: out of memory", flush=True)
+                break
+            seconds = statistics.median(taken)
             rows.append({"tokens": sum(lengths), "seconds": seconds, "ms_per_token": 1e3 * seconds / sum(lengths)})
             rows[-1]["peak_mb"] = call["one"](peak_mb)
             print(f"  step, {rows[-1]}", flush=True)
@@ -115,7 +129,6 @@ def near_median(cache: str, questions: int) -> list[list[int]]:
 
 def setup(name: str, cache: str, shape: str, device: str, threads: int | None = None) -> None:
     """Make a model with random weights in this process."""
-    from race.encoder import token_budget
     from race_module import RaceModule
 
     if threads:
@@ -123,12 +136,18 @@ def setup(name: str, cache: str, shape: str, device: str, threads: int | None = 
     torch.manual_seed(0)
     module = RaceModule(config=albert_config(shape, Path(cache))).to(device).train()
     module.manual_backward, module.log = torch.Tensor.backward, lambda *_, **__: None
-    STATE.update(module=module, device=device, budget=token_budget(module.model, torch.device(device)))
+    module.fit_memory(torch.device(device), half=device == "cuda")
+    STATE.update(module=module, device=device, budget=module.token_budget)
 
 
-def step(lengths: list) -> float:
-    """Seconds of forward and backward on random tokens: flat lengths go through at once, questions by budget."""
+def step(lengths: list) -> float | None:
+    """Seconds of forward and backward on random tokens: flat lengths go through at once, questions by budget.
+
+    None: flat lengths were too many for the GPU's memory.
+    """
+    from race import RaceError
     from race.data import collate
+    from race.train.precision import autocast
 
     flat = isinstance(lengths[0], int)
     questions = np.reshape(lengths, (-1, 4)).tolist() if flat else lengths
@@ -144,8 +163,12 @@ def step(lengths: list) -> float:
     batch = collate(items).to(STATE["device"])
     module.token_budget = None if flat else STATE["budget"]
     module.zero_grad()
-    with torch.autocast("cuda", torch.bfloat16, enabled=STATE["device"] == "cuda"):
-        return timed(lambda: module.model_step(batch, "train"))
+    try:
+        with autocast(STATE["device"], default_precision(STATE["device"])):
+            seconds = timed(lambda: module.model_step(batch, "train"))
+    except RaceError:  # not even a question fits
+        return None
+    return seconds if module.token_budget == (None if flat else STATE["budget"]) else None  # else taken in parts
 
 
 def data_parallel(rank: int, port: int, cache: str, shape: str, lengths: list, queue) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 PAGE = Path(__file__).with_name("README.md")
 RESULTS = PAGE.with_name("results")
-MISSING = "not measured\n"
+YET = "not measured yet"
+MISSING = f"{YET}\n"
+OUT = "out of memory"
 
 
 def main() -> None:
@@ -36,10 +38,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine(kept: dict) -> str:
-    """The line under a table: where it was measured."""
+    """The line under a table: where it was measured, and on which version."""
     on, versions = kept["machine"], kept["versions"]
     cores = f"{on['cores']} cores, load {on['load']}" if "load" in on else f"{on['cores']} cores"
-    return f"\n{on['device']} ({on['processor']}, {cores}), torch {versions['torch']}, text: {kept['source']}.\n"
+    if instructions := [name for name in ("avx512_bf16", "amx_bf16") if on.get(name)]:
+        cores += f", with {' and '.join(instructions)}"
+    version = f"version {versions['this repository']}, " if "this repository" in versions else ""
+    text = f"{version}torch {versions['torch']}, text: {kept['source']}"
+    return f"\n{on['device']} ({on['processor']}, {cores}), {text}.\n"
 
 
 def cache() -> str:
@@ -65,16 +71,21 @@ def sides(name: str) -> str:
         return MISSING
     rows = []
     for side, values in kept["sides"].items():
+        label = side.replace("ours", "this repository") if side.startswith("ours") else f"Hugging Face, {side}"
+        if values.get("out_of_memory"):
+            rows.append([label, OUT, "", "", ""])
+            continue
         ratio = kept["ratios"].get(side)
         times = ratio["of_steps"] if isinstance(ratio, dict) else ratio
         parts = f" ({ratio['of_parts']['min']:.2f} – {ratio['of_parts']['max']:.2f})" if isinstance(ratio, dict) else ""
         rate, peak = values["questions_per_second"], kept["peak_mb"].get(side)
+        share = values.get("share_of_matrix_product")
         rows.append(
             [
-                "this repository" if side == "ours" else f"Hugging Face, {side}",
+                label,
                 f"{rate['median']:.3f}",
                 "" if times is None else f"{times:.2f}{parts}",
-                f"{values['share_of_matrix_product']:.0%}",
+                "" if share is None else f"{share:.0%}",
                 "" if peak is None else f"{peak / 1e3:.2f}",
             ]
         )
@@ -92,6 +103,16 @@ def sides(name: str) -> str:
         f"({kept['matrix_product_gflops']['min']:,.0f} – {kept['matrix_product_gflops']['max']:,.0f}).\n"
     )
     return table(head, rows) + machine(kept) + note
+
+
+def answers() -> str:
+    """How many answers half precision changes."""
+    if not (kept := result("answers")):
+        return MISSING
+    cells = [f"{kept['questions']:,}", f"{kept['share_that_differ']:.1%}", f"{kept['largest_difference']:.1g}"]
+    head = ["checkpoint", "questions", "answers that differ", "largest difference of a probability"]
+    head.append("median lead of an answer over the next one")
+    return table(head, [[kept["checkpoint"], *cells, f"{kept['median_lead']:.1g}"]]) + machine(kept)
 
 
 def loader() -> str:
@@ -146,6 +167,31 @@ def startup() -> str:
     return table(["", "seconds"], rows + total) + machine(kept) + f"Slowest imports, self time in seconds: {imports}.\n"
 
 
+def memory() -> str:
+    """Micro-batches and memory of a training step, by card: the lines of bench.memory."""
+    path = RESULTS / "memory.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {(row["shape"], row["precision"], row["card_gb"], row["lengths"]): row for row in rows}
+    shapes = {"base": "ALBERT base", "large": "ALBERT large", "xlarge": "ALBERT xlarge", "bert-base": "BERT base"}
+
+    def cell(shape: str, precision: str, card: int) -> str:
+        of = [found.get((shape, precision, card, lengths)) for lengths in ("race", "middle", "skewed")]
+        if None in of:
+            return YET
+        parts = " / ".join("out" if row["out_of_memory"] else str(row["micro_batches"]) for row in of)
+        fitted = [row for row in of if not row["out_of_memory"]]
+        most = [max(row[name] for row in fitted) for name in ("peak_gb", "reserved_gb")] if fitted else []
+        return "; ".join([parts, *([", ".join(f"{value:.1f}" for value in most)] if most else [])])
+
+    cards = (8, 16, 24, 40, 80)
+    lines = [
+        [f"{name}, {precision}", *(cell(shape, precision, card) for card in cards)]
+        for shape, name in shapes.items()
+        for precision in ("bf16-mixed", "16-mixed", "32-true")
+    ]
+    return table(["", *(f"{card} GB" for card in cards)], lines)
+
+
 def gpu() -> str:
     """What a GPU day has measured."""
     asked = {
@@ -157,18 +203,21 @@ def gpu() -> str:
     rows = []
     for name, what in asked.items():
         kept = result(name)
-        cells = ["not measured"] * 3
-        if kept:
-            ours, ratio = kept["sides"]["ours"], kept["ratios"]["padded to 512"]
+        cells = [YET] * 3
+        if kept and kept["sides"]["ours"].get("out_of_memory"):
+            cells = [OUT, "", ""]
+        elif kept:
+            ours, ratio = kept["sides"]["ours"], kept["ratios"].get("padded to 512")  # None: that was out of memory
             cells = [f"{ours['questions_per_second']['median']:,.0f}", f"{ours['share_of_matrix_product']:.0%}"]
-            cells.insert(1, f"{ratio['of_steps'] if isinstance(ratio, dict) else ratio:.2f}")
+            times = ratio["of_steps"] if isinstance(ratio, dict) else ratio
+            cells.insert(1, f"padded to 512 is {OUT}" if times is None else f"{times:.2f}")
         rows.append([what, *cells])
     kept = result("gpu_epoch-cuda")
-    epoch = f"{kept['race_epoch_seconds']:.0f} s" if kept else "not measured"
+    epoch = f"{kept['race_epoch_seconds']:.0f} s" if kept else YET
     rows.append(["an epoch of RACE, extrapolated from 200 steps", epoch, "", ""])
     for stage in ("e1", "e2", "e3"):
         kept = result(f"gpu_chain-{stage}-cuda")
-        score = f"{kept['accuracy']:.1%} ({kept['ci_low']:.1%} – {kept['ci_high']:.1%})" if kept else "not measured"
+        score = f"{kept['accuracy']:.1%} ({kept['ci_low']:.1%} – {kept['ci_high']:.1%})" if kept else YET
         rows.append([f"chain with all-MiniLM-L6-v2, {stage}, accuracy on RACE/dev", score, "", ""])
     head = ["", "questions a second, or result", "times padded to 512", "% of the matrix-product rate"]
     return table(head, rows)
@@ -177,10 +226,14 @@ def gpu() -> str:
 TABLES = {
     "cache": cache,
     "train_step": lambda: sides("train_step"),
+    "train_step_bf16": lambda: sides("train_step-bf16"),
     "evaluate": lambda: sides("evaluate"),
+    "evaluate_bf16": lambda: sides("evaluate-bf16"),
+    "answers": answers,
     "loader": loader,
     "scaling": scaling,
     "startup": startup,
+    "memory": memory,
     "gpu": gpu,
 }
 

@@ -1,6 +1,11 @@
 """RACE as a task: four options a question, two levels, three splits. Constants and the error class of the package."""
 
+import os
 import re
+
+# Every step has another number of tokens: blocks of rounded sizes are used again, instead of ever more being reserved.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "roundup_power2_divisions:4"  # read when CUDA starts
 
 LETTERS = ["A", "B", "C", "D"]
 OPTIONS = len(LETTERS)

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise wrong_transformers() from error
 
-SHORT = 128  # tokens; up to here one attention call with a mask is faster than one call per sequence (on CPU)
+SHORT = 128  # tokens; up to here one attention call with a mask is faster than one call per sequence
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
 
 
@@ -65,10 +65,34 @@ def _prepared(model: nn.Module) -> nn.Module:
     if model.config._attn_implementation != "packed":
         raise wrong_transformers()
     for module in model.modules():
-        for name, child in module.named_children():
+        children = dict(module.named_children())
+        for name, child in children.items():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+        if {"query", "key", "value"} <= children.keys():
+            once = CastOnce(children["value"])
+            for name in ("query", "key", "value"):
+                children[name].register_forward_pre_hook(once)
     return model.train()
+
+
+class CastOnce:
+    """Under autocast, the states that query, key and value share are cast to half precision once, not three times."""
+
+    def __init__(self, last: nn.Module):
+        self.last, self.states, self.cast = last, None, None
+
+    def __call__(self, projection: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        """A forward pre-hook of the three projections, of which `last` is the last; a compiler does this by itself."""
+        (states,), kind = inputs, inputs[0].device.type
+        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(kind) or states.dtype != torch.float32:
+            return inputs
+        if states is not self.states:
+            self.states, self.cast = states, states.to(torch.get_autocast_dtype(kind))
+        cast = self.cast
+        if projection is self.last:
+            self.states = self.cast = None
+        return (cast,)
 
 
 def encode(encoder: nn.Module, batch) -> torch.Tensor:
@@ -87,7 +111,18 @@ def encode(encoder: nn.Module, batch) -> torch.Tensor:
     for layer in encoder.encoder.layer:
         hidden = _apply(layer, hidden, batch)
     cls = hidden.index_select(1, batch.cu_seqlens[:-1])
-    return encoder.pooler(cls.transpose(0, 1))  # it reads position 0 of each sequence
+    with full_precision(cls):
+        return encoder.pooler(at_least_float32(cls).transpose(0, 1))  # it reads position 0 of each sequence
+
+
+def full_precision(states: torch.Tensor) -> torch.autocast:
+    """Without autocast: pooler, head and loss are small, and their rounding would decide close answers."""
+    return torch.autocast(states.device.type, enabled=False)
+
+
+def at_least_float32(states: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 where that is what comes."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def _apply(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Tensor:
@@ -136,11 +171,11 @@ def packed_attention(
 
         ends, longest = packing.cu_seqlens, packing.max_seqlen
         query_ends = torch.arange(len(ends), device=ends.device, dtype=ends.dtype) if one_row_each else ends
-        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
         out = varlen_attn(query, key, value, query_ends, ends, 1 if one_row_each else longest, longest, scale=scaling)
         return out[None], None
     settings = {"dropout_p": dropout, "scale": scaling}
-    if packing.max_seqlen <= SHORT or query.is_cuda:
+    if packing.max_seqlen <= SHORT:
         return _masked_attention(query, key, value, packing, one_row_each, **settings), None
     rows = [1] * len(packing.lengths) if one_row_each else packing.lengths
     # Cut with the tokens in front, as they lie in memory: the gradient is then joined by plain copies.
@@ -154,7 +189,7 @@ def packed_attention(
 
 
 def _masked_attention(query, key, value, packing, one_row_each: bool, **settings) -> torch.Tensor:
-    """All sequences in one padded and masked call: for short sequences, and GPUs without the variable-length kernel."""
+    """All sequences in one padded and masked call, for short ones."""
     count, longest = len(packing.lengths), packing.max_seqlen
     lengths = packing.cu_seqlens.diff()
     sequence = torch.arange(count, device=lengths.device).repeat_interleave(lengths, output_size=key.shape[2])
@@ -184,24 +219,32 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def token_budget(model: nn.Module, device: torch.device) -> int:
-    """Tokens of a micro-batch: as many as a training step fits into a GPU's memory."""
+def compile_layers(model: nn.Module) -> None:
+    """torch.compile of each layer; lengths are dynamic, and attention stays outside, so that few graphs serve all."""
+    encoder = model.base_model.encoder
+    layers = albert_layers(model.base_model) if model.config.model_type == "albert" else encoder.layer
+    for layer in {id(layer): layer for layer in layers}.values():
+        layer.compile(dynamic=True)
+
+
+def token_budget(model: nn.Module, device: torch.device, half: bool) -> int:
+    """Tokens of a micro-batch: as many as a training step fits into what is free of a GPU's memory; half: autocast."""
     if device.type != "cuda":
         return CPU_TOKENS
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return token_budget_for(model.config, parameters, torch.cuda.get_device_properties(device).total_memory)
+    return token_budget_for(model.config, parameters, torch.cuda.mem_get_info(device)[0], half)
 
 
-def token_budget_for(config: PretrainedConfig, parameters: int, memory: int) -> int:
-    """Tokens of a micro-batch on a device with `memory` bytes: four fifths of it, less weights and optimizer state.
+def token_budget_for(config: PretrainedConfig, parameters: int, free: int, half: bool) -> int:
+    """Tokens of a micro-batch with `free` bytes: nine tenths of them, less weights and optimizer state.
 
-    Kept for the backward pass, a token and layer, in float32: its input, query, key, value, context as attention gives
-    it and as joined, two layer-norm inputs and one output (9 hidden), and the feed-forward before and after its
-    activation (2 intermediate). In the backward pass, one layer's gradients need about as much again. Half precision
-    needs less, which leaves room for its casts.
+    Kept for the backward pass, a token and layer. In float32: its input, query, key, value, context as attention gives
+    it and as joined, two layer-norm inputs and one output (9 hidden of 4 bytes), and the feed-forward before and after
+    its activation (2 intermediate). Under autocast: the layer-norm inputs in float32, 7 hidden and 2 intermediate of 2
+    bytes. In the backward pass, one layer's gradients need about as much again.
     """
     layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    per_token = 4 * (layers * (9 * hidden + 2 * intermediate) + 8 * hidden + 2 * intermediate)
-    fixed = 16 * parameters + (1 << 30)  # weights, gradients, two moments; context and workspace
-    return int(max(OPTIONS * MAX_LEN, (0.8 * memory - fixed) / per_token))
+    layer = 22 * hidden + 4 * intermediate if half else 36 * hidden + 8 * intermediate
+    fixed = 20 * parameters + (1 << 29)  # weights, gradients, two moments, casts or buckets; context and workspace
+    return int(max(OPTIONS * MAX_LEN, (0.9 * free - fixed) / (layer * (layers + 1) + 32 * hidden)))

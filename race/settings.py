@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTHING = ("", "none", "null")
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Lightning's short names
 OF_DATA = ("CACHE_DIR", "BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "LEVEL", "SEED")
-OF_SCORING = (*OF_DATA, "RUN_DIR", "SPLIT", "PRECISION", "FRESH")
-OF_TRAINING = ("MAX_EPOCHS", "PRECISION", "EARLY_STOPPING", "SAVE_MINUTES", "FRESH")
+OF_SCORING = (*OF_DATA, "RUN_DIR", "SPLIT", "PRECISION", "ACCELERATOR", "FRESH")
+OF_TRAINING = ("MAX_EPOCHS", "PRECISION", "ACCELERATOR", "DETERMINISTIC", "COMPILE")
+OF_TRAINING += ("EARLY_STOPPING", "SAVE_MINUTES", "FRESH")
 
 
 class Settings:
@@ -132,6 +133,10 @@ def _flag(value) -> int:
     return words[value.lower()] if str(value).lower() in words and isinstance(value, str) else int(value)
 
 
+def _true_or_false(value) -> bool:
+    return _one_of((False, True))(_flag(value))
+
+
 def _path(value) -> str:
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError
@@ -156,7 +161,7 @@ def _or_none(kind: Callable) -> Callable:
     return lambda value: None if value is None or str(value).strip().lower() in NOTHING else kind(value)
 
 
-def _one_of(names: tuple[str, ...]) -> Callable:
+def _one_of(names: tuple) -> Callable:
     return lambda value: names[names.index(value)]
 
 
@@ -173,5 +178,7 @@ KINDS: dict[str, tuple[Callable, str]] = {
     "PRECISION": (_or_none(_precision), "a name such as bf16-mixed, or None"),
     "SPLIT": (_one_of(SPLITS), f"one of {', '.join(SPLITS)}"),
     "LEVEL": (_or_none(_one_of(LEVELS)), f"{', '.join(LEVELS)} or None"),
+    "ACCELERATOR": (_or_none(_one_of(("cpu", "gpu"))), "cpu, gpu or None"),
+    **dict.fromkeys(("DETERMINISTIC", "COMPILE"), (_true_or_false, "True or False")),
     "FRESH": (_flag, "True or False"),
 }

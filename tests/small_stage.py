@@ -24,7 +24,11 @@ class At(pl.Callback):
 def stage(folder, cache, *callbacks, epochs: int = 2, minutes: float = 60.0, data: dict | None = None, **settings):
     """Train or resume e1 in this process; settings of RaceModule and train_stage."""
     pl.seed_everything(0, verbose=False)
-    module = start_stage(e1(folder), cache, learning_rate=settings.pop("learning_rate", 1e-3))
+    of_module = {
+        "learning_rate": settings.pop("learning_rate", 1e-3),
+        "token_budget": settings.pop("token_budget", None),
+    }
+    module = start_stage(e1(folder), cache, **of_module)
     settings = {"save_minutes": minutes, "log_every": 2, "callbacks": callbacks} | settings
     data = RaceDataModule(cache, **({"batch_size": 8, "limit_questions": 64} | (data or {})))
     return train_stage(e1(folder), module, data, epochs, **settings)

@@ -3,14 +3,17 @@
 import contextlib
 import json
 import os
+import shutil
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from helpers import padded
+from helpers import ROOT, padded
 
-from bench import carried, common, evaluate, gpu_day, loader, scaling, startup, tables, train_step
+from bench import carried, common, evaluate, gpu_day, loader, memory, scaling, startup, tables, train_step
 from race.data import collate
 from race.data.cache import verify_cache
 
@@ -40,7 +43,7 @@ def in_process(monkeypatch):
     for module in (train_step, evaluate, scaling):
         monkeypatch.setattr(module, "processes", processes)
     for module in (train_step, evaluate):
-        monkeypatch.setattr(module, "matrix_rate", lambda device: [1e12, 2e12, 3e12])  # takes seconds, too
+        monkeypatch.setattr(module, "matrix_rate", lambda *_: [1e12, 2e12, 3e12])  # takes seconds, too
 
 
 def test_each_side_has_a_process_of_its_own():
@@ -114,12 +117,59 @@ def test_train_step_and_evaluate(results, in_process):
         assert 0 < result["sides"]["ours"]["share_of_matrix_product"] < 1
 
 
+def test_bf16_on_cpu_is_held_against_fp32(results, in_process):
+    few = ["--shape", "tiny", "--questions", "4", "--precision", "bf16-mixed"]
+    for name, result in (
+        ("train_step-tiny-bf16", train_step.main(few)),
+        ("evaluate-tiny-bf16", evaluate.main([*few, "--rounds", "1"])),
+    ):
+        machine = kept(results, name)["machine"]
+        assert {type(machine[instructions]) for instructions in common.BF16_INSTRUCTIONS} == {bool}
+        assert result["precision"] == "bf16-mixed" and result["sides"].keys() == {*common.SIDES, common.OURS_FP32}
+        assert result["ratios"].keys() == set(result["sides"]) - {common.OURS}
+        assert "share_of_matrix_product" not in result["sides"][common.OURS_FP32]
+
+
+def test_answers_of_a_checkpoint_in_bf16_and_fp32(results, cache, tmp_path):
+    from pytorch_lightning import Trainer
+
+    from race_module import RaceModule
+
+    torch.manual_seed(0)
+    config = common.albert_config("tiny", cache)
+    config.initializer_range = 0.2
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(RaceModule(config=config))
+    trainer.save_checkpoint(tmp_path / "e1.ckpt", weights_only=True)
+    result = evaluate.main(["--checkpoint", str(tmp_path / "e1.ckpt"), "--questions", "16"])
+    assert kept(results, "answers")["questions"] == 16 and result["checkpoint"] == "e1.ckpt"
+    assert 0 < result["largest_difference"] < 0.1 and 0 <= result["share_that_differ"] < 0.5
+
+
+@pytest.mark.parametrize("side", [common.OURS, common.SIDES[1]])
+def test_a_side_that_runs_out_of_memory_is_a_result(results, in_process, monkeypatch, side):
+    backward = train_step._backward
+
+    def full(items, of):
+        if of == side:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        backward(items, of)
+
+    monkeypatch.setattr(train_step, "_backward", full)
+    result = train_step.main(["--shape", "tiny", "--questions", "4"])
+    assert result["sides"][side] == {"out_of_memory": True} and result["sides"].keys() == set(common.SIDES)
+    assert result["ratios"].keys() == (set() if side == common.OURS else {common.SIDES[2]})
+    monkeypatch.setattr(tables, "RESULTS", results)
+    os.replace(results / "train_step-tiny.json", results / "train_step-cuda.json")
+    assert tables.OUT in tables.sides("train_step-cuda") and tables.OUT in tables.gpu()
+
+
 @pytest.mark.parametrize("side", train_step.SIDES[1:])
 def test_all_sides_compute_the_same(results, cache, side):
     """The sides of the step: equal gradients. The sides of scoring: equal probabilities, each in its own order."""
     import argparse
 
-    options = argparse.Namespace(shape="tiny", device="cpu", questions=6, group=4, compile=False)
+    options = argparse.Namespace(shape="tiny", device="cpu", precision="32-true", questions=6, group=4, compile=False)
     found = {}
     for name in (train_step.OURS, side):
         train_step.setup(name, str(cache), options)
@@ -127,7 +177,8 @@ def test_all_sides_compute_the_same(results, cache, side):
         parameters = dict(train_step.STATE["model"].named_parameters())
         gradients = {key.removeprefix("model."): parameter.grad.clone() for key, parameter in parameters.items()}
         evaluate.setup(name, str(cache), options)
-        scores = evaluate._ours() if name == train_step.OURS else evaluate._reference(name)
+        ours = (evaluate.STATE["model"], evaluate.STATE["data"], name, options)
+        scores = evaluate._ours(*ours) if name == train_step.OURS else evaluate._reference(name)
         found[name] = gradients, torch.tensor(scores)
     ours, theirs = found[train_step.OURS], found[side]
     assert max((ours[0][name] - theirs[0][name]).abs().max() for name in theirs[0]) < 1e-5
@@ -135,8 +186,9 @@ def test_all_sides_compute_the_same(results, cache, side):
     assert torch.allclose(ours[1], theirs[1][order], atol=1e-5) and theirs[1].std() > 0
 
 
-def test_compiled_feed_forward_is_compiled_once(cache, items, monkeypatch):
-    """Whatever the number of tokens: no recompilation after the first, and the same logits."""
+def test_compiled_layers_compute_the_same(cache, items, monkeypatch):
+    """What `--compile` measures, as in training: the same logits, and few graphs for all numbers of tokens."""
+    from race.encoder import compile_layers
     from race_module import RaceModule
 
     torch._dynamo.reset()
@@ -150,9 +202,9 @@ def test_compiled_feed_forward_is_compiled_once(cache, items, monkeypatch):
     module = RaceModule(config=common.albert_config("tiny", cache)).eval()
     batches = [collate(items(count, seed=count)) for count in (2, 3, 5, 7)]
     expected = [module(batch) for batch in batches]
-    train_step.compile_feed_forward(module)
+    compile_layers(module.model)
     logits = [module(batch) for batch in batches]
-    assert len(compiled) == 1
+    assert 0 < len(compiled) < 8
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(logits, expected, strict=True))
 
 
@@ -189,6 +241,44 @@ def test_the_page_says_what_was_measured():
 def test_a_page_without_a_place_for_a_table_is_named():
     with pytest.raises(ValueError, match="no place for the table cache"):
         tables.filled("# Measurements")
+
+
+@pytest.mark.parametrize("lengths", memory.LENGTHS)
+def test_memory_is_measured_on_questions_of_these_lengths(lengths):
+    batch = collate(memory.Questions(lengths, 2)[1])
+    assert len(batch) == memory.QUESTIONS and 60 <= min(batch.lengths) and batch.max_seqlen <= 512
+    assert batch.lengths == collate(memory.Questions(lengths, 2)[1]).lengths
+
+
+def test_memory_runs_each_case_once(results, tmp_path, monkeypatch):
+    """Each in a process of its own, which the launcher starts for its card; what failed is run again."""
+    program = f"""
+import json, sys
+gb, capability, _, _, *rest = sys.argv[1:]
+if (gb, capability) == ("8", "7.5"):
+    sys.exit(1)
+given = dict(zip(rest[::2], rest[1::2]))
+row = {{name: given["--" + name] for name in ("shape", "precision", "lengths")}} | {{"card_gb": int(given["--card"])}}
+open({str(results / "memory.jsonl")!r}, "a").write(json.dumps(row) + chr(10))
+"""
+    (tmp_path / "launcher.py").write_text(program)
+    results.mkdir(parents=True)
+    monkeypatch.setenv("BENCH_LAUNCHER", f"{sys.executable} {tmp_path / 'launcher.py'} {{gb}} {{capability}}")
+    few = ["--shape", "base", "--lengths", "race", "--precision", "bf16-mixed", "16-mixed", "--cards", "8", "16"]
+    assert memory.main(few) == 1  # of four
+    cases = [(row["precision"], row["card_gb"]) for row in memory.kept()]
+    assert cases == [("bf16-mixed", 8), ("bf16-mixed", 16), ("16-mixed", 16)]
+    assert memory.main(few) == 1 and len(memory.kept()) == 3
+
+
+def test_the_table_of_memory_shows_each_case(results, monkeypatch):
+    results.mkdir(parents=True)
+    row = {"shape": "base", "precision": "32-true", "card_gb": 8, "micro_batches": 3}
+    row |= {"peak_gb": 6.0, "reserved_gb": 7.0}
+    rows = [row | {"lengths": lengths, "out_of_memory": lengths == "race"} for lengths in memory.LENGTHS]
+    (results / "memory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(tables, "RESULTS", results)
+    assert f"| ALBERT base, 32-true | out / 3 / 3; 6.0, 7.0 | {tables.YET} |" in tables.memory()
 
 
 # -------------------------------------------------------------------------------------------------- a day with a GPU
@@ -267,6 +357,26 @@ def test_speed_measures_an_epoch_of_the_trainer(results, folder, monkeypatch):
     assert gpu_day.main(["speed", *SMALL, "--carried", str(folder)]) == 0
     result = kept(results, "gpu_epoch")
     assert result["race_epoch_seconds"] == pytest.approx(result["seconds_a_step"] * 43933)
+
+
+NOT_THERE = ("datasets", "pandas", "psutil", "scipy", "matplotlib", "tensorboard", "IPython", "ipywidgets", "jinja2")
+
+
+@pytest.mark.parametrize("part", ["parity", "speed"])
+def test_rehearsal_of_what_is_carried(folder, tmp_path, part):
+    """The program's files in a folder of their own, on a machine that has few packages: parity lacks pyarrow, too."""
+    for name in ("bench", "race", "race_module.py", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    missing = NOT_THERE if part == "speed" else (*NOT_THERE, "pyarrow")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({missing})\n")
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "RACE_BENCH_RESULTS": "results"}
+    command = [tmp_path / "bench" / "gpu_day.sh", part, *SMALL, "--carried", folder]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    parts = {"parity": {"gpu_parity", "gpu_curve"}}
+    parts["speed"] = {"train_step-tiny", "gpu_epoch", "evaluate-tiny", "loader"}
+    assert {path.stem for path in (tmp_path / "results").iterdir()} == parts[part]
 
 
 def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):

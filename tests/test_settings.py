@@ -40,6 +40,22 @@ def test_what_is_meant_is_taken(tmp_path, monkeypatch):
     assert settings.CHECKPOINT_DIR == "/elsewhere/checkpoints" and settings.BASE_MODEL == "albert-base-v2"
 
 
+def test_where_and_how_to_compute():
+    """Of a command line all is text; each is passed on where it belongs, and only if the notebook has it."""
+    named = {"PRECISION": "bf16", "ACCELERATOR": "cpu", "DETERMINISTIC": "true", "COMPILE": 0}
+    given = {"precision": "bf16-mixed", "accelerator": "cpu"}
+    assert Settings(named).scoring() == given
+    assert Settings(named).training() == given | {"deterministic": True, "compile": False}
+    assert Settings({"ACCELERATOR": "None"}).training() == {"accelerator": None}
+    wrong = {"ACCELERATOR": "cuda", "DETERMINISTIC": 2, "COMPILE": "max"}
+    with pytest.raises(RaceError) as error:
+        Settings(wrong)
+    assert str(error.value) == (
+        "ACCELERATOR is 'cuda', expected cpu, gpu or None; DETERMINISTIC is 2, expected True or False; "
+        "COMPILE is 'max', expected True or False"
+    )
+
+
 def test_the_rest_is_refused_by_name():
     wrong = {"LEARNING_RATE": "fast", "MAX_EPOCHS": 2.5, "SEED": True, "SPLIT": "dev", "RUN_DIR": None}
     wrong |= {"FRESH": "maybe"}

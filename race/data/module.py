@@ -202,6 +202,11 @@ class RaceDataModule(pl.LightningDataModule):
         """Batches in a whole training epoch."""
         return -(-len(self.dataset("train")) // self.batch_size)
 
+    def batch_questions(self, batch_idx: int) -> int:
+        """Questions of the batch with this number since the epoch's (re)start, of all processes together."""
+        done = (self.first_batch(self.trainer.current_epoch) + batch_idx) * self.batch_size
+        return min(self.batch_size, len(self.dataset("train")) - done)
+
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of `batch_size` questions over all processes; the last one of an epoch may be smaller."""
         dataset, (rank, world) = self.dataset("train"), self._process()

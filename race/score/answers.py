@@ -31,10 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("out", help="the folder for the table, as CSV and parquet")
     add("--cache", default="cache/race", help="the cache that keeps the checkpoint's tokenizer (default cache/race)")
     add("--precision", help="bf16-mixed, 16-mixed or 32-true (default: by device)")
+    add("--accelerator", choices=("cpu", "gpu"), help="default: the GPU if there is one")
     options = parser.parse_args(arguments)
+    how = {"precision": options.precision, "accelerator": options.accelerator}
     try:
         checkpoint = Checkpoint(options.checkpoint)
-        table, path = save_answers(checkpoint, options.source, options.cache, options.out, precision=options.precision)
+        table, path = save_answers(checkpoint, options.source, options.cache, options.out, **how)
     except (RaceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -57,7 +59,8 @@ def answers(checkpoint: Checkpoint, source: str, cache_dir: str | Path, **settin
     """A checkpoint's choice for every question of a source, a row each, in the order of the source.
 
     Columns: split, id, question_index, question, choice ("A".."D"), option (its text), p_A … p_D. The cache gives the
-    tokenizer and the encoding; settings: max_len, precision, batch_size and device of `predict`. Raises RaceError.
+    tokenizer and the encoding; settings: max_len, precision, batch_size, device and accelerator of `predict`. Raises
+    RaceError.
     """
     manifest, model = read_manifest(cache_dir), str(Path(cache_dir) / "model")
     checkpoint.check_encoding(manifest, cache_dir)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from race import LETTERS, MAX_LEN, RaceError
 from race.data import RaceDataModule, collate
 from race.data.seen import seen
-from race.device import AUTOCAST, default_device, default_precision, device_name, versions
+from race.device import AUTOCAST, check_precision, default_device, default_precision, device_name, versions
 from race.score import results
 from race.score.statistics import PROBABILITIES, kind_of_question
 from race.settings import from_root
@@ -98,18 +98,19 @@ def prediction_settings(
     precision: str | None = None,
     level: str | None = None,
     device: str | None = None,
+    accelerator: str | None = None,
 ) -> dict:
     """Everything but the checkpoint that decides predictions to the last bit, with defaults resolved.
 
     batch_size: questions; max_len: tokens of a sequence; limit_questions: size of a random sample, drawn by `seed`;
-    precision: as in training, default by device; level: only the questions of "middle" or "high".
+    precision: as in training, default by device; level: only the questions of "middle" or "high"; accelerator: "cpu",
+    "gpu" or None, which race.device.default_device takes; device: torch's name of another one, and goes before it.
     """
-    manifest, device = RaceDataModule(cache_dir).manifest, torch.device(device or default_device())
+    manifest, device = RaceDataModule(cache_dir).manifest, torch.device(device or default_device(accelerator))
     if split not in manifest["splits"]:
         raise RaceError(f"{cache_dir} has no {split} split; make a cache from a source that has one")
     precision = precision or ("32-true" if device.type == "cpu" else default_precision())
-    if precision not in AUTOCAST:
-        raise RaceError(f"PRECISION is {precision!r}; to score, expected one of {', '.join(AUTOCAST)}")
+    check_precision(precision, tuple(AUTOCAST))
     limited = limit_questions is not None and limit_questions < manifest["splits"][split]["questions"]
     return {
         "format": 2,
@@ -131,7 +132,8 @@ def predict(checkpoint: Checkpoint, cache_dir: str | Path, split: str = "test", 
     Columns: example_id, question_index, level, answer and prediction ("A".."D"), p_A … p_D, those of `question_facts`
     and of race.data.seen. Raises RaceError if the model's output is not finite.
     """
-    resolved, device = prediction_settings(cache_dir, split, **settings), settings.get("device") or default_device()
+    resolved = prediction_settings(cache_dir, split, **settings)
+    device = settings.get("device") or default_device(settings.get("accelerator"))
     sample = {name: resolved[name] for name in ("limit_questions", "level")} | {"seed": resolved["seed"] or 0}
     data = RaceDataModule(cache_dir, resolved["batch_size"], resolved["max_len"], **sample)
     checkpoint.check_encoding(data.manifest, cache_dir)
@@ -187,8 +189,10 @@ def answer_question(
     question: str,
     options: list[str],
     max_len: int = MAX_LEN,
+    accelerator: str | None = None,
 ) -> pd.DataFrame:
     """A checkpoint's answer to a typed question: letter, option and probability, a row each; in float32."""
     batch = collate([RaceDataModule(cache_dir, max_len=max_len).encode_question(article, question, options)])
-    probabilities = _probabilities(_loaded(checkpoint, cache_dir, default_device()), batch, "32-true")[0]
+    module = _loaded(checkpoint, cache_dir, default_device(accelerator))
+    probabilities = _probabilities(module, batch, "32-true")[0]
     return pd.DataFrame({"letter": LETTERS, "option": options, "probability": probabilities})

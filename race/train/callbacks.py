@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from race import CHANCE, RaceError
@@ -126,9 +125,7 @@ class StageReport(pl.Callback):
         now, before = time.perf_counter(), self._step_ended
         self._step_ended = now
         if before is not None:
-            tokens = torch.tensor(float(sum(batch.lengths)))
-            tokens = tokens if module.processes == 1 else module.sum_over_processes(tokens.to(module.device))
-            module.log("tokens_per_second", tokens / (now - before), on_step=True)
+            module.log("tokens_per_second", module.tokens / (now - before), on_step=True)
         seconds = now - self._started
         if self.estimate is None and seconds >= self.after_seconds:
             per_step = seconds / (trainer.global_step - self._first_step)

@@ -8,9 +8,9 @@ Lightning's mid-epoch restart is not used: with loaders that prefetch it starts 
 the epoch's sums and rows of the log (2.6.6). It restores weights, optimizer, scaler and callbacks; the rest is here.
 """
 
+import collections
 import contextlib
 import os
-import random
 import signal
 import sys
 import time
@@ -26,17 +26,49 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from race import RaceError
 from race.files import atomic_write, locked, read_archive, remove_unfinished
+from race.random_state import random_state, set_random_state
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StageStoppedError(Exception):
-    """A signal ended training between two steps; the state is on disk."""
+    """A signal ended training; the state before the step is on disk, or will be (`KeepState.on_exception`)."""
 
 
 def read_state(path: Path) -> dict | None:
     """The position of a stage that has begun (epoch, batches, identity, log, …), or None; weights are not read."""
     return read_archive(path, mmap=True)["resume"] if path.exists() else None
+
+
+class Wishes:
+    """What the processes wish, agreed on without waiting: each sends its own after a step, all read the highest of the
+    step before last.
+    """
+
+    def __init__(self):
+        self._sent = collections.deque()
+
+    def send(self, wish: int, device: torch.device) -> None:
+        """Exchange a number; on a GPU it comes back in its own time."""
+        highest = torch.tensor(wish).to(device)
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        back = None
+        if device.type == "cuda":
+            highest, back = (
+                torch.empty_like(highest, device="cpu", pin_memory=True).copy_(highest, True),
+                torch.cuda.Event(),
+            )
+            back.record()
+        self._sent.append((highest, back))
+
+    def agreed(self) -> int:
+        """The highest wish that was sent two steps ago; 0 before."""
+        if len(self._sent) < 2:
+            return 0
+        highest, back = self._sent.popleft()
+        if back is not None:
+            back.synchronize()
+        return int(highest)
 
 
 class KeepState(pl.Callback):
@@ -49,6 +81,8 @@ class KeepState(pl.Callback):
         self.finished = False
         self._pending: dict | None = None
         self._weights: dict | None = None
+        self._before_step: dict | None = None
+        self._wishes = Wishes()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock, and take the signals over from Lightning, whose handlers may save within a step."""
@@ -57,6 +91,8 @@ class KeepState(pl.Callback):
             module.load_state_dict(self._weights)
             self._weights = None
         self._saved_at = time.monotonic()
+        if trainer.world_size == 1:  # several processes stop together, between steps
+            module.between_parts = self._end_within_step
         with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)
@@ -67,24 +103,44 @@ class KeepState(pl.Callback):
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        os.write(2, f"{signal.Signals(number).name}: saving after this step\n".encode())  # print is not for handlers
+        os.write(2, f"{signal.Signals(number).name}: saving and ending\n".encode())  # print is not for handlers
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch, batch_idx: int) -> None:
         """Between two steps: all rows of the log are written, no gradient is half accumulated."""
+        self._before_step = None
         first = trainer.datamodule.first_batch(trainer.current_epoch)
         self.position = (trainer.current_epoch, first + batch_idx)
         if self._pending is not None:
             self._restore_random_states(trainer.global_rank)
+            self._before_step = random_state()
             return  # this state is on disk already
         last = batch_idx == trainer.num_training_batches - 1
-        due = time.monotonic() - self._saved_at >= self.seconds
-        wish = 2 if self.signal is not None else 1 if due or batch_idx == 0 or last else 0
-        if trainer.world_size > 1:  # all processes save, or none
-            wish = int(trainer.strategy.reduce(torch.tensor(wish, device=module.device), reduce_op="max"))
-        if wish:
+        wish = self._wish() if trainer.world_size == 1 else self._wishes.agreed()  # all processes save, or none
+        if wish or batch_idx == 0 or last:
             self.save(trainer, module)
         if wish == 2:
             raise StageStoppedError
+        self._before_step = random_state()
+
+    def _wish(self) -> int:
+        """2: save and end; 1: save; 0: go on."""
+        return 2 if self.signal is not None else int(time.monotonic() - self._saved_at >= self.seconds)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+        """Tell the other processes what this one wishes."""
+        self._before_step = None
+        if trainer.world_size > 1:
+            self._wishes.send(self._wish(), module.device)
+
+    def _end_within_step(self) -> None:
+        if self.signal is not None and self._before_step is not None:
+            raise StageStoppedError
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """A signal between two micro-batches: save the state as it was before the step, which has changed nothing."""
+        if isinstance(exception, StageStoppedError) and self._before_step is not None:
+            set_random_state(self._before_step)
+            self.save(trainer, module)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_) -> None:
         """A signal ends a validation at once: the state before the epoch's last step is on disk."""
@@ -175,28 +231,6 @@ def not_finite(trainer: pl.Trainer) -> str:
         "is kept. Train the stage again with a lower LEARNING_RATE and FRESH = True. With PRECISION = '16-mixed', try "
         "'32-true' first: the stage then resumes from the last good state"
     )
-
-
-def random_state() -> dict:
-    """The states of Python's, NumPy's and torch's random generators, on CPU and this process's GPU."""
-    kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-    }
-
-
-def set_random_state(state: dict) -> None:
-    """Restore all random generators."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _gathered(value: object, processes: int) -> list:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ from pytorch_lightning.utilities import rank_zero_only
 from race import LETTERS, RaceError, check_least
 from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest
 from race.data.seen import seen_articles
-from race.device import default_device, default_precision, processes, versions
+from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
+from race.encoder import compile_layers
 from race.model_files import load_config
 from race.settings import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
+from race.train.precision import Autocast
 from race.train.stages import Stage
 from race.train.state import (
     KeepState,
@@ -128,6 +131,9 @@ def train_stage(
     save_minutes: float = 10.0,
     fresh: int = False,
     log_every: int = 10,
+    accelerator: str | None = None,
+    deterministic: bool = False,
+    compile: bool = False,
     callbacks: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
     """Train a stage, or resume it where a kill or an interrupt ended it; prints which. A finished one trains nothing.
@@ -135,19 +141,27 @@ def train_stage(
     precision: None chooses by device. early_stopping: end after N epochs without a lower validation loss.
     save_minutes: how often the state is saved from which a stage resumes. fresh: train the stage again, once: a run
     begun so is resumed, also if `fresh` is left standing (2, 3, … begin once more). Checkpoints of the earlier run, and
-    of the stages built on it, move to `earlier/`. callbacks: further ones of Lightning's.
+    of the stages built on it, move to `earlier/`. accelerator: None chooses, or "cpu", "gpu". deterministic: only
+    algorithms that give the same bits again. compile: torch.compile of the layers. callbacks: further ones of
+    Lightning's.
 
-    SIGTERM, SIGUSR1 and an interrupt end training after the step, with the state saved: the signal then has its usual
-    effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
+    SIGTERM, SIGUSR1 and an interrupt end training after the micro-batch, with the state saved: the signal then has its
+    usual effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
     """
     check_least(max_epochs=(max_epochs, 1), save_minutes=(save_minutes, 0), early_stopping=(early_stopping, 1))
+    device = default_device(accelerator)
+    precision = precision or default_precision(accelerator)
+    check_precision(precision)
     identity = stage_identity(module, data)
     state = _state_of(stage, int(fresh), identity)
     keeper = KeepState(stage, save_minutes, int(fresh) if state is None else state.get("fresh", 0))
     callbacks = [StartInForce(), EarlierRun(stage), keeper, LossWatch(), StageReport(), *callbacks]
     if early_stopping is not None:
         callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))
-    trainer = _trainer(stage, module.model.config.model_type, state, max_epochs, precision, log_every, callbacks)
+    if compile:
+        compile_layers(module.model)
+    family = module.model.config.model_type
+    trainer = _trainer(stage, family, state, max_epochs, device, precision, log_every, deterministic, callbacks)
     data.start_at(0, 0)
     recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
     recipe |= {"precision": trainer.precision, "processes": trainer.world_size}
@@ -179,7 +193,15 @@ def _state_of(stage: Stage, fresh: int, identity: dict) -> dict | None:
 
 
 def _trainer(
-    stage: Stage, family: str, state: dict | None, max_epochs: int, precision: str | None, log_every: int, callbacks
+    stage: Stage,
+    family: str,
+    state: dict | None,
+    max_epochs: int,
+    device: torch.device,
+    precision: str,
+    log_every: int,
+    deterministic: bool,
+    callbacks,
 ) -> pl.Trainer:
     """A checkpoint after each epoch, CSV and TensorBoard logs (of a resumed stage, those from before), progress bar."""
     _quiet()
@@ -195,14 +217,18 @@ def _trainer(
     csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
     purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
     devices, nodes, environment = processes()
+    half = [Autocast(precision, device.type)] if AUTOCAST.get(precision) else []
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
     return pl.Trainer(
         max_epochs=max_epochs,
-        precision=precision or default_precision(),
-        accelerator=default_device().type,
+        precision=None if half else precision,  # a plugin says its own
+        accelerator=device.type,
+        deterministic=deterministic,
         devices=devices,
         num_nodes=nodes,
         strategy="auto" if devices * nodes == 1 else Together(MEETING_MINUTES, broadcast_buffers=False),
-        plugins=[AtomicCheckpointIO(), *environment],
+        plugins=[AtomicCheckpointIO(), *half, *environment],
         callbacks=[checkpoints, *callbacks, ProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
         logger=[csv, TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)],
         log_every_n_steps=log_every,

@@ -209,6 +209,8 @@ def test_a_limit_beyond_the_split_is_no_limit(cache):
 def test_settings_that_cannot_be_are_refused(cache):
     with pytest.raises(RaceError, match="expected one of 32-true, bf16-mixed, 16-mixed"):
         prediction_settings(cache, precision="bf16", device="cuda")
+    with pytest.raises(RaceError, match="PRECISION is 'bf16-true', which rounds the weights"):
+        prediction_settings(cache, precision="bf16-true", device="cpu")
     with pytest.raises(RaceError, match="has no dev split"):
         prediction_settings(cache, "dev")
 
@@ -349,6 +351,21 @@ def test_precision_is_taken_on_cpu_too(cache, checkpoint, precision):
     full, half = (predict(checkpoint, cache, "test", **settings, precision=it) for it in (None, precision))
     difference = np.abs(full[PROBABILITIES].to_numpy() - half[PROBABILITIES].to_numpy())
     assert 0 < difference.max() < 0.02
+
+
+def test_the_accelerator_is_what_is_asked_for(cache, checkpoint, monkeypatch):
+    """On a node whose GPU torch cannot use: "cpu" and a device given by name go on, all else says why not."""
+    settings, text = {"limit_questions": 4}, RaceDataset(cache, "test").text(0)
+    expected = predict(checkpoint, cache, "test", **settings, device="cpu")
+    monkeypatch.setattr("race.device.gpu_problem", lambda: "the driver is too old")
+    for goes_on in ({"accelerator": "cpu"}, {"accelerator": "gpu", "device": "cpu"}):
+        pd.testing.assert_frame_equal(predict(checkpoint, cache, "test", **settings, **goes_on), expected)
+    typed = (checkpoint, cache, text["article"], text["question"], text["options"])
+    assert len(answer_question(*typed, accelerator="cpu")) == 4
+    for refused in (lambda: predict(checkpoint, cache, "test"), lambda: answer_question(*typed)):
+        with pytest.raises(RaceError, match="the driver is too old"):
+            refused()
+    assert prediction_settings(cache, accelerator="cpu") == prediction_settings(cache, device="cpu")
 
 
 def test_one_level_alone(cache, checkpoint, tmp_path):
