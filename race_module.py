@@ -111,7 +111,7 @@ class RaceModule(pl.LightningModule):
                     sums.append(self._part_step(part, split, all_questions, part is parts[-1]))
                 break
             except torch.OutOfMemoryError as error:
-                self._halve_budget(parts[len(sums)], error, sync=self.processes > 1 and part is parts[-1])
+                self.halve_budget(parts[len(sums)], error, sync=self.processes > 1 and part is parts[-1])
             if start is not None:  # out of the except clause, which still holds what did not fit
                 self.zero_grad()
                 set_random_state(start)
@@ -132,7 +132,7 @@ class RaceModule(pl.LightningModule):
                 self.manual_backward(loss / all_questions * self.processes)
         return torch.stack([loss.detach(), correct])
 
-    def _halve_budget(self, part, error: Exception, sync: bool) -> None:
+    def halve_budget(self, part, error: Exception, sync: bool = False) -> None:
         """Half the tokens of the part that did not fit, from now on; raises RaceError if that is impossible."""
         tokens = sum(part.lengths)
         if len(part) == 1 or sync:

@@ -26,7 +26,7 @@ from bench import common, evaluate, loader, scaling, train_step
 from bench.carried import CARRIED, prepare
 
 NEEDED = {"prepare": (), "parity": (), "speed": ("pyarrow",)}
-NEEDED["chain"] = ("pyarrow", "pandas", "scipy", "tensorboard")
+NEEDED["chain"] = ("pyarrow", "pandas", "psutil", "scipy", "tensorboard")
 RATES = {
     "e1": 1e-4,
     "e2": 1e-4,

@@ -52,6 +52,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
+def hardware(device: torch.device) -> str:
+    """A device with what decides how it computes: "NVIDIA A100 (driver 580.65.06, CUDA 13.0, 39.2 GB free)"."""
+    if device.type != "cuda":
+        return f"{device_name(device)}, {torch.get_num_threads()} threads"
+    free = torch.cuda.mem_get_info(device)[0] / 1e9
+    return (
+        f"{device_name(device)} (driver {driver_version() or 'unknown'}, CUDA {torch.version.cuda}, {free:.1f} GB free)"
+    )
+
+
 def default_precision(accelerator: str | None = None) -> str:
     """bf16 on GPUs that have it (Ampere, 8.0, and newer), fp16 with loss scaling on Turing (7.5), fp32 on CPU."""
     return _precision_of(default_device(accelerator))

@@ -215,16 +215,26 @@ def _has_varlen(query: torch.Tensor) -> bool:
     return half and width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
+def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> str:
+    """Which attention packed training runs through, in words."""
+    width = config.hidden_size // config.num_attention_heads
+    dropout = config.attention_probs_dropout_prob
+    if half and dropout == 0 and _has_varlen(torch.empty(0, width, dtype=half, device=device)):
+        return "attention of variable length"
+    return f"attention sequence by sequence (up to {SHORT} tokens in one masked call)"
+
+
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """torch.compile of each layer; lengths are dynamic, and attention stays outside, so that few graphs serve all."""
+    AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
     encoder = model.base_model.encoder
     layers = albert_layers(model.base_model) if model.config.model_type == "albert" else encoder.layer
     for layer in {id(layer): layer for layer in layers}.values():
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def token_budget(model: nn.Module, device: torch.device, half: bool) -> int:

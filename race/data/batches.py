@@ -1,6 +1,7 @@
 """Batches: questions of any lengths, packed without padding; and the order in which an epoch goes through them."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -54,13 +55,9 @@ class PackedBatch:
 
     def micro_batches(self, token_budget: int | None) -> Iterator["PackedBatch"]:
         """Parts of the batch, in order, of at most `token_budget` tokens or one question; None: the whole batch."""
-        first, tokens = 0, 0
-        for question, size in enumerate(np.reshape(self.lengths, (-1, OPTIONS)).sum(1).tolist()):
-            if token_budget is not None and tokens + size > token_budget and question > first:
-                yield self._part(first, question)
-                first, tokens = question, 0
-            tokens += size
-        yield self._part(first, len(self))
+        ends = part_ends(np.reshape(self.lengths, (-1, OPTIONS)).sum(1).tolist(), token_budget)
+        for first, last in itertools.pairwise([0, *ends]):
+            yield self._part(first, last)
 
     def _part(self, first: int, last: int) -> "PackedBatch":
         """Questions `first` to `last` - 1."""
@@ -73,6 +70,16 @@ class PackedBatch:
         cu_seqlens = self.cu_seqlens[sequences.start : sequences.stop + 1] - start
         parts = (states[tokens] for states in (self.input_ids, self.token_type_ids, self.position_ids))
         return PackedBatch(*parts, cu_seqlens, self.labels[first:last], lengths)
+
+
+def part_ends(sizes: list[int], token_budget: int | None) -> list[int]:
+    """Where each part of a batch ends, whose questions have so many tokens."""
+    ends, tokens = [], 0
+    for question, size in enumerate(sizes):
+        if token_budget is not None and question and tokens + size > token_budget:
+            ends, tokens = [*ends, question], 0
+        tokens += size
+    return [*ends, len(sizes)]
 
 
 def collate(items: list[dict]) -> PackedBatch:

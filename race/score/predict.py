@@ -177,9 +177,15 @@ def _loaded(checkpoint: Checkpoint, cache_dir: str | Path, device) -> RaceModule
 def _probabilities(module: RaceModule, batch, precision: str) -> np.ndarray:
     """[B, 4] probabilities of the options of a batch, computed on the module's device, in micro-batches that fit."""
     half = AUTOCAST[precision]
-    with torch.autocast(module.device.type, half, enabled=half is not None):
-        parts = batch.to(module.device).micro_batches(module.token_budget)
-        return torch.cat([module(part).double().softmax(1) for part in parts]).cpu().numpy()
+    while True:
+        parts, done = list(batch.to(module.device).micro_batches(module.token_budget)), []
+        try:
+            with torch.autocast(module.device.type, half, enabled=half is not None):
+                for part in parts:
+                    done.append(module(part).double().softmax(1))
+            return torch.cat(done).cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            module.halve_budget(parts[len(done)], error)
 
 
 def answer_question(

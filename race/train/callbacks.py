@@ -11,6 +11,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from race import CHANCE, RaceError
+from race.data.batches import part_ends
+from race.device import AUTOCAST, hardware
+from race.encoder import attention_kernel
 from race.train.checkpoints import weights_hash
 from race.train.state import not_finite
 
@@ -111,7 +114,9 @@ class StageReport(pl.Callback):
         self.after_seconds, self.estimate = after_seconds, None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Start the clock, and log short epochs more often, so that a trial run has curves too."""
+        """Say what is in force; start the clock; log short epochs more often, so that a trial run has curves too."""
+        if trainer.is_global_zero:
+            print(in_force(trainer, module), flush=True)
         self._batches = trainer.datamodule.batches_per_epoch()
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self._batches // 20))
         self._started, self._first_step, self.estimate = time.perf_counter(), trainer.global_step, None
@@ -142,6 +147,18 @@ class StageReport(pl.Callback):
                 f"epoch {trainer.current_epoch}: validation loss {metrics['val_loss_epoch']:.4f}, "
                 f"accuracy {100 * metrics['val_acc']:.1f} %"
             )
+
+
+def in_force(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    """What a stage runs on and how: device, precision, attention, micro-batches of its longest batch."""
+    device, data, precision = trainer.strategy.root_device, trainer.datamodule, trainer.precision
+    kernel = attention_kernel(module.model.config, device, AUTOCAST.get(precision))
+    sizes = -np.sort(-data.dataset("train").lengths().sum(1))[: -(-data.batch_size // trainer.world_size)]
+    parts = len(part_ends(sizes.tolist(), module.token_budget))
+    return (
+        f"{module.lineage.get('stage', 'training')} runs on {hardware(device)}, {precision}, {kernel}; "
+        f"micro-batches in its longest step: {parts} (TOKEN_BUDGET {module.token_budget:,})"
+    )
 
 
 class ProgressBar(TQDMProgressBar):

@@ -93,6 +93,8 @@ class KeepState(pl.Callback):
         self._saved_at = time.monotonic()
         if trainer.world_size == 1:  # several processes stop together, between steps
             module.between_parts = self._end_within_step
+        # Lightning's own way of telling the processes of a SIGTERM waits for the GPU before each step; ours does not
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)

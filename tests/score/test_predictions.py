@@ -388,3 +388,18 @@ def test_another_tokenizer_is_refused(cache, tmp_path):
     torch.save({"race": {"tokenizer": "other"}}, tmp_path / "x.ckpt")
     with pytest.raises(RaceError, match="another tokenizer"):
         predict(Checkpoint(tmp_path / "x.ckpt"), cache)
+
+
+def test_a_full_memory_halves_the_micro_batches(cache, checkpoint, monkeypatch, capsys):
+    """Simulated: whatever has more than 700 tokens does not fit; the answers are the same."""
+    whole, forward = predict(checkpoint, cache, "test", device="cpu", limit_questions=12), RaceModule.forward
+
+    def full(module, batch):
+        if sum(batch.lengths) > 700:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(module, batch)
+
+    monkeypatch.setattr(RaceModule, "forward", full)
+    found = predict(checkpoint, cache, "test", device="cpu", limit_questions=12)
+    np.testing.assert_allclose(found[PROBABILITIES], whole[PROBABILITIES], atol=1e-6)
+    assert "taken again with TOKEN_BUDGET" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Several processes are one: the same curve and weights, each question once, and going on with another number."""
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -169,3 +170,42 @@ def test_each_validation_question_on_one_process(cache, world, monkeypatch):
         monkeypatch.setattr(data, "_process", lambda rank=rank: (rank, world))
         seen += itertools.chain(*data.val_dataloader().batch_sampler)
     assert sorted(seen) == list(range(len(RaceDataModule(cache).dataset("validation"))))
+
+
+def test_collectives_a_step(cache, tmp_path):
+    """Beside the gradients': loss and tokens in one, what the processes wish in another; no barrier, no broadcast.
+
+    At logged steps, here every second one, a third looks at the sums.
+    """
+    code = (
+        "import collections, sys, torch, pytorch_lightning as pl\n"
+        "from pathlib import Path\n"
+        "sys.path.insert(0, 'tests')\n"
+        "from small_stage import stage\n"
+        "count, steps = collections.Counter(), []\n"
+        "def counted(name):\n"
+        "    call = getattr(torch.distributed, name)\n"
+        "    def counting(*arguments, **settings):\n"
+        "        count[name] += 1\n"
+        "        return call(*arguments, **settings)\n"
+        "    return counting\n"
+        "names = 'barrier', 'all_reduce', 'all_gather', 'all_gather_object', 'broadcast', 'broadcast_object_list'\n"
+        "for name in names:\n"
+        "    setattr(torch.distributed, name, counted(name))\n"
+        "class Steps(pl.Callback):\n"
+        "    def on_train_batch_start(self, trainer, module, batch, batch_idx):\n"
+        "        steps.append(dict(count))\n"
+        "        count.clear()\n"
+        f"stage(Path({str(tmp_path)!r}), {str(cache)!r}, Steps(), epochs=1, precision='64-true',\n"
+        "    log_every=2, data={'batch_size': 2, 'limit_questions': 96})\n"
+        "if torch.distributed.get_rank() == 0: print('counted', steps[2:-1])\n"  # before the first step and the last: saved
+    )
+    path = tmp_path / "count.py"
+    path.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = json.loads(re.search(r"counted (\[.*?\])", done.stdout)[1].replace("'", '"'))
+    assert len(steps) > 40 and all(step.keys() == {"all_reduce"} for step in steps)
+    assert sorted({step["all_reduce"] for step in steps}) == [2, 3]
