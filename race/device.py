@@ -7,10 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import pandas as pd
-import psutil
 import torch
-from pandas.io.formats.style import Styler
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from race import RaceError
@@ -82,8 +79,10 @@ def check_precision(precision: str | None, known: tuple[str, ...] = PRECISIONS) 
     raise RaceError(f"PRECISION is {precision!r}{why}; expected one of {', '.join(known)}")
 
 
-def environment(accelerator: str | None = None) -> Styler:
+def environment(accelerator: str | None = None):
     """Versions and hardware of this run, a row each; also what keeps torch from using a GPU."""
+    import pandas as pd
+
     problem = {}
     try:
         device = default_device(accelerator)
@@ -212,6 +211,8 @@ def _in_notebook() -> bool:
 
 def _in_interactive_step() -> bool:
     """Whether a shell of `srun --pty` started this process, and not srun itself."""
+    import psutil
+
     if "SLURM_PTY_PORT" not in os.environ:
         return False
     try:  # steps started from such a shell inherit the variable, but their tasks have no terminal

@@ -198,7 +198,8 @@ def test_collectives_a_step(cache, tmp_path):
         "        count.clear()\n"
         f"stage(Path({str(tmp_path)!r}), {str(cache)!r}, Steps(), epochs=1, precision='64-true',\n"
         "    log_every=2, data={'batch_size': 2, 'limit_questions': 96})\n"
-        "if torch.distributed.get_rank() == 0: print('counted', steps[2:-1])\n"  # before the first step and the last: saved
+        "if torch.distributed.get_rank() == 0:\n"
+        "    print('counted', steps[2:-1])\n"  # the state is saved before the first step, and before the last
     )
     path = tmp_path / "count.py"
     path.write_text(code)
