@@ -1,14 +1,17 @@
 """Stages chain: each starts from the best weights of the one before, at its own learning rate, and says what it did."""
 
+import os
 import warnings
 
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
+from small_stage import stage as train_e1
 
 from race import RaceError
 from race.data import RaceDataModule
+from race.data.batches import part_ends
 from race.device import default_precision
 from race.score.predict import predict
 from race.train.callbacks import StageReport, StartInForce
@@ -342,3 +345,36 @@ def test_a_base_model_with_another_tokenizer_is_refused(cache, tmp_path):
     RaceModule(model=cache / "model").model.save_pretrained(tmp_path)
     with pytest.raises(RaceError, match="another tokenizer than .*small: make a cache with"):
         start_stage(Stage("e1"), cache, base_model=tmp_path)
+
+
+def test_the_first_line_says_what_is_in_force(cache, tmp_path, capsys):
+    """Device, precision, attention, and the micro-batches of the eight longest questions."""
+    train_e1(tmp_path, cache, epochs=1, data={"limit_questions": 16}, token_budget=2000, precision="bf16-mixed")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("e1 runs on ")]
+    sizes = sorted(RaceDataModule(cache, 8, limit_questions=16).dataset("train").lengths().sum(1), reverse=True)[:8]
+    parts = len(part_ends([int(size) for size in sizes], 2000))
+    assert line == (
+        f"e1 runs on CPU, {torch.get_num_threads()} threads, bf16-mixed, attention sequence by sequence (up to 128 tokens "
+        f"in one masked call); micro-batches in its longest step: {parts} (TOKEN_BUDGET 2,000)"
+    )
+
+
+def test_deterministic_algorithms_on_request(cache, tmp_path):
+    try:
+        train_e1(tmp_path, cache, epochs=1, data={"limit_questions": 8}, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_compile_reaches_the_layers(cache, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("race.train.training.compile_layers", seen.append)
+    for wish in (False, True):
+        train_e1(tmp_path / str(wish), cache, epochs=1, data={"limit_questions": 8}, compile=wish)
+    assert len(seen) == 1
+
+
+def test_weights_in_half_precision_are_refused_by_name(cache, tmp_path):
+    with pytest.raises(RaceError, match="PRECISION is 'bf16-true'"):
+        train_e1(tmp_path, cache, precision="bf16-true")
