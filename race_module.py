@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from race import OPTIONS, RaceError
+from race.device import random_state, set_random_state
 from race.encoder import at_least_float32, build_model, encode, full_precision, load_pretrained, token_budget
 from race.files import read_archive
-from race.random_state import random_state, set_random_state
 
 
 class RaceModule(pl.LightningModule):

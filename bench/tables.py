@@ -85,7 +85,7 @@ def sides(name: str) -> str:
                 label,
                 f"{rate['median']:.3f}",
                 "" if times is None else f"{times:.2f}{parts}",
-                "" if share is None else f"{share:.0%}",
+                "" if share is None else f"{100 * share:.0f} %",
                 "" if peak is None else f"{peak / 1e3:.2f}",
             ]
         )
@@ -109,7 +109,7 @@ def answers() -> str:
     """How many answers half precision changes."""
     if not (kept := result("answers")):
         return MISSING
-    cells = [f"{kept['questions']:,}", f"{kept['share_that_differ']:.1%}", f"{kept['largest_difference']:.1g}"]
+    cells = [f"{kept['questions']:,}", f"{100 * kept['share_that_differ']:.1f} %", f"{kept['largest_difference']:.1g}"]
     head = ["checkpoint", "questions", "answers that differ", "largest difference of a probability"]
     head.append("median lead of an answer over the next one")
     return table(head, [[kept["checkpoint"], *cells, f"{kept['median_lead']:.1g}"]]) + machine(kept)
@@ -124,7 +124,7 @@ def loader() -> str:
         share = values["share_of_training_step"]
         rates = values["questions_per_second"]
         rows.append([workers, f"{rates['median']:,.0f}", f"{values['batches_per_second']:,.0f}"])
-        rows[-1].append("" if share is None else f"{share:.4%}")
+        rows[-1].append("" if share is None else f"{100 * share:.4f} %")
     head = ["workers", "questions a second", "batches of 32 a second", "% of a training step"]
     return table(head, rows) + machine(kept)
 
@@ -208,7 +208,7 @@ def gpu() -> str:
             cells = [OUT, "", ""]
         elif kept:
             ours, ratio = kept["sides"]["ours"], kept["ratios"].get("padded to 512")  # None: that was out of memory
-            cells = [f"{ours['questions_per_second']['median']:,.0f}", f"{ours['share_of_matrix_product']:.0%}"]
+            cells = [f"{ours['questions_per_second']['median']:,.0f}", f"{100 * ours['share_of_matrix_product']:.0f} %"]
             times = ratio["of_steps"] if isinstance(ratio, dict) else ratio
             cells.insert(1, f"padded to 512 is {OUT}" if times is None else f"{times:.2f}")
         rows.append([what, *cells])
@@ -217,7 +217,11 @@ def gpu() -> str:
     rows.append(["an epoch of RACE, extrapolated from 200 steps", epoch, "", ""])
     for stage in ("e1", "e2", "e3"):
         kept = result(f"gpu_chain-{stage}-cuda")
-        score = f"{kept['accuracy']:.1%} ({kept['ci_low']:.1%} – {kept['ci_high']:.1%})" if kept else YET
+        score = (
+            f"{100 * kept['accuracy']:.1f} % ({100 * kept['ci_low']:.1f} % – {100 * kept['ci_high']:.1f} %)"
+            if kept
+            else YET
+        )
         rows.append([f"chain with all-MiniLM-L6-v2, {stage}, accuracy on RACE/dev", score, "", ""])
     head = ["", "questions a second, or result", "times padded to 512", "% of the matrix-product rate"]
     return table(head, rows)

@@ -1,12 +1,14 @@
-"""Where a run computes, in what precision, in how many processes; and what to note of it with a result."""
+"""Where a run computes: device, precision, processes, random generators; and what to note of it with a result."""
 
 import os
 import platform
+import random
 import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
@@ -170,6 +172,28 @@ def _runs(capability: tuple[int, int], built: list[str]) -> bool:
         if able <= capability and same:
             return True
     return False
+
+
+def random_state() -> dict:
+    """The states of Python's, NumPy's and torch's random generators, on CPU and this process's GPU."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Restore all random generators."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def processes() -> tuple[int, int, list]:

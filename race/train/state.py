@@ -1,4 +1,4 @@
-"""Resuming after a kill: the whole state of a stage is saved between steps, and restored to the last bit.
+"""Resuming after a kill: the whole state of a stage, as it is between steps, is saved and restored to the last bit.
 
 A state is a position (epoch, batches done in it) with weights, optimizer, loss scaler, callbacks, random states, sums
 and the log so far. It is saved before a step, never after the last step of an epoch: what ends an epoch (validation,
@@ -25,8 +25,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from race import RaceError
+from race.device import random_state, set_random_state
 from race.files import atomic_write, locked, read_archive, remove_unfinished
-from race.random_state import random_state, set_random_state
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

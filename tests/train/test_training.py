@@ -354,8 +354,8 @@ def test_the_first_line_says_what_is_in_force(cache, tmp_path, capsys):
     sizes = sorted(RaceDataModule(cache, 8, limit_questions=16).dataset("train").lengths().sum(1), reverse=True)[:8]
     parts = len(part_ends([int(size) for size in sizes], 2000))
     assert line == (
-        f"e1 runs on CPU, {torch.get_num_threads()} threads, bf16-mixed, attention sequence by sequence (up to 128 tokens "
-        f"in one masked call); micro-batches in its longest step: {parts} (TOKEN_BUDGET 2,000)"
+        f"e1 runs on CPU, {torch.get_num_threads()} threads, bf16-mixed, attention sequence by sequence (up to 128 "
+        f"tokens in one masked call); micro-batches in its longest step: {parts} (TOKEN_BUDGET 2,000)"
     )
 
 
