@@ -50,7 +50,7 @@ class RaceModule(pl.LightningModule):
             raise RaceError(f"{'; '.join(problems)}; expected finite numbers ≥ 0 and a token budget ≥ 1")
         self.model = build_model(config) if model is None else load_pretrained(model)
         self.learning_rate, self.weight_decay, self.adam_epsilon = learning_rate, weight_decay, adam_epsilon
-        self.token_budget = token_budget
+        self.token_budget, self.budget_is_fitted = token_budget, token_budget is None
         self.lineage: dict = {}  # where these weights come from; saved in checkpoints
         # Of the epoch so far, by split: loss, correct answers, questions. Not torchmetrics.MeanMetric: a resumed epoch
         # continues the exact sums of each process, and a checkpoint's weights are Hugging Face's and nothing else.
@@ -83,6 +83,7 @@ class RaceModule(pl.LightningModule):
         tokens = torch.full_like(loss, sum(batch.lengths))  # made on the device: nothing waits for it
         loss, self.tokens = self.sum_over_processes(torch.stack([loss, tokens]))
         self.log("train_loss_step", loss, prog_bar=True, batch_size=1)
+        self._give_memory_back(batch_idx)
         rate = torch.tensor(optimizer.param_groups[0]["lr"])  # on the CPU; a float would be copied to the GPU
         self.log("learning_rate", rate)
         return loss
@@ -104,6 +105,7 @@ class RaceModule(pl.LightningModule):
         all_questions = all_questions or len(batch)
         while True:
             sums, start = [], random_state() if split == "train" else None
+            self._exchanging = False
             parts = list(batch.micro_batches(self.token_budget))
             try:
                 for part in parts:
@@ -111,7 +113,7 @@ class RaceModule(pl.LightningModule):
                     sums.append(self._part_step(part, split, all_questions, part is parts[-1]))
                 break
             except torch.OutOfMemoryError as error:
-                self.halve_budget(parts[len(sums)], error, sync=self.processes > 1 and part is parts[-1])
+                self.halve_budget(parts[len(sums)], error, self._exchanging)
             if start is not None:  # out of the except clause, which still holds what did not fit
                 self.zero_grad()
                 set_random_state(start)
@@ -127,31 +129,42 @@ class RaceModule(pl.LightningModule):
         loss, correct = self.loss(part)
         if split == "train":
             sync = last or self.processes == 1  # processes exchange gradients once a step
+            self._exchanging = last and self.processes > 1
             with contextlib.nullcontext() if sync else self.trainer.strategy.block_backward_sync():
                 # times the number of processes, by which DDP divides: the gradient is that of the whole batch
                 self.manual_backward(loss / all_questions * self.processes)
         return torch.stack([loss.detach(), correct])
 
-    def halve_budget(self, part, error: Exception, sync: bool = False) -> None:
+    def halve_budget(self, part, error: Exception, exchanging: bool = False) -> None:
         """Half the tokens of the part that did not fit, from now on; raises RaceError if that is impossible."""
         tokens = sum(part.lengths)
-        if len(part) == 1 or sync:
+        if len(part) == 1 or exchanging:
             what = "one question" if len(part) == 1 else "a micro-batch, while processes exchange their gradients,"
             raise RaceError(
                 f"the GPU's memory is full: {what} of {tokens:,} tokens does not fit. Set a smaller MAX_LEN, or "
-                f"BATCH_SIZE or TOKEN_BUDGET (now {self.token_budget:,}); other programs may use this GPU ({error})"
+                f"BATCH_SIZE or TOKEN_BUDGET (now {self.token_budget}); other programs may use this GPU ({error})"
             ) from error
         self.token_budget = tokens // 2
         print(
             f"the GPU's memory was full: the step is taken again with TOKEN_BUDGET = {self.token_budget:,}", flush=True
         )
 
+    def _give_memory_back(self, batch_idx: int) -> None:
+        """Now and then, if a GPU's cache has blocks that steps of these sizes do not use."""
+        if self.device.type == "cuda" and batch_idx % 16 == 15:
+            if torch.cuda.memory_reserved(self.device) > 1.25 * torch.cuda.max_memory_allocated(self.device):
+                torch.cuda.empty_cache()
+
     def between_parts(self) -> None:
         """Called before each micro-batch; training may replace it, to end within a step."""
 
     def questions_of_all(self, batch, batch_idx: int) -> int:
         """How many questions a training batch has in all processes; known without asking them."""
-        return len(batch) if self.processes == 1 else self.trainer.datamodule.batch_questions(batch_idx)
+        if self.processes == 1:
+            return len(batch)
+        if known := getattr(self.trainer.datamodule, "batch_questions", None):
+            return known(batch_idx)
+        return int(self.sum_over_processes(torch.tensor(float(len(batch)), device=self.device)))  # another data module
 
     @property
     def processes(self) -> int:

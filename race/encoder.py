@@ -64,13 +64,14 @@ def _prepared(model: nn.Module) -> nn.Module:
     model.set_attn_implementation("packed")
     if model.config._attn_implementation != "packed":
         raise wrong_transformers()
+    model.base_model.casts = []
     for module in model.modules():
         children = dict(module.named_children())
         for name, child in children.items():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
         if {"query", "key", "value"} <= children.keys():
-            once = CastOnce(children["value"])
+            model.base_model.casts.append(once := CastOnce(children["value"]))
             for name in ("query", "key", "value"):
                 children[name].register_forward_pre_hook(once)
     return model.train()
@@ -82,6 +83,13 @@ class CastOnce:
     def __init__(self, last: nn.Module):
         self.last, self.states, self.cast = last, None, None
 
+    def forget(self) -> None:
+        """Keep no states alive."""
+        self.states = self.cast = None
+
+    def __getstate__(self) -> dict:  # for copies of the module
+        return {"last": self.last, "states": None, "cast": None}
+
     def __call__(self, projection: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         """A forward pre-hook of the three projections, of which `last` is the last; a compiler does this by itself."""
         (states,), kind = inputs, inputs[0].device.type
@@ -91,12 +99,14 @@ class CastOnce:
             self.states, self.cast = states, states.to(torch.get_autocast_dtype(kind))
         cast = self.cast
         if projection is self.last:
-            self.states = self.cast = None
+            self.forget()
         return (cast,)
 
 
 def encode(encoder: nn.Module, batch) -> torch.Tensor:
     """PackedBatch of B questions → [4B, hidden], the pooled state of each sequence's [CLS]; raises RaceError."""
+    for cast in encoder.casts:  # of a forward pass that an error or a signal has ended
+        cast.forget()
     longest = encoder.config.max_position_embeddings
     if batch.max_seqlen > longest:
         raise RaceError(f"a sequence of {batch.max_seqlen} tokens; the model takes {longest}: set MAX_LEN")
@@ -107,7 +117,9 @@ def encode(encoder: nn.Module, batch) -> torch.Tensor:
         *layers, last = albert_layers(encoder)
         for layer in layers:
             hidden = _apply(layer, hidden, batch)
-        return encoder.pooler_activation(encoder.pooler(_albert_layer_at_cls(last, hidden, batch)))[0]
+        cls = _albert_layer_at_cls(last, hidden, batch)
+        with full_precision(cls):
+            return encoder.pooler_activation(encoder.pooler(at_least_float32(cls)))[0]
     for layer in encoder.encoder.layer:
         hidden = _apply(layer, hidden, batch)
     cls = hidden.index_select(1, batch.cu_seqlens[:-1])
@@ -241,6 +253,7 @@ def token_budget(model: nn.Module, device: torch.device, half: bool) -> int:
     """Tokens of a micro-batch: as many as a training step fits into what is free of a GPU's memory; half: autocast."""
     if device.type != "cuda":
         return CPU_TOKENS
+    torch.cuda.empty_cache()  # what this process keeps, and does not use, is free too
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return token_budget_for(model.config, parameters, torch.cuda.mem_get_info(device)[0], half)
 

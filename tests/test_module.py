@@ -1,5 +1,6 @@
 """RaceModule computes what Hugging Face's model computes, on packed tokens; its checkpoints travel."""
 
+import copy
 import subprocess
 import sys
 
@@ -297,14 +298,34 @@ def test_cuda_agrees_with_the_cpu_in_float64(pair, items, dtype):
 # -------------------------------------------------------------------------------------------------- half precision
 
 
-def test_head_and_loss_stay_in_float32(albert_config, items):
+@pytest.mark.parametrize("family", ["albert", "bert"])
+def test_pooler_head_and_loss_stay_in_float32(family, albert_config, bert_config, items):
     """Logits of a head in bf16 would have 8 bits, and questions with two equal best options."""
-    module, batch = RaceModule(config=albert_config).eval(), collate(items(6))
+    module = RaceModule(config=albert_config if family == "albert" else bert_config).eval()
+    batch, seen = collate(items(6)), []
+    for part in (module.model.base_model.pooler, module.model.classifier):
+        part.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
     with torch.autocast("cpu", torch.bfloat16):
-        logits = module(batch)
         loss, _ = module.loss(batch)
-    assert logits.dtype == loss.dtype == torch.float32
-    assert (logits != logits.bfloat16().float()).any()
+    assert seen == [torch.float32] * 4 and loss.dtype == torch.float32
+
+
+def test_nothing_of_a_broken_off_forward_pass_is_kept(bert_config, items, monkeypatch):
+    module = RaceModule(config=bert_config)
+    key = module.model.base_model.encoder.layer[-1].attention.self.key
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(key, "forward", full)
+        with torch.autocast("cpu", torch.bfloat16):
+            module(collate(items(2)))
+    casts = module.model.base_model.casts
+    assert casts[-1].states is not None and casts[0].states is None
+    assert copy.deepcopy(module).model.base_model.casts[-1].states is None
+    module(collate(items(1)))
+    assert casts[-1].states is None
 
 
 @pytest.mark.parametrize("family", ["albert", "bert"])
@@ -346,6 +367,7 @@ def test_precision_plugin_keeps_the_casts_of_weights(cache, tmp_path):
     from small_stage import stage
 
     trainer = stage(tmp_path, cache, epochs=1, precision="bf16-mixed", data={"limit_questions": 8})
+    assert type(trainer.precision_plugin).__qualname__ == "MixedPrecision"  # under this name states keep a loss scaler
     assert trainer.precision == "bf16-mixed" and trainer.precision_plugin.autocast_context_manager()._cache_enabled
 
 

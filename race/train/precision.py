@@ -20,3 +20,6 @@ class Autocast(MixedPrecision):
     def autocast_context_manager(self) -> contextlib.AbstractContextManager:
         """Around every training and validation step."""
         return autocast(self.device, self.precision)
+
+
+Autocast.__qualname__ = MixedPrecision.__qualname__  # under this name Lightning keeps the state of the loss scaler

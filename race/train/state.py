@@ -47,17 +47,19 @@ class Wishes:
 
     def __init__(self):
         self._sent = collections.deque()
+        self._granted = 0  # so many of those that were sent are older than the last save
+
+    def granted(self) -> None:
+        """What has been wished so far has been done."""
+        self._granted = len(self._sent)
 
     def send(self, wish: int, device: torch.device) -> None:
         """Exchange a number; on a GPU it comes back in its own time."""
-        highest = torch.tensor(wish).to(device)
+        highest, back = torch.full((), wish, device=device), None  # made there: a copy to a GPU would wait for it
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
-        back = None
         if device.type == "cuda":
-            highest, back = (
-                torch.empty_like(highest, device="cpu", pin_memory=True).copy_(highest, True),
-                torch.cuda.Event(),
-            )
+            highest = torch.empty_like(highest, device="cpu", pin_memory=True).copy_(highest, non_blocking=True)
+            back = torch.cuda.Event()
             back.record()
         self._sent.append((highest, back))
 
@@ -68,7 +70,8 @@ class Wishes:
         highest, back = self._sent.popleft()
         if back is not None:
             back.synchronize()
-        return int(highest)
+        old, self._granted = self._granted > 0, max(0, self._granted - 1)
+        return 0 if old and int(highest) == 1 else int(highest)
 
 
 class KeepState(pl.Callback):
@@ -95,11 +98,13 @@ class KeepState(pl.Callback):
             module.between_parts = self._end_within_step
         # Lightning's own way of telling the processes of a SIGTERM waits for the GPU before each step; ours does not
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        self._wishes = Wishes()
         with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)
         if trainer.received_sigterm:
             self.signal = signal.SIGTERM
+            trainer._signal_connector.received_sigterm = False  # or Lightning would end this process alone
 
     def _on_signal(self, number: int, frame) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -142,6 +147,7 @@ class KeepState(pl.Callback):
         """A signal between two micro-batches: save the state as it was before the step, which has changed nothing."""
         if isinstance(exception, StageStoppedError) and self._before_step is not None:
             set_random_state(self._before_step)
+            self._before_step = None
             self.save(trainer, module)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_) -> None:
@@ -163,8 +169,10 @@ class KeepState(pl.Callback):
         if not finite or not np.isfinite(self._sums).all():
             raise RaceError(not_finite(trainer))
         self._random = _gathered(random_state(), trainer.world_size)
+        self._budgets = _gathered(module.token_budget, trainer.world_size)
         trainer.save_checkpoint(self.stage.state_path)
         self._saved_at = time.monotonic()
+        self._wishes.granted()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         """Add what Lightning's checkpoint does not hold."""
@@ -180,6 +188,7 @@ class KeepState(pl.Callback):
             "stopped_early": trainer.should_stop,
             "random": self._random,
             "sums": self._sums,
+            "token_budgets": self._budgets,
             "steps": trainer.global_step,
             "version": csv.version,
             "log": log.read_bytes().decode() if log.exists() else "",
@@ -201,6 +210,9 @@ class KeepState(pl.Callback):
         for progress in ("ready", "completed"):
             setattr(loop.epoch_loop.manual_optimization.optim_step_progress.total, progress, steps)
         trainer.datamodule.start_at(state["epoch"], state["batches"])
+        budgets = state.get("token_budgets", [])  # the same micro-batches give the same bits
+        if module.budget_is_fitted and len(budgets) == trainer.world_size:
+            module.token_budget = budgets[trainer.global_rank]
         sums = np.array(state["sums"])  # [processes, 3]
         if len(sums) != trainer.world_size:  # other processes than before: the first one takes all
             sums = np.concatenate([sums.sum(0, keepdims=True), np.zeros((trainer.world_size - 1, 3))])

@@ -160,7 +160,7 @@ def train_stage(
         callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))
     if compile:
         compile_layers(module.model)
-    family = module.model.config.model_type
+    family, before = module.model.config.model_type, torch.are_deterministic_algorithms_enabled()
     trainer = _trainer(stage, family, state, max_epochs, device, precision, log_every, deterministic, callbacks)
     data.start_at(0, 0)
     recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
@@ -172,9 +172,13 @@ def train_stage(
         if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):
             again = f"FRESH = {keeper.fresh + 1 if fresh else True} trains it again"
             say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train ({again})")
+            torch.use_deterministic_algorithms(before)
             return trainer
         say(f"{stage.name} resumes from epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}")
-    _fit(trainer, keeper, module, data, resume=state is not None)
+    try:
+        _fit(trainer, keeper, module, data, resume=state is not None)
+    finally:
+        torch.use_deterministic_algorithms(before)
     return trainer
 
 
@@ -224,7 +228,7 @@ def _trainer(
         max_epochs=max_epochs,
         precision=None if half else precision,  # a plugin says its own
         accelerator=device.type,
-        deterministic=deterministic,
+        deterministic=deterministic or None,  # False would switch off what the user has switched on
         devices=devices,
         num_nodes=nodes,
         strategy="auto" if devices * nodes == 1 else Together(MEETING_MINUTES, broadcast_buffers=False),
@@ -251,6 +255,8 @@ def _fit(
         raise RaceError(
             f"the disk is full ({error}): nothing that was finished is lost; make room and run this again to resume"
         ) from error
+    finally:
+        module.__dict__.pop("between_parts", None)  # the signals of this run end nothing else
 
 
 def say(line: str) -> None:

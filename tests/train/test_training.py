@@ -360,9 +360,19 @@ def test_the_first_line_says_what_is_in_force(cache, tmp_path, capsys):
 
 
 def test_deterministic_algorithms_on_request(cache, tmp_path):
+    """While the stage is trained; what the user has set is there again afterwards, and stays on meanwhile."""
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, module):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+
+    train_e1(tmp_path / "a", cache, Look(), epochs=1, data={"limit_questions": 8}, deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
     try:
-        train_e1(tmp_path, cache, epochs=1, data={"limit_questions": 8}, deterministic=True)
-        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        train_e1(tmp_path / "b", cache, Look(), epochs=1, data={"limit_questions": 8})
+        assert seen == [True, True] and torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
 
