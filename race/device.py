@@ -155,12 +155,13 @@ def _missing_kernels() -> str | None:
     if not cuda or not built or _runs(torch.cuda.get_device_capability(), built):  # no CUDA: torch for AMD
         return None
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    fitting = 12 if capability < (7, 5) else 13
-    other = f"Install torch for CUDA {fitting} (driver {LEAST_DRIVER[fitting]} or newer): {INSTALL}"
+    fitting = "12.6" if capability < (7, 5) else "13"
+    least = LEAST_DRIVER[int(fitting.split(".")[0])]
+    other = f"Install torch for CUDA {fitting} (driver {least} or newer): {INSTALL}"
     return (
         f"torch {torch.__version__}, built for CUDA {cuda}, has no kernels for this GPU: {name} has "
         f"compute capability {'.'.join(map(str, capability))}, and the build {', '.join(built)}. "
-        + (other if int(cuda.split(".")[0]) != fitting else "No other build of this torch has them")
+        + ("No other build of this torch has them" if cuda.startswith(fitting) else other)
     )
 
 

@@ -205,7 +205,7 @@ def test_a_gpu_without_kernels(node):
     node(OPEN, usable=True, capability=(7, 0), name="Tesla V100-SXM2-16GB")
     assert problem() == (
         "torch 2.13.0, built for CUDA 13.0, has no kernels for this GPU: Tesla V100-SXM2-16GB has compute capability "
-        "7.0, and the build sm_75, sm_80, sm_86, sm_90, sm_100, sm_120. Install torch for CUDA 12 (driver 525 or "
+        "7.0, and the build sm_75, sm_80, sm_86, sm_90, sm_100, sm_120. Install torch for CUDA 12.6 (driver 525 or "
         f'newer): make install TORCH_INDEX=… (README, "Torch for your GPU"){ON_CPU}'
     )
     with pytest.raises(RaceError, match="has no kernels for this GPU"):
