@@ -56,6 +56,7 @@ class RaceModule(pl.LightningModule):
         # continues the exact sums of each process, and a checkpoint's weights are Hugging Face's and nothing else.
         self.sums: dict[str, torch.Tensor] = {}
         self.tokens: torch.Tensor | None = None  # of the last training step, of all processes
+        self.step_start: dict | None = None  # within a training step: the random states before it
         self.automatic_optimization = False  # one optimizer step over several micro-batches
         self.save_hyperparameters({"config": self.model.config.to_dict()} | recipe)
 
@@ -103,9 +104,9 @@ class RaceModule(pl.LightningModule):
         the token budget; raises RaceError if one question does not fit.
         """
         all_questions = all_questions or len(batch)
+        self.step_start = random_state() if split == "train" else None
         while True:
-            sums, start = [], random_state() if split == "train" else None
-            self._exchanging = False
+            sums, self._exchanging = [], False
             parts = list(batch.micro_batches(self.token_budget))
             try:
                 for part in parts:
@@ -114,10 +115,11 @@ class RaceModule(pl.LightningModule):
                 break
             except torch.OutOfMemoryError as error:
                 self.halve_budget(parts[len(sums)], error, self._exchanging)
-            if start is not None:  # out of the except clause, which still holds what did not fit
+            if self.step_start is not None:  # out of the except clause, which still holds what did not fit
                 self.zero_grad()
-                set_random_state(start)
+                set_random_state(self.step_start)
             torch.cuda.empty_cache()
+        self.step_start = None
         loss, correct = torch.stack(sums).sum(0)
         new = torch.stack([loss.double(), correct.double(), torch.full_like(loss, len(batch), dtype=torch.float64)])
         before = self.sums.get(split)  # on the CPU after a resume

@@ -18,7 +18,7 @@ PUBLISHED = [  # published accuracies on RACE, and what each is
     ("ALBERT v2 xlarge", 0.807, ALBERT),
     ("ALBERT v2 xxlarge", 0.868, ALBERT),
     ("RoBERTa large", 0.832, "test split; Liu et al. 2019, arXiv:1907.11692"),
-    ("people on Mechanical Turk", 0.733, "sample of the test split; Lai et al. 2017, arXiv:1704.04683"),
+    ("people on Mechanical Turk", 0.733, "answers of paid workers; Lai et al. 2017, arXiv:1704.04683"),
     ("valid questions", 0.945, "share with one clear answer, the ceiling for people; Lai et al. 2017"),
 ]
 FORMATS = dict.fromkeys(["accuracy", *LEVELS, "rest", "calibration_error", "confidence", "threshold"], percent)
@@ -136,7 +136,7 @@ def comparison_style(table: pd.DataFrame):
 
 
 def pairs_style(pairs: pd.DataFrame):
-    """The paired comparisons for reading: differences in points with the interval that belongs to McNemar's p."""
+    """The paired comparisons for reading: differences in points, the interval beside McNemar's p."""
     shown = pairs.rename(columns={"second": "checkpoint", "first": "against", "p": "McNemar p", "p_holm": "Holm p"})
     shown["points"] = 100 * pairs["difference"]
     ends = zip(100 * pairs["ci_low"], 100 * pairs["ci_high"], strict=True)

@@ -84,7 +84,6 @@ class KeepState(pl.Callback):
         self.finished = False
         self._pending: dict | None = None
         self._weights: dict | None = None
-        self._before_step: dict | None = None
         self._wishes = Wishes()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -95,7 +94,7 @@ class KeepState(pl.Callback):
             self._weights = None
         self._saved_at = time.monotonic()
         if trainer.world_size == 1:  # several processes stop together, between steps
-            module.between_parts = self._end_within_step
+            module.between_parts = lambda: self._end_within_step(module)
         # Lightning's own way of telling the processes of a SIGTERM waits for the GPU before each step; ours does not
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self._wishes = Wishes()
@@ -114,12 +113,10 @@ class KeepState(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch, batch_idx: int) -> None:
         """Between two steps: all rows of the log are written, no gradient is half accumulated."""
-        self._before_step = None
         first = trainer.datamodule.first_batch(trainer.current_epoch)
         self.position = (trainer.current_epoch, first + batch_idx)
         if self._pending is not None:
             self._restore_random_states(trainer.global_rank)
-            self._before_step = random_state()
             return  # this state is on disk already
         last = batch_idx == trainer.num_training_batches - 1
         wish = self._wish() if trainer.world_size == 1 else self._wishes.agreed()  # all processes save, or none
@@ -127,7 +124,6 @@ class KeepState(pl.Callback):
             self.save(trainer, module)
         if wish == 2:
             raise StageStoppedError
-        self._before_step = random_state()
 
     def _wish(self) -> int:
         """2: save and end; 1: save; 0: go on."""
@@ -135,19 +131,18 @@ class KeepState(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         """Tell the other processes what this one wishes."""
-        self._before_step = None
         if trainer.world_size > 1:
             self._wishes.send(self._wish(), module.device)
 
-    def _end_within_step(self) -> None:
-        if self.signal is not None and self._before_step is not None:
+    def _end_within_step(self, module: pl.LightningModule) -> None:
+        if self.signal is not None and module.step_start is not None:
             raise StageStoppedError
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """A signal between two micro-batches: save the state as it was before the step, which has changed nothing."""
-        if isinstance(exception, StageStoppedError) and self._before_step is not None:
-            set_random_state(self._before_step)
-            self._before_step = None
+        if isinstance(exception, StageStoppedError) and module.step_start is not None:
+            set_random_state(module.step_start)
+            module.step_start = None
             self.save(trainer, module)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_) -> None:
