@@ -81,13 +81,13 @@ def check_precision(precision: str | None, known: tuple[str, ...] = PRECISIONS) 
     raise RaceError(f"PRECISION is {precision!r}{why}; expected one of {', '.join(known)}")
 
 
-def environment(accelerator: str | None = None):
+def environment():
     """Versions and hardware of this run, a row each; also what keeps torch from using a GPU."""
     import pandas as pd
 
     problem = {}
     try:
-        device = default_device(accelerator)
+        device = default_device()
     except RaceError as error:
         device, problem = torch.device("cpu"), {"problem": str(error)}
     name = device_name(device) + ("" if device.type == "cuda" else f", {torch.get_num_threads()} threads")

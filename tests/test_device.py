@@ -146,7 +146,6 @@ def test_a_driver_that_is_too_old(node):
     assert rows["problem"] == expected and rows["device"].startswith("CPU") and rows["precision"] == "32-true"
     assert (rows["NVIDIA driver"], rows["CUDA of torch"]) == ("535.183.01", "13.0")
     assert expected.replace("&", "&amp;") in environment().to_html()  # whole, however long
-    assert "problem" not in environment("cpu").data.index
 
 
 @pytest.mark.parametrize(
