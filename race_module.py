@@ -2,7 +2,7 @@
 
 A question is four sequences, one for each option: [CLS] article [SEP] question+option [SEP]. A batch of B questions is
 one 1-D tensor with the token ids of all 4B sequences, and `cu_seqlens`, the start of each (race.data.batches); there
-are no padding tokens. The encoder (race.encoder) gives a vector for each sequence, the head a number, and the softmax
+are no padding tokens. The encoder gives a vector for each sequence, the head a number (race.encoder), and the softmax
 over a question's four numbers gives the probabilities of its options.
 """
 
@@ -11,6 +11,7 @@ import inspect
 import json
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from race import OPTIONS, RaceError
+from race.data.batches import tokens_of
 from race.device import random_state, set_random_state
-from race.encoder import at_least_float32, build_model, encode, full_precision, load_pretrained, token_budget
+from race.encoder import build_model, load_pretrained, option_logits, token_budget
+from race.families import is_packed
 from race.files import read_archive
 
 
@@ -27,6 +30,7 @@ class RaceModule(pl.LightningModule):
     """Multiple choice on packed sequences: loss, optimizer and metrics of every stage.
 
     model: hub name or folder with weights; or config: a configuration (or its dict) for random weights. One of the two.
+    Any family of race.families. attention_dropout: None: as the model has it.
     token_budget: tokens of a micro-batch; gradients are accumulated over the batch. None: by device.
     """
 
@@ -38,6 +42,7 @@ class RaceModule(pl.LightningModule):
         weight_decay: float = 0.0,
         adam_epsilon: float = 1e-8,
         token_budget: int | None = None,
+        attention_dropout: float | None = None,
     ):
         super().__init__()
         if (model is None) == (config is None):
@@ -46,11 +51,16 @@ class RaceModule(pl.LightningModule):
         problems = [f"{name} is {value}" for name, value in recipe.items() if not 0 <= value < float("inf")]
         if token_budget is not None and token_budget < 1:
             problems.append(f"token_budget is {token_budget}")
+        if attention_dropout is not None and not 0 <= attention_dropout < 1:
+            problems.append(f"attention_dropout is {attention_dropout}")
         if problems:
-            raise RaceError(f"{'; '.join(problems)}; expected finite numbers ≥ 0 and a token budget ≥ 1")
-        self.model = build_model(config) if model is None else load_pretrained(model)
+            raise RaceError(f"{'; '.join(problems)}; expected finite numbers ≥ 0, a token budget ≥ 1, a dropout < 1")
+        self.model = (
+            build_model(config, attention_dropout) if model is None else load_pretrained(model, attention_dropout)
+        )
         self.learning_rate, self.weight_decay, self.adam_epsilon = learning_rate, weight_decay, adam_epsilon
         self.token_budget, self.budget_is_fitted = token_budget, token_budget is None
+        self.padded = not is_packed(self.model.config)  # a family whose sequences cannot be packed (race.families)
         self.lineage: dict = {}  # where these weights come from; saved in checkpoints
         # Of the epoch so far, by split: loss, correct answers, questions. Not torchmetrics.MeanMetric: a resumed epoch
         # continues the exact sums of each process, and a checkpoint's weights are Hugging Face's and nothing else.
@@ -62,9 +72,7 @@ class RaceModule(pl.LightningModule):
 
     def forward(self, batch) -> torch.Tensor:
         """PackedBatch of B questions → logits [B, 4]"""
-        pooled = encode(self.model.base_model, batch)  # [4B, hidden], like the logits in float32 whatever autocast says
-        with full_precision(pooled):
-            return self.model.classifier(self.model.dropout(at_least_float32(pooled))).view(-1, OPTIONS)
+        return option_logits(self.model, batch).view(-1, OPTIONS)
 
     def loss(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed cross-entropy of B questions, and how many are answered correctly."""
@@ -107,7 +115,7 @@ class RaceModule(pl.LightningModule):
         self.step_start = random_state() if split == "train" else None
         while True:
             sums, self._exchanging = [], False
-            parts = list(batch.micro_batches(self.token_budget))
+            parts = list(batch.micro_batches(self.token_budget, self.padded))
             try:
                 for part in parts:
                     self.between_parts()
@@ -139,7 +147,7 @@ class RaceModule(pl.LightningModule):
 
     def halve_budget(self, part, error: Exception, exchanging: bool = False) -> None:
         """Half the tokens of the part that did not fit, from now on; raises RaceError if that is impossible."""
-        tokens = sum(part.lengths)
+        tokens = tokens_of(np.array(part.lengths), self.padded)
         if len(part) == 1 or exchanging:
             what = "one question" if len(part) == 1 else "a micro-batch, while processes exchange their gradients,"
             raise RaceError(

@@ -15,7 +15,6 @@ SPLITS = ("train", "validation", "test")
 RACE_QUESTIONS = {"train": 87866, "validation": 4887, "test": 4934}  # Lai et al. 2017, arXiv:1704.04683
 MAX_LEN, MAX_QA_LEN = 512, 128  # tokens of a sequence, and of its question+option
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # name or owner/name on the Hugging Face hub
-FAMILIES = ("albert", "bert")  # model types of transformers that RaceModule runs
 
 
 class RaceError(ValueError):

@@ -1,66 +1,94 @@
-"""The encoder behind RaceModule: loaded from Hugging Face, run on packed sequences, in parts that fit into memory.
+"""The encoder behind RaceModule: loaded from Hugging Face, run packed or padded, in parts that fit into memory.
 
-Hugging Face's own modules compute everything here, layer by layer. Packing adds two things: attention that stays inside
-each sequence, and for ALBERT a last layer that is computed at [CLS] only, because only that output is used.
+Hugging Face's own modules compute everything here. Packing adds two things: attention that stays inside each sequence
+(race.attention), and for ALBERT a last layer that is computed at [CLS] only, because only that output is used.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
+from transformers.activations import NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from race import MAX_LEN, OPTIONS, RaceError
-from race.model_files import check_family, load_config, not_loaded, tensorflow_file, weights_problem, wrong_transformers
+from race.attention import SHORT, has_varlen, packed_attention
+from race.families import (
+    ATTENTION_DROPOUT,
+    PACKED,
+    attention_dropout,
+    check_family,
+    first_position,
+    intermediate_size,
+    is_packed,
+    longest_input,
+    pads_left,
+    takes_segments,
+)
+from race.model_files import load_config, not_loaded, tensorflow_file, weights_problem, wrong_transformers
 
-try:
-    from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
-    from transformers.activations import NewGELUActivation
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-except ImportError as error:
-    raise wrong_transformers() from error
-
-SHORT = 128  # tokens; up to here one attention call with a mask is faster than one call per sequence
+ATTENTION_MAPS = 8  # [tokens, tokens] of each head that padded families keep: scores, softmax, dropout, positions
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
 
 
-def build_model(config: PretrainedConfig | dict) -> nn.Module:
-    """A multiple-choice model with this configuration and random weights."""
+def build_model(config: PretrainedConfig | dict, dropout: float | None = None) -> nn.Module:
+    """A multiple-choice model with this configuration and random weights; dropout: that of attention, None: its own."""
     if isinstance(config, dict):
         config = AutoConfig.for_model(**config)
     check_family(config)
+    config.update(_attention_dropout(config, dropout))
     return _prepared(AutoModelForMultipleChoice.from_config(config))
 
 
-def load_pretrained(model: str | Path) -> nn.Module:
-    """A pretrained encoder (hub name or folder) with a new multiple-choice head, in float32; raises RaceError."""
-    load_config(model)
+def load_pretrained(model: str | Path, dropout: float | None = None) -> nn.Module:
+    """A pretrained encoder (hub name or folder) with a new multiple-choice head, in float32; raises RaceError.
+
+    dropout: that of attention, None: its own.
+    """
+    settings = _attention_dropout(load_config(model), dropout)
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         others = f", only those of TensorFlow ({name})" if (name := tensorflow_file(folder)) else ""
         raise RaceError(
             f"{model} has no weights (model.safetensors){others}; name a model that has, or give config= instead"
         )
-    settings = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    settings |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
         loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
     except Exception as error:  # damaged files make the libraries raise anything
         if not folder.is_dir():
             raise not_loaded(model, "weights", error, "") from error
         raise RaceError(f"{model}: cannot be loaded safely: its weights: {weights_problem(error)}") from error
-    head = ("classifier.", f"{loaded.base_model_prefix}.pooler.")
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith(head))
+    encoder = f"{loaded.base_model_prefix}."
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and ".pooler." not in name)
     if missing:
         raise RaceError(f"{model} lacks {len(missing)} weights of {type(loaded).__name__}, such as {missing[0]}")
     return _prepared(loaded)
 
 
-def _prepared(model: nn.Module) -> nn.Module:
-    """Packed attention, training mode (from_pretrained gives evaluation mode), and the fused tanh GELU.
+def _attention_dropout(config: PretrainedConfig, dropout: float | None) -> dict:
+    """The setting of a configuration that gives attention this dropout; raises RaceError if it has none."""
+    if dropout is None:
+        return {}
+    for name in ATTENTION_DROPOUT:
+        if hasattr(config, name):
+            return {name: dropout}
+    raise RaceError(f"ATTENTION_DROPOUT = {dropout}: a model of type {config.model_type!r} has no such setting")
 
-    `gelu_new` is the same function, written as many elementwise operations.
+
+def _prepared(model: nn.Module) -> nn.Module:
+    """Training mode (from_pretrained gives evaluation mode); packed attention for the families that can, else padding.
+
+    Of packed models, `gelu_new` becomes the fused tanh GELU: the same function, written as many elementwise operations.
     """
+    if not is_packed(model.config):
+        for child in model.children():
+            if child is not model.base_model:
+                FullPrecision(child)
+        return model.train()
     model.set_attn_implementation("packed")
     if model.config._attn_implementation != "packed":
         raise wrong_transformers()
@@ -103,28 +131,77 @@ class CastOnce:
         return (cast,)
 
 
-def encode(encoder: nn.Module, batch) -> torch.Tensor:
-    """PackedBatch of B questions → [4B, hidden], the pooled state of each sequence's [CLS]; raises RaceError."""
+class FullPrecision:
+    """A part of a padded model's head, run in float32 whatever autocast says."""
+
+    def __init__(self, part: nn.Module):
+        self.entered: list[torch.autocast] = []
+        part.register_forward_pre_hook(self.enter)
+        part.register_forward_hook(self.leave, always_call=True)
+
+    def __getstate__(self) -> dict:  # for copies of the module
+        return {"entered": []}
+
+    def enter(self, part: nn.Module, inputs: tuple) -> tuple:
+        """Before its forward."""
+        self.entered.append(full_precision(inputs[0]))
+        self.entered[-1].__enter__()
+        return (at_least_float32(inputs[0]), *inputs[1:])
+
+    def leave(self, part: nn.Module, inputs: tuple, output) -> None:
+        """After it, also if it has failed."""
+        if self.entered:
+            self.entered.pop().__exit__(None, None, None)
+
+
+def option_logits(model: nn.Module, batch) -> torch.Tensor:
+    """PackedBatch of B questions → [4B, 1], the logit of each sequence, in float32; raises RaceError."""
+    longest = longest_input(model)
+    if longest and batch.max_seqlen > longest:
+        raise RaceError(f"a sequence of {batch.max_seqlen} tokens; the model takes {longest}: set MAX_LEN")
+    if not is_packed(model.config):
+        return at_least_float32(model(**padded_inputs(model, batch)).logits).view(-1, 1)
+    states = encode(model, batch)
+    with full_precision(states):
+        return PACKED[model.config.model_type](model, at_least_float32(states))
+
+
+def encode(model: nn.Module, batch) -> torch.Tensor:
+    """PackedBatch of B questions → [4B, hidden], of each sequence the state of [CLS], or what the head reads."""
+    encoder, config = model.base_model, model.config
     for cast in encoder.casts:  # of a forward pass that an error or a signal has ended
         cast.forget()
-    longest = encoder.config.max_position_embeddings
-    if batch.max_seqlen > longest:
-        raise RaceError(f"a sequence of {batch.max_seqlen} tokens; the model takes {longest}: set MAX_LEN")
-    inputs = {name: getattr(batch, name)[None] for name in ("input_ids", "token_type_ids", "position_ids")}
-    hidden = encoder.embeddings(**inputs)  # [1, T, embedding]
-    if encoder.config.model_type == "albert":
-        hidden = encoder.encoder.embedding_hidden_mapping_in(hidden)
-        *layers, last = albert_layers(encoder)
-        for layer in layers:
-            hidden = _apply(layer, hidden, batch)
-        cls = _albert_layer_at_cls(last, hidden, batch)
-        with full_precision(cls):
-            return encoder.pooler_activation(encoder.pooler(at_least_float32(cls)))[0]
-    for layer in encoder.encoder.layer:
-        hidden = _apply(layer, hidden, batch)
-    cls = hidden.index_select(1, batch.cu_seqlens[:-1])
-    with full_precision(cls):
-        return encoder.pooler(at_least_float32(cls).transpose(0, 1))  # it reads position 0 of each sequence
+    inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None] + first_position(model)}
+    if takes_segments(type(encoder)):
+        inputs["token_type_ids"] = batch.token_type_ids[None]
+    if config.model_type == "albert":
+        return _albert(encoder, inputs, batch)[0]
+    if hasattr(config, "layer_types"):  # ModernBERT makes masks of T × T, unless they are given
+        inputs["attention_mask"] = dict.fromkeys(config.layer_types)
+    with _taking_packing():
+        hidden = encoder(**inputs, packing=batch).last_hidden_state[0]  # [T, hidden]
+    if getattr(config, "classifier_pooling", "cls") == "mean":
+        return torch.segment_reduce(at_least_float32(hidden), "mean", lengths=batch.cu_seqlens.diff(), unsafe=True)
+    return hidden.index_select(0, batch.cu_seqlens[:-1])
+
+
+def padded_inputs(model: nn.Module, batch) -> dict[str, torch.Tensor]:
+    """PackedBatch of B questions → input_ids, attention_mask, perhaps token_type_ids: each [B, 4, longest] int64."""
+    longest, lengths = batch.max_seqlen, batch.cu_seqlens.diff()
+    first = torch.arange(len(lengths), device=lengths.device) * longest
+    if pads_left(model):
+        first = first + longest - lengths
+    place = first.repeat_interleave(lengths, output_size=len(batch.input_ids)) + batch.position_ids
+
+    def grid(values: torch.Tensor, padding: int) -> torch.Tensor:
+        empty = values.new_full((len(lengths) * longest,), padding, dtype=torch.int64)
+        return empty.index_copy(0, place, values.long()).view(-1, OPTIONS, longest)
+
+    inputs = {"input_ids": grid(batch.input_ids, model.config.pad_token_id or 0)}
+    inputs["attention_mask"] = grid(torch.ones_like(batch.input_ids), 0)
+    if takes_segments(type(model.base_model)):
+        inputs["token_type_ids"] = grid(batch.token_type_ids, 0)
+    return inputs
 
 
 def full_precision(states: torch.Tensor) -> torch.autocast:
@@ -137,18 +214,29 @@ def at_least_float32(states: torch.Tensor) -> torch.Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def _apply(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Tensor:
-    """A layer of transformers, which hands `packing` down to the attention; raises RaceError if it does not take it."""
+@contextlib.contextmanager
+def _taking_packing() -> Iterator[None]:
+    """Raise RaceError if layers of this transformers do not hand `packing` down to the attention."""
     try:
-        return layer(hidden, None, packing=batch)
+        yield
     except TypeError as error:
         if "'packing'" not in str(error):
             raise
         raise wrong_transformers() from error
 
 
+def _albert(encoder: nn.Module, inputs: dict, batch) -> torch.Tensor:
+    """→ [1, 4B, hidden]"""
+    hidden = encoder.encoder.embedding_hidden_mapping_in(encoder.embeddings(**inputs))  # [1, T, hidden]
+    *layers, last = albert_layers(encoder)
+    with _taking_packing():
+        for layer in layers:
+            hidden = layer(hidden, None, packing=batch)
+    return _albert_layer_at_cls(last, hidden, batch)
+
+
 def albert_layers(encoder: nn.Module) -> list[nn.Module]:
-    """The layers in the order in which they are applied; ALBERT applies the same one many times."""
+    """ALBERT's layers in the order in which they are applied: the same one many times."""
     config = encoder.config
     groups = [i * config.num_hidden_groups // config.num_hidden_layers for i in range(config.num_hidden_layers)]
     return [layer for group in groups for layer in encoder.encoder.albert_layer_groups[group].albert_layers]
@@ -168,85 +256,22 @@ def _albert_layer_at_cls(layer: nn.Module, hidden: torch.Tensor, batch) -> torch
     return layer.full_layer_layer_norm(layer.ff_chunk(context) + context)
 
 
-def packed_attention(
-    module, query, key, value, attention_mask, dropout: float = 0.0, scaling=None, packing=None, **kwargs
-) -> tuple[torch.Tensor, None]:
-    """Attention inside each sequence of a PackedBatch: query [1, heads, T or 4B, d] → [1, T or 4B, heads, d].
-
-    A query of 4B rows is one row a sequence. Without `packing` it is plain padded attention, as SDPA gives it.
-    """
-    if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    one_row_each = query.shape[2] != key.shape[2]
-    if dropout == 0.0 and _has_varlen(query):
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends, longest = packing.cu_seqlens, packing.max_seqlen
-        query_ends = torch.arange(len(ends), device=ends.device, dtype=ends.dtype) if one_row_each else ends
-        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-        out = varlen_attn(query, key, value, query_ends, ends, 1 if one_row_each else longest, longest, scale=scaling)
-        return out[None], None
-    settings = {"dropout_p": dropout, "scale": scaling}
-    if packing.max_seqlen <= SHORT:
-        return _masked_attention(query, key, value, packing, one_row_each, **settings), None
-    rows = [1] * len(packing.lengths) if one_row_each else packing.lengths
-    # Cut with the tokens in front, as they lie in memory: the gradient is then joined by plain copies.
-    lengths = (rows, packing.lengths, packing.lengths)
-    cut = [states.transpose(1, 2).split(each, 1) for states, each in zip((query, key, value), lengths, strict=True)]
-    out = [
-        F.scaled_dot_product_attention(*(states.transpose(1, 2) for states in sequence), **settings).transpose(1, 2)
-        for sequence in zip(*cut, strict=True)
-    ]
-    return torch.cat(out, 1), None
-
-
-def _masked_attention(query, key, value, packing, one_row_each: bool, **settings) -> torch.Tensor:
-    """All sequences in one padded and masked call, for short ones."""
-    count, longest = len(packing.lengths), packing.max_seqlen
-    lengths = packing.cu_seqlens.diff()
-    sequence = torch.arange(count, device=lengths.device).repeat_interleave(lengths, output_size=key.shape[2])
-    place = packing.position_ids + sequence * longest  # [T], of each token among [4B * longest]
-
-    def pad(states: torch.Tensor) -> torch.Tensor:  # [1, heads, T, d] → [4B, heads, longest, d]
-        rows = states[0].transpose(0, 1).flatten(1)
-        grid = rows.new_zeros(count * longest, rows.shape[1]).index_copy(0, place, rows)
-        return grid.view(count, longest, *states.shape[1::2]).transpose(1, 2)
-
-    key, value = pad(key), pad(value)
-    query = query.transpose(0, 2) if one_row_each else pad(query)
-    mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
-    out = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], **settings).transpose(1, 2).flatten(2)
-    rows = out.flatten(0, 1) if one_row_each else out.flatten(0, 1).index_select(0, place)
-    return rows.view(1, len(rows), key.shape[1], -1)
-
-
-def _has_varlen(query: torch.Tensor) -> bool:
-    """Whether FlashAttention's variable-length kernel takes this query (half precision, Ampere or newer)."""
-    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    width = query.shape[-1]
-    return half and width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
-
-
 def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> str:
-    """Which attention packed training runs through, in words."""
+    """How sequences run through training, in words."""
+    if not is_packed(config):
+        return "padded to the longest of a micro-batch"
     width = config.hidden_size // config.num_attention_heads
-    dropout = config.attention_probs_dropout_prob
-    if half and dropout == 0 and _has_varlen(torch.empty(0, width, dtype=half, device=device)):
+    if attention_dropout(config) == 0 and has_varlen(device, half, width):
         return "attention of variable length"
     return f"attention sequence by sequence (up to {SHORT} tokens in one masked call)"
-
-
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", sdpa_mask)
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """torch.compile of each layer; lengths are dynamic, and attention stays outside, so that few graphs serve all."""
     AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
-    encoder = model.base_model.encoder
-    layers = albert_layers(model.base_model) if model.config.model_type == "albert" else encoder.layer
-    for layer in {id(layer): layer for layer in layers}.values():
-        layer.compile(dynamic=True, backend=backend)
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # what transformers makes of every layer of an encoder
+            layer.compile(dynamic=True, backend=backend)
 
 
 def token_budget(model: nn.Module, device: torch.device, half: bool) -> int:
@@ -261,13 +286,15 @@ def token_budget(model: nn.Module, device: torch.device, half: bool) -> int:
 def token_budget_for(config: PretrainedConfig, parameters: int, free: int, half: bool) -> int:
     """Tokens of a micro-batch with `free` bytes: nine tenths of them, less weights and optimizer state.
 
-    Kept for the backward pass, a token and layer. In float32: its input, query, key, value, context as attention gives
+    Of a padded family, padding is counted, and the maps of attention that it keeps. Kept for the backward pass, a token and layer. In float32: its input, query, key, value, context as attention gives
     it and as joined, two layer-norm inputs and one output (9 hidden of 4 bytes), and the feed-forward before and after
     its activation (2 intermediate). Under autocast: the layer-norm inputs in float32, 7 hidden and 2 intermediate of 2
     bytes. In the backward pass, one layer's gradients need about as much again.
     """
     layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)
-    hidden, intermediate = config.hidden_size, config.intermediate_size
+    hidden, intermediate = config.hidden_size, intermediate_size(config)
     layer = 22 * hidden + 4 * intermediate if half else 36 * hidden + 8 * intermediate
+    if not is_packed(config):
+        layer += ATTENTION_MAPS * config.num_attention_heads * MAX_LEN * (2 if half else 4)
     fixed = 20 * parameters + (1 << 29)  # weights, gradients, two moments, casts or buckets; context and workspace
     return int(max(OPTIONS * MAX_LEN, (0.9 * free - fixed) / (layer * (layers + 1) + 32 * hidden)))

@@ -6,7 +6,8 @@ import re
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from race import FAMILIES, RaceError
+from race import RaceError
+from race.families import check_family
 
 MODEL_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "*.txt"]
 TENSORFLOW = ("*.ckpt*", "*.data-?????-of-?????", "albert_config.json", "bert_config.json", "tf_model.h5")
@@ -77,7 +78,7 @@ def spiece_file(model: str | Path) -> Path | None:
 
 
 def load_config(model: str | Path):
-    """The configuration of a hub name or folder; raises RaceError unless it is that of an ALBERT or BERT."""
+    """The configuration of a hub name or folder; raises RaceError if its family is not run here."""
     from transformers import AutoConfig
 
     check_place(model)
@@ -89,13 +90,6 @@ def load_config(model: str | Path):
         raise not_loaded(model, "configuration", error, f"config.json {wrong}; fetch it again") from error
     check_family(config, model)
     return config
-
-
-def check_family(config, model: str | Path | None = None) -> None:
-    """Raise RaceError unless a configuration is that of an ALBERT or BERT."""
-    if config.model_type not in FAMILIES:
-        name = "" if model is None else f"{model}: "
-        raise RaceError(f"{name}a model of type {config.model_type!r}; expected {' or '.join(FAMILIES)}")
 
 
 def not_loaded(model: str | Path, part: str, error: Exception, local: str) -> RaceError:

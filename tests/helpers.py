@@ -19,13 +19,14 @@ RECORD = {  # two questions in RACE's own layout
 NOTEBOOKS = (*STAGES, "eval_test_dataset_race", "eval_test_dataset_race_2")
 
 
-def padded(batch) -> dict[str, torch.Tensor]:
+def padded(batch, left: bool = False, padding: int = 0) -> dict[str, torch.Tensor]:
     """A PackedBatch as the padded [B, 4, L] tensors that Hugging Face's model takes."""
     shape = len(batch.lengths), batch.max_seqlen
-    ids, segments, mask = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    ids, segments, mask = (torch.full(shape, fill) for fill in (padding, 0, 0))
     for i, (start, length) in enumerate(zip(batch.cu_seqlens.tolist(), batch.lengths, strict=False)):
-        ids[i, :length] = batch.input_ids[start : start + length]
-        segments[i, :length] = batch.token_type_ids[start : start + length]
-        mask[i, :length] = 1
+        row = slice(shape[1] - length, None) if left else slice(0, length)
+        ids[i, row] = batch.input_ids[start : start + length]
+        segments[i, row] = batch.token_type_ids[start : start + length]
+        mask[i, row] = 1
     tensors = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
     return {name: tensor.view(-1, 4, shape[1]) for name, tensor in tensors.items()} | {"labels": batch.labels}

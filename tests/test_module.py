@@ -34,7 +34,7 @@ def pair(request, monkeypatch):
     Once with an attention call for each sequence, once with the one call that short sequences get.
     """
     family, short = request.param
-    monkeypatch.setattr("race.encoder.SHORT", short)
+    monkeypatch.setattr("race.attention.SHORT", short)
     config = request.getfixturevalue(f"{family}_config")
     torch.manual_seed(0)
     reference = REFERENCE[family](config).double().train()

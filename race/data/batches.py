@@ -53,9 +53,12 @@ class PackedBatch:
         tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, **tensors)
 
-    def micro_batches(self, token_budget: int | None) -> Iterator["PackedBatch"]:
-        """Parts of the batch, in order, of at most `token_budget` tokens or one question; None: the whole batch."""
-        ends = part_ends(np.reshape(self.lengths, (-1, OPTIONS)).sum(1).tolist(), token_budget)
+    def micro_batches(self, token_budget: int | None, padded: bool = False) -> Iterator["PackedBatch"]:
+        """Parts of the batch, in order, of at most `token_budget` tokens or one question; None: the whole batch.
+
+        padded: as of a model to which every sequence is padded to the longest of its part.
+        """
+        ends = part_ends(np.reshape(self.lengths, (-1, OPTIONS)), token_budget, padded)
         for first, last in itertools.pairwise([0, *ends]):
             yield self._part(first, last)
 
@@ -72,14 +75,18 @@ class PackedBatch:
         return PackedBatch(*parts, cu_seqlens, self.labels[first:last], lengths)
 
 
-def part_ends(sizes: list[int], token_budget: int | None) -> list[int]:
-    """Where each part of a batch ends, whose questions have so many tokens."""
-    ends, tokens = [], 0
-    for question, size in enumerate(sizes):
-        if token_budget is not None and question and tokens + size > token_budget:
-            ends, tokens = [*ends, question], 0
-        tokens += size
-    return [*ends, len(sizes)]
+def part_ends(lengths: np.ndarray, token_budget: int | None, padded: bool = False) -> list[int]:
+    """Where each part of a batch ends; lengths [B, 4] of its sequences. padded: as of micro_batches."""
+    ends, start = [], 0
+    for question in range(1, len(lengths)) if token_budget is not None else ():
+        if tokens_of(lengths[start : question + 1], padded) > token_budget:
+            ends, start = [*ends, question], question
+    return [*ends, len(lengths)]
+
+
+def tokens_of(lengths: np.ndarray, padded: bool) -> int:
+    """Tokens of these sequences, with their padding if they are padded."""
+    return int(lengths.max() * lengths.size if padded else lengths.sum())
 
 
 def collate(items: list[dict]) -> PackedBatch:
@@ -107,13 +114,21 @@ class ShuffledBatches(Sampler[list[int]]):
     """Batches of question indices, in an order that depends on (seed, epoch) only, from batch number `first` on.
 
     With several processes, each takes every `world`-th question of every batch: a batch holds the same questions
-    whatever their number.
+    whatever their number. sizes: [N] tokens of each question; the longest ones of a batch then come first.
     """
 
     def __init__(
-        self, questions: int, batch_size: int, seed: int, epoch: int = 0, first: int = 0, rank: int = 0, world: int = 1
+        self,
+        questions: int,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        sizes: np.ndarray | None = None,
     ):
-        self.questions, self.batch_size, self.seed = questions, batch_size, seed
+        self.questions, self.batch_size, self.seed, self.sizes = questions, batch_size, seed, sizes
         self.epoch, self.first, self.rank, self.world = epoch, first, rank, world
 
     @property
@@ -130,9 +145,12 @@ class ShuffledBatches(Sampler[list[int]]):
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.questions)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self.order().tolist()
+        order = self.order()
         for start in range(self.first * self.batch_size, self.questions, self.batch_size):
-            yield order[start : start + self.batch_size][self.rank :: self.world]
+            batch = order[start : start + self.batch_size]
+            if self.sizes is not None:
+                batch = batch[np.argsort(-self.sizes[batch], kind="stable")]
+            yield batch[self.rank :: self.world].tolist()
 
     def __len__(self) -> int:
         return -(-self.questions // self.batch_size) - self.first

@@ -138,6 +138,7 @@ class RaceDataModule(pl.LightningDataModule):
             raise RaceError(f"level is {level!r}, expected {', '.join(LEVELS)} or None")
         self.cache_dir, self.batch_size, self.max_len = Path(cache_dir), batch_size, max_len
         self.num_workers, self.limit_questions, self.seed, self.level = num_workers, limit_questions, seed, level
+        self.longest_first = False  # within a training batch: for models that pad, so that like lengths go together
         self.train_dataset = self.val_dataset = self.test_dataset = None
         self._start = (0, 0)
 
@@ -211,8 +212,9 @@ class RaceDataModule(pl.LightningDataModule):
         """Shuffled batches of `batch_size` questions over all processes; the last one of an epoch may be smaller."""
         dataset, (rank, world) = self.dataset("train"), self._process()
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        batches = ShuffledBatches(len(dataset), self.batch_size, self.seed, epoch, self.first_batch(epoch), rank, world)
-        return self._loader(dataset, batches)
+        place = self.seed, epoch, self.first_batch(epoch), rank, world
+        sizes = dataset.lengths().max(1) if self.longest_first else None
+        return self._loader(dataset, ShuffledBatches(len(dataset), self.batch_size, *place, sizes))
 
     def val_dataloader(self) -> DataLoader:
         """The validation questions, longest first."""

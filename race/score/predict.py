@@ -178,7 +178,7 @@ def _probabilities(module: RaceModule, batch, precision: str) -> np.ndarray:
     """[B, 4] probabilities of the options of a batch, computed on the module's device, in micro-batches that fit."""
     half = AUTOCAST[precision]
     while True:
-        parts, done = list(batch.to(module.device).micro_batches(module.token_budget)), []
+        parts, done = list(batch.to(module.device).micro_batches(module.token_budget, module.padded)), []
         try:
             with torch.autocast(module.device.type, half, enabled=half is not None):
                 for part in parts:

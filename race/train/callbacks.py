@@ -153,8 +153,9 @@ def in_force(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     """What a stage runs on and how: device, precision, attention, micro-batches of its longest batch."""
     device, data, precision = trainer.strategy.root_device, trainer.datamodule, trainer.precision
     kernel = attention_kernel(module.model.config, device, AUTOCAST.get(precision))
-    sizes = -np.sort(-data.dataset("train").lengths().sum(1))[: -(-data.batch_size // trainer.world_size)]
-    parts = len(part_ends(sizes.tolist(), module.token_budget))
+    dataset = data.dataset("train")
+    longest = dataset.length_order()[: -(-data.batch_size // trainer.world_size)]
+    parts = len(part_ends(dataset.lengths()[longest], module.token_budget, module.padded))
     return (
         f"{module.lineage.get('stage', 'training')} runs on {hardware(device)}, {precision}, {kernel}; "
         f"micro-batches in its longest step: {parts} (TOKEN_BUDGET {module.token_budget:,})"
