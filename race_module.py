@@ -59,6 +59,7 @@ class RaceModule(pl.LightningModule):
             build_model(config, attention_dropout) if model is None else load_pretrained(model, attention_dropout)
         )
         self.learning_rate, self.weight_decay, self.adam_epsilon = learning_rate, weight_decay, adam_epsilon
+        self.attention_dropout = attention_dropout
         self.token_budget, self.budget_is_fitted = token_budget, token_budget is None
         self.padded = not is_packed(self.model.config)  # a family whose sequences cannot be packed (race.families)
         self.lineage: dict = {}  # where these weights come from; saved in checkpoints

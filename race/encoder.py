@@ -286,7 +286,9 @@ def token_budget(model: nn.Module, device: torch.device, half: bool) -> int:
 def token_budget_for(config: PretrainedConfig, parameters: int, free: int, half: bool) -> int:
     """Tokens of a micro-batch with `free` bytes: nine tenths of them, less weights and optimizer state.
 
-    Of a padded family, padding is counted, and the maps of attention that it keeps. Kept for the backward pass, a token and layer. In float32: its input, query, key, value, context as attention gives
+    Of a padded family, padding is counted, and the maps of attention that it keeps.
+
+    Kept for the backward pass, a token and layer. In float32: its input, query, key, value, context as attention gives
     it and as joined, two layer-norm inputs and one output (9 hidden of 4 bytes), and the feed-forward before and after
     its activation (2 intermediate). Under autocast: the layer-norm inputs in float32, 7 hidden and 2 intermediate of 2
     bytes. In the backward pass, one layer's gradients need about as much again.

@@ -174,6 +174,7 @@ KINDS: dict[str, tuple[Callable, str]] = {
     "EXPORT_DIR": (_or_none(_path), "a folder, or None"),
     **dict.fromkeys(("LEARNING_RATE", "SAVE_MINUTES"), (_number, "a number")),
     **dict.fromkeys(("MAX_EPOCHS", "BATCH_SIZE", "MAX_LEN", "SEED"), COUNT),
+    "ATTENTION_DROPOUT": (_or_none(_number), "a number, or None"),
     **dict.fromkeys(("LIMIT_QUESTIONS", "EARLY_STOPPING", "TOKEN_BUDGET"), COUNT_OR_NONE),
     "PRECISION": (_or_none(_precision), "a name such as bf16-mixed, or None"),
     "SPLIT": (_one_of(SPLITS), f"one of {', '.join(SPLITS)}"),

@@ -12,8 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAP
 
 from race import OPTIONS, RaceError
 from race.data import collate
-from race.encoder import padded_inputs
-from race.families import PACKED, REFUSED, check_family, first_position, longest_input, pads_left, takes_segments
+from race.families import PACKED, REFUSED, check_family, pads_left, takes_segments
 from race_module import RaceModule
 
 OTHER_WAYS = {"modernbert-mean": ("modernbert", {"classifier_pooling": "mean"})}

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
 
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from helpers import NOTEBOOKS, ROOT, STAGES
+from tiny_models import write_tiny_model
 
-from race import RaceError
+from race import LETTERS, RaceError
 from race.chain import run_notebook
+from race.data import RaceDataModule
+from race.data.cache import build_cache
 from race.train.checkpoints import weights_hash
 from race.train.stages import Stage
 from race.written import listed
@@ -179,3 +184,29 @@ def test_the_recipe_is_the_default():
         (source,) = [cell.source for cell in cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
         for line in (f"LEARNING_RATE = {rate}", f"MAX_EPOCHS = {epochs}", "BATCH_SIZE = 32", "MAX_LEN = 512"):
             assert line in source
+
+
+@pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
+def test_another_family_goes_the_same_way(family, corpus, tmp_path):
+    """A cache, a stage, scores and an export through the notebooks; transformers alone then answers the same."""
+    articles = [json.loads(path.read_text())["article"] for path in sorted(corpus.rglob("*.txt"))]
+    model = write_tiny_model(family, tmp_path / "model", articles, max_position_embeddings=514)
+    build_cache(str(corpus), str(model), tmp_path / "cache")
+    places = {"CACHE_DIR": "cache", "CHECKPOINT_DIR": "checkpoints", "RUN_DIR": "run"}
+    places = {name: str(tmp_path / folder) for name, folder in places.items()} | {"LIMIT_QUESTIONS": 24}
+    run_notebook("ex01", places | {"LEARNING_RATE": 1e-3, "MAX_EPOCHS": 1, "ATTENTION_DROPOUT": 0})
+    run_notebook("eval_test_dataset_race", places | {"EXPORT_DIR": str(tmp_path / "export")})
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    assert checkpoint.name.startswith(f"e1-{family}-race-epoch=00-val_loss_epoch=")
+    example = re.search(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)[1]
+    card: dict = {}
+    exec(example.replace('"export"', repr(str(tmp_path / "export"))), card)
+    (saved,) = (tmp_path / "run" / "predictions").glob("e1-*-test.parquet")
+    answered = pd.read_parquet(saved)
+    texts = RaceDataModule(tmp_path / "cache", limit_questions=24).dataset("test")
+    for index, row in answered.iterrows():
+        text = texts.text(index)
+        with torch.no_grad():
+            logits = card["model"](**card["encode"](text["article"], text["question"], text["options"])).logits[0]
+        ours = torch.tensor(row[[f"p_{letter}" for letter in LETTERS]].to_numpy(float))
+        assert (logits.softmax(0) - ours).abs().max() < 1e-5

@@ -289,10 +289,15 @@ def splits_of(manifest: dict) -> list[str]:
 
 def template_of(manifest: dict) -> Template:
     """How the sequences of a cache are put together."""
-    if "template" in manifest:
-        return Template(**{name: tuple(ids) for name, ids in manifest["template"].items()})
-    cls, sep = ((manifest["tokenizer"][name],) for name in ("cls", "sep"))  # as older caches keep it
-    return Template(before=cls, between=sep, after=sep, segments=(0, 1))
+    if "template" not in manifest:  # as older caches keep it
+        cls, sep = ((manifest["tokenizer"][name],) for name in ("cls", "sep"))
+        return Template(before=cls, between=sep, after=sep, segments=(0, 0, 0, 1, 1))
+    kept = {name: tuple(ids) for name, ids in manifest["template"].items()}
+    if len(kept["segments"]) == 2:  # of before version 1.4: up to the question, and of the rest
+        first, second = kept["segments"]
+        lengths = [len(kept[name]) + 1 for name in ("before", "between", "after")]
+        kept["segments"] = (first,) * (sum(lengths[:2]) - 1) + (second,) * lengths[2]
+    return Template(**kept)
 
 
 def check_tokenizer(model: str | Path, manifest: dict, cache_dir: str | Path) -> None:

@@ -32,27 +32,31 @@ def keep_last(lists: pa.ListArray, count: int) -> pa.ListArray:
 class Template:
     """The special tokens of a sequence, `before` article `between` question+option `after`, and its segment ids.
 
-    segments: the token type of all up to the question, and of the rest.
+    segments: the token type of each special token and of the two texts, in their order: of [CLS] article [SEP]
+    question+option [SEP] five, 0 0 0 1 1.
     """
 
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
-    segments: tuple[int, int]
+    segments: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer) -> "Template":
-        """Read from a pair that the tokenizer encodes; raises RaceError if special tokens do not enclose both texts."""
+        """Read from a pair that the tokenizer encodes; raises RaceError if none stand between the texts."""
         pair = tokenizer("a", "b", return_token_type_ids=True, return_special_tokens_mask=True)
-        ids, types = pair["input_ids"], pair["token_type_ids"]
-        runs = itertools.groupby(zip(pair["special_tokens_mask"], ids, strict=True), key=lambda token: token[0])
-        parts = [(special, tuple(number for _, number in run)) for special, run in runs]
-        if [special for special, _ in parts] != [1, 0, 1, 0, 1]:
+        tokens = zip(pair["special_tokens_mask"], pair["input_ids"], pair["token_type_ids"], strict=True)
+        runs = [(special, [*run]) for special, run in itertools.groupby(tokens, key=lambda token: token[0])]
+        specials = [tuple(number for _, number, _ in run) for special, run in runs if special]
+        if runs and not runs[0][0]:  # as XLNet, which has none before the article
+            specials.insert(0, ())
+        kinds = [kind for special, run in runs for *_, kind in (run if special else run[:1])]
+        if [special for special, _ in runs][-4:] != [0, 1, 0, 1] or len(specials) != 3:
             raise RaceError(
-                f"{tokenizer.name_or_path}: its tokenizer does not encode a pair of texts as "
-                "[CLS] article [SEP] question [SEP]; choose an ALBERT or BERT model"
+                f"{tokenizer.name_or_path}: its tokenizer does not encode a pair of texts with special tokens between "
+                "and after them, as [CLS] article [SEP] question [SEP]; choose another model (docs/models.md)"
             )
-        return cls(*(tokens for _, tokens in parts[::2]), segments=(types[0], types[-1]))
+        return cls(*specials, segments=tuple(kinds))
 
     @property
     def specials(self) -> int:
@@ -66,10 +70,16 @@ class Template:
         """
         qa = qa[-(max_len - self.specials) :]
         article = article[: max_len - self.specials - len(qa)]
-        first = len(self.before) + len(article) + len(self.between)
         parts = self.before, article, self.between, qa, self.after
         input_ids = np.concatenate(parts, dtype=np.int64, casting="unsafe")  # numpy takes an empty list for floats
-        return input_ids, np.repeat(self.segments, [first, len(input_ids) - first])
+        counts = [1] * (self.specials + 2)
+        counts[len(self.before)], counts[-len(self.after) - 1] = len(article), len(qa)
+        return input_ids, np.repeat(self.segments, counts)
+
+    def texts(self, input_ids: np.ndarray, qa_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The parts of a sequence with the article and with question+option, each with its special tokens."""
+        start = len(input_ids) - len(self.after) - min(qa_length, len(input_ids) - self.specials)
+        return input_ids[:start], input_ids[start:]
 
     def item(self, article, options: list, max_len: int, label: int, example_id: str) -> dict:
         """A question as the data module gives it: a sequence for each option."""
@@ -106,5 +116,5 @@ def check_encoding(tokenize, template: Template, passages: list, max_qa_len: int
         if len(qa) <= min(max_qa_len, MAX_LEN // 4) and sequence != pair:
             raise RaceError(
                 f"{tokenize.tokenizer.name_or_path}: its tokenizer encodes pairs of texts in another way than "
-                f"{template} (seen on {passage.example_id}); choose an ALBERT or BERT model"
+                f"{template} (seen on {passage.example_id}); choose another model (docs/models.md)"
             )

@@ -40,9 +40,24 @@ def model_card(facts: dict, scores: pd.DataFrame | None, name: str) -> ModelCard
         rows=rows,
         seen="" if scores is None else _seen(scores),
         precisions=", ".join(sorted(set(scores["precision"]))) if rows and "precision" in scores else "",
+        **_template(facts["template"]),
         lineage=[_link(link) for link in facts["lineage"]],
         cached=", ".join(f"{count:,} in {split}" for split, count in facts["questions"].items()),
     )
+
+
+def _template(template: dict) -> dict:
+    """How a sequence is put together, for the sentence and for the code of the card."""
+    parts = [template[name] for name in ("before", "between", "after")]
+    before, between, after = map(" ".join, template["tokens"])
+    segments = template["segments"]
+    return {
+        "sequence": f"{before} article {between} question+option {after}".strip(),
+        "special_ids": ", ".join(str(list(part)) for part in parts),
+        "special_tokens": ", ".join(text or "none" for text in (before, between, after)),
+        "specials": sum(map(len, parts)),
+        "kinds": (segments[len(parts[0])], segments[-len(parts[2]) - 1], list(segments[-len(parts[2]) :])),
+    }
 
 
 def _score(row: pd.Series, facts: dict) -> dict:

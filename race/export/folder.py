@@ -1,5 +1,6 @@
 """A checkpoint as a folder that transformers loads by itself: weights, tokenizer, configuration and model card."""
 
+import dataclasses
 import json
 import re
 from importlib.metadata import version
@@ -12,15 +13,15 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from race import LETTERS, MAX_LEN, OPTIONS, RACE_QUESTIONS, SPLITS, RaceError
 from race.data import RaceDataModule, collate
-from race.data.cache import check_files, read_manifest
+from race.data.cache import check_files, read_manifest, template_of
 from race.export.card import model_card
+from race.families import longest_input, pads_left, takes_segments
 from race.files import file_identity, known_hash, move_into_place, set_mode, temporary_folder
 from race.train.checkpoints import Checkpoint
 from race_module import RaceModule
 
 FORMAT = 1
 LOGIT_TOLERANCE = 1e-4  # float32 sums in another order differ by about 1e-6; wrong weights by far more
-MODEL_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]  # ALBERT's default leaves the segments out
 RESULTS_NEEDED = ["checkpoint", "split", "level", "questions", "accuracy", "ci_low", "ci_high"]
 
 
@@ -41,7 +42,7 @@ def export_checkpoint(
     """
     out = Path(out_dir)
     module, lineage, manifest, scores = _read(Path(checkpoint), out, Path(cache_dir), results, repo, force)
-    facts = _facts(module, lineage, manifest)
+    facts = _facts(module, lineage, manifest, Path(cache_dir) / "model")
     with temporary_folder(out) as temporary:
         folder = temporary / out.name
         try:
@@ -125,7 +126,7 @@ def _scores(results: Path, checkpoint: Checkpoint, manifest: dict) -> pd.DataFra
     return table
 
 
-def _facts(module: RaceModule, lineage: list[Checkpoint], manifest: dict) -> dict:
+def _facts(module: RaceModule, lineage: list[Checkpoint], manifest: dict, tokenizer: Path) -> dict:
     """What export.json and the card say of the model, in plain values."""
     checkpoint = lineage[-1]
     trained_on = checkpoint.lineage.get("cache") or {}
@@ -145,14 +146,23 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], manifest: dict) -> dic
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "optimizer": {"weight_decay": module.weight_decay, "epsilon": module.adam_epsilon},
         "learning_rate": module.learning_rate,
-        "max_len": min(MAX_LEN, module.model.config.max_position_embeddings),
+        "max_len": min(MAX_LEN, longest_input(module.model) or MAX_LEN),
         "max_qa_len": manifest["max_qa_len"],
+        "template": _template(module, manifest, tokenizer),
         "lineage": links,
         "base_model": _hub_id(lineage[0]),
         "data": {"name": _public(data["name"]), "sha256": data["sha256"], "is_race": _is_race(manifest, data)},
         "questions": {split: counts["questions"] for split, counts in manifest["splits"].items()},
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
     }
+
+
+def _template(module: RaceModule, manifest: dict, tokenizer: Path) -> dict:
+    """How a sequence is put together: ids and texts of its special tokens, and its segments if the model takes any."""
+    template = dataclasses.asdict(template_of(manifest))
+    tokens = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).convert_ids_to_tokens
+    texts = [tokens(list(template[part])) for part in ("before", "between", "after")]
+    return template | {"tokens": texts, "has_segments": takes_segments(type(module.model.base_model))}
 
 
 def _is_race(manifest: dict, data: dict) -> bool:
@@ -176,14 +186,19 @@ def _public(name: str) -> str:
 
 def _write_model(module: RaceModule, tokenizer: Path, folder: Path) -> None:
     """Weights, configuration and tokenizer in the form that transformers reads."""
-    module.model.set_attn_implementation("sdpa")  # a choice of the process, not saved; "packed" is this repository's
+    if not module.padded:
+        module.model.set_attn_implementation("sdpa")  # a choice of the process; "packed" is this repository's
     module.model.config.id2label = dict(enumerate(LETTERS))
     module.model.config.label2id = {letter: label for label, letter in enumerate(LETTERS)}
     module.model.save_pretrained(folder)
-    module.model.set_attn_implementation("packed")
+    if not module.padded:
+        module.model.set_attn_implementation("packed")
     AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
     config = folder / "tokenizer_config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) | {"model_input_names": MODEL_INPUTS}
+    segments = ["token_type_ids"] if takes_segments(type(module.model.base_model)) else []
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["model_input_names"] = ["input_ids", *segments, "attention_mask"]  # ALBERT's default leaves segments out
+    settings["padding_side"] = "left" if pads_left(module.model) else "right"
     settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     for path in folder.iterdir():
@@ -195,12 +210,14 @@ def _largest_difference(module: RaceModule, folder: Path, cache_dir: str | Path,
     data = RaceDataModule(cache_dir, max_len=facts["max_len"])
     dataset = data.open_split([split for split in SPLITS if split in data.manifest["splits"]][-1])
     items = [dataset[i] for i in range(min(2, len(dataset)))]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [
         {"input_ids": ids.tolist(), "token_type_ids": segments.tolist()}
         for item in items
         for ids, segments in zip(item["input_ids"], item["token_type_ids"], strict=True)
     ]
-    padded = AutoTokenizer.from_pretrained(folder).pad(rows, return_tensors="pt")
+    rows = [{name: ids for name, ids in row.items() if name in tokenizer.model_input_names} for row in rows]
+    padded = tokenizer.pad(rows, return_tensors="pt")
     model = AutoModelForMultipleChoice.from_pretrained(folder).eval()
     with torch.inference_mode():
         theirs = model(**{name: tensor.view(len(items), OPTIONS, -1) for name, tensor in padded.items()}).logits

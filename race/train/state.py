@@ -253,8 +253,9 @@ def _gathered(value: object, processes: int) -> list:
 def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule) -> dict:
     """What must be unchanged to resume a stage, by the names of the notebooks' parameters."""
     base = {"the base": "base", "the base's sha256": "base_sha256", "the cache": "cache"}
+    recipe = ("LEARNING_RATE", "weight_decay", "adam_epsilon", "ATTENTION_DROPOUT")
     identity = {name: module.lineage.get(key) for name, key in base.items()}
-    identity |= {name: getattr(module, name.lower()) for name in ("LEARNING_RATE", "weight_decay", "adam_epsilon")}
+    identity |= {name: getattr(module, name.lower()) for name in recipe}
     return identity | {name: value for name, value in data.made_with.items() if name != "CACHE_DIR"}
 
 

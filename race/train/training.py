@@ -16,10 +16,11 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from race import LETTERS, RaceError, check_least
-from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest
+from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest, template_of
 from race.data.seen import seen_articles
 from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
+from race.families import takes_segments
 from race.model_files import load_config
 from race.settings import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
@@ -43,9 +44,9 @@ MEETING_MINUTES = 10.0  # how long the processes of a stage wait for each other 
 
 
 def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
-    """One cached question decoded back to text: a row for each option, with the text of its two segments.
+    """One cached question decoded back to text: a row for each option, with the text of its two parts.
 
-    Segments of more than `width` characters are shown without their middle.
+    Parts of more than `width` characters are shown without their middle.
     """
     from transformers import AutoTokenizer
 
@@ -54,10 +55,10 @@ def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
 
     tokenizer = AutoTokenizer.from_pretrained(Path(dataset.cache_dir) / "model", trust_remote_code=False)
     item, rows = dataset[index], []
-    for option, (ids, segments) in enumerate(zip(item["input_ids"], item["token_type_ids"], strict=True)):
-        texts = [shortened(tokenizer.decode(ids[segments == segment])) for segment in (0, 1)]
+    for option, (ids, parts) in enumerate(zip(item["input_ids"], dataset.parts(index), strict=True)):
+        texts = [shortened(tokenizer.decode(part)) for part in parts]
         rows.append([LETTERS[option], "correct" if option == item["label"] else "", len(ids), *texts])
-    table = pd.DataFrame(rows, columns=["option", "answer", "tokens", "segment 0", "segment 1"])
+    table = pd.DataFrame(rows, columns=["option", "answer", "tokens", "article", "question and option"])
     return table.set_index("option").rename_axis(None)
 
 
@@ -71,7 +72,7 @@ def start_stage(
     """The module that a stage trains: the weights of its base, and no optimizer state.
 
     The first stage starts from `base_model` (None: the model kept in the cache), others from `base_checkpoint` (None:
-    the best one of the stage before). settings: learning_rate, weight_decay, adam_epsilon, token_budget of RaceModule.
+    the best one of the stage before). settings: those of RaceModule, such as learning_rate.
     """
     manifest = read_manifest(cache_dir)
     identity = cache_identity(manifest)
@@ -86,16 +87,15 @@ def start_stage(
         encoder = module.model.base_model
         base, chain = str(base_model or manifest["model"]["name"]), []
         articles = _articles_of(base_model or Path(cache_dir) / "model", base)
-        sha256 = weights_hash(encoder.embeddings, encoder.encoder)  # later stages: of the file
+        pretrained = [part for name, part in encoder.named_children() if not name.startswith("pooler")]
+        sha256 = weights_hash(*pretrained)  # later stages: of the file
     else:
         checkpoint = Checkpoint(base_checkpoint) if base_checkpoint else stage.before.best()
         checkpoint.check_encoding(manifest, cache_dir)
         module = checkpoint.load(cache_dir, **settings)
         base, sha256, chain = checkpoint.name, checkpoint.sha256, [*checkpoint.chain, checkpoint.stage or "unknown"]
         articles = checkpoint.lineage.get("articles")
-    known, used = module.model.config.vocab_size, manifest["tokenizer"]["vocabulary"]
-    if known < used:
-        raise RaceError(f"the model has {known} tokens, the cache {used}: make a cache with the model's own tokenizer")
+    check_fits(module.model, manifest)
     module.lineage = {"stage": stage.name, "cache": identity, "tokenizer": identity["tokenizer"]}
     module.lineage |= {"base": base, "base_sha256": sha256, "chain": chain, "recipe": settings}
     module.lineage |= {"articles": articles}
@@ -103,6 +103,16 @@ def start_stage(
     module.made_with = {name.upper(): value for name, value in settings.items()} | {"CACHE_DIR": str(cache_dir)}
     module.made_with |= {"BASE_MODEL": base_model, "BASE_CHECKPOINT": base_checkpoint, "SEED": torch.initial_seed()}
     return module
+
+
+def check_fits(model: torch.nn.Module, manifest: dict) -> None:
+    """Raise RaceError if a cache has tokens or segments that a model does not know."""
+    known, used = model.config.vocab_size, manifest["tokenizer"]["vocabulary"]
+    if known < used:
+        raise RaceError(f"the model has {known} tokens, the cache {used}: make a cache with the model's own tokenizer")
+    known, used = getattr(model.config, "type_vocab_size", 0), max(template_of(manifest).segments) + 1
+    if takes_segments(type(model.base_model)) and 0 < known < used:
+        raise RaceError(f"the model has {known} segments, the cache {used}: its tokenizer is that of another model")
 
 
 def _articles_of(model: str | Path, name: str) -> dict | None:
@@ -160,9 +170,10 @@ def train_stage(
         callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))
     if compile:
         compile_layers(module.model)
-    family, before = module.model.config.model_type, torch.are_deterministic_algorithms_enabled()
-    trainer = _trainer(stage, family, state, max_epochs, device, precision, log_every, deterministic, callbacks)
+    before = torch.are_deterministic_algorithms_enabled()
+    trainer = _trainer(stage, module, state, max_epochs, device, precision, log_every, deterministic, callbacks)
     data.start_at(0, 0)
+    data.longest_first = module.padded
     recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
     recipe |= {"precision": trainer.precision, "processes": trainer.world_size}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
@@ -198,7 +209,7 @@ def _state_of(stage: Stage, fresh: int, identity: dict) -> dict | None:
 
 def _trainer(
     stage: Stage,
-    family: str,
+    module: RaceModule,
     state: dict | None,
     max_epochs: int,
     device: torch.device,
@@ -209,6 +220,8 @@ def _trainer(
 ) -> pl.Trainer:
     """A checkpoint after each epoch, CSV and TensorBoard logs (of a resumed stage, those from before), progress bar."""
     _quiet()
+    family = module.model.config.model_type
+    without_gradient = module.padded or family == "xmod"  # weights such as the adapters of other languages
     checkpoints = ModelCheckpoint(
         stage.checkpoint_dir,
         filename=f"{stage.name}-{family}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
@@ -231,7 +244,9 @@ def _trainer(
         deterministic=deterministic or None,  # False would switch off what the user has switched on
         devices=devices,
         num_nodes=nodes,
-        strategy="auto" if devices * nodes == 1 else Together(MEETING_MINUTES, broadcast_buffers=False),
+        strategy="auto"
+        if devices * nodes == 1
+        else Together(MEETING_MINUTES, broadcast_buffers=False, find_unused_parameters=without_gradient),
         plugins=[AtomicCheckpointIO(), *half, *environment],
         callbacks=[checkpoints, *callbacks, ProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
         logger=[csv, TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)],

@@ -177,7 +177,7 @@ def test_a_cache_of_before_opens(cache, tmp_path):
     old = {key: value for key, value in manifest.items() if key != "template"}
     write_manifest(tmp_path / "cache" / "manifest.json", old | {"tokenizer": old["tokenizer"] | {"cls": 2, "sep": 3}})
     found = template_of(read_manifest(tmp_path / "cache"))
-    assert found == template_of(manifest) == Template(before=(2,), between=(3,), after=(3,), segments=(0, 1))
+    assert found == template_of(manifest) == Template(before=(2,), between=(3,), after=(3,), segments=(0, 0, 0, 1, 1))
     before, now = RaceDataset(tmp_path / "cache", "test"), RaceDataset(cache, "test")
     assert all(map(np.array_equal, before[5]["input_ids"], now[5]["input_ids"]))
     assert all(map(np.array_equal, before[5]["token_type_ids"], now[5]["token_type_ids"]))

@@ -59,7 +59,7 @@ def test_keep_last_cuts_the_head():
 
 
 def test_a_sequence_by_hand():
-    template = Template(before=(2,), between=(3,), after=(3, 4), segments=(0, 1))
+    template = Template(before=(2,), between=(3,), after=(3, 4), segments=(0, 0, 0, 1, 1, 1))
     assert template.specials == 4
     ids, segments = template.sequence([10, 11, 12], [20, 21], 512)
     assert (ids.tolist(), segments.tolist()) == ([2, 10, 11, 12, 3, 20, 21, 3, 4], [0, 0, 0, 0, 0, 1, 1, 1, 1])
@@ -175,7 +175,8 @@ def test_another_template_is_read_from_the_tokenizer_and_followed(corpus, cache,
     """Two separators in the middle and other segments: no line of code but the Template's knows of them."""
     tokenizer = model_with_pairs(cache, tmp_path / "model", "[CLS]:1 $A:1 [SEP]:1 [SEP]:1 $B [SEP]")
     manifest = build_cache(str(corpus), str(tmp_path / "model"), tmp_path / "out")
-    assert template_of(manifest) == template_of(read_manifest(tmp_path / "out")) == Template((2,), (3, 3), (3,), (1, 0))
+    template = Template((2,), (3, 3), (3,), (1, 1, 1, 1, 0, 0))
+    assert template_of(manifest) == template_of(read_manifest(tmp_path / "out")) == template
     dataset, total = RaceDataset(tmp_path / "out", "test", 60), 0
     for i in range(len(dataset)):
         item, text = dataset[i], dataset.text(i)

@@ -239,6 +239,8 @@ def test_card_of_a_model_of_race():
         "optimizer": {"weight_decay": 0.0, "epsilon": 1e-8},
         "max_len": 512,
         "max_qa_len": 128,
+        "template": {"before": [2], "between": [3], "after": [3], "segments": [0, 0, 0, 1, 1], "has_segments": True}
+        | {"tokens": [["[CLS]"], ["[SEP]"], ["[SEP]"]]},
         "lineage": [link],
         "base_model": "albert-base-v2",
         "data": {"name": "ehovy/race", "sha256": None, "is_race": True},
