@@ -51,10 +51,12 @@ class Template:
         if runs and not runs[0][0]:  # as XLNet, which has none before the article
             specials.insert(0, ())
         kinds = [kind for special, run in runs for *_, kind in (run if special else run[:1])]
-        if [special for special, _ in runs][-4:] != [0, 1, 0, 1] or len(specials) != 3:
+        no_first = specials[:1] == [()] and tokenizer.padding_side != "left"  # what a head would read
+        if [special for special, _ in runs][-4:] != [0, 1, 0, 1] or len(specials) != 3 or no_first:
             raise RaceError(
-                f"{tokenizer.name_or_path}: its tokenizer does not encode a pair of texts with special tokens between "
-                "and after them, as [CLS] article [SEP] question [SEP]; choose another model (docs/models.md)"
+                f"{tokenizer.name_or_path}: its tokenizer does not encode a pair of texts as "
+                "[CLS] article [SEP] question [SEP], or with other special tokens in these places; choose another "
+                "model (docs/models.md)"
             )
         return cls(*specials, segments=tuple(kinds))
 

@@ -197,13 +197,14 @@ def test_a_tokenizer_without_cls(corpus, cache, tmp_path, capsys):
 
 
 def test_a_model_of_another_family(corpus, cache, tmp_path, capsys):
-    from transformers import AutoTokenizer, RobertaConfig
+    from transformers import AutoTokenizer, GPT2Config
 
     AutoTokenizer.from_pretrained(cache / "model").save_pretrained(tmp_path / "model")
-    RobertaConfig(vocab_size=100).save_pretrained(tmp_path / "model")
+    GPT2Config(vocab_size=100).save_pretrained(tmp_path / "model")
     arguments = ["--source", str(corpus), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "cache")]
     assert generate_race_cache.main(arguments) == 1
-    assert "a model of type 'roberta'; expected albert or bert" in capsys.readouterr().err
+    expected = "a model of type 'gpt2' has no multiple-choice head in transformers; expected one of albert, bert, "
+    assert expected in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
 
 

@@ -303,7 +303,11 @@ def config_of_nothing(model) -> None:
 
 
 def config_of_another(model) -> None:
-    (model / "config.json").write_text('{"model_type": "roberta"}')
+    (model / "config.json").write_text('{"model_type": "t5"}')
+
+
+def config_of_one_that_leaks(model) -> None:
+    (model / "config.json").write_text('{"model_type": "fnet"}')
 
 
 def no_tokenizer(model) -> None:
@@ -342,7 +346,14 @@ def folder_of_bert(model) -> None:
         (nothing, "has no config.json; name the folder of a model, or add"),
         (config_not_json, ": its configuration cannot be loaded: config.json is not JSON; fetch it again"),
         (config_of_nothing, ": its configuration cannot be loaded: config.json is not one that transformers reads"),
-        (config_of_another, ": a model of type 'roberta'; expected albert or bert"),
+        (
+            config_of_another,
+            ": a model of type 't5' has no multiple-choice head in transformers; expected one of albert",
+        ),
+        (
+            config_of_one_that_leaks,
+            ": a model of type 'fnet' is not run: its answer to a question depends on the padding",
+        ),
         (no_tokenizer, r"has no tokenizer files \(tokenizer.json, or spiece.model \(ALBERT\), or vocab.txt \(BERT\)\)"),
         (
             damaged_spiece,
@@ -434,11 +445,16 @@ def test_what_the_hub_answers_is_told(kind, reason, monkeypatch):
 def test_layers_that_do_not_know_packing_are_told_with_both_versions(config, items, request, monkeypatch):
     """As in transformers 4, and whatever its number is: only a call that fails is refused."""
     module, batch = RaceModule(config=request.getfixturevalue(config)).eval(), collate(items(2))
-    layer = module.model.base_model.encoder
-    layer = layer.albert_layer_groups[0].albert_layers[0] if config == "albert_config" else layer.layer[0]
+    encoder = module.model.base_model
+    of_albert = config == "albert_config"
+    part = encoder.encoder.albert_layer_groups[0].albert_layers[0] if of_albert else encoder
+    of_layer, of_model = (
+        (lambda self, hidden, mask=None: None),
+        (lambda self, input_ids, position_ids, token_type_ids: None),
+    )
     monkeypatch.setattr(race.model_files, "version", lambda name: "4.40.0")
     module(batch)
-    monkeypatch.setattr(type(layer), "forward", lambda self, hidden, mask=None: hidden)
+    monkeypatch.setattr(type(part), "forward", of_layer if of_albert else of_model)
     with pytest.raises(
         RaceError, match=r"^transformers 4.40.0 does not run packed sequences; install transformers 5.17.0$"
     ):

@@ -197,7 +197,6 @@ def test_another_template_is_read_from_the_tokenizer_and_followed(corpus, cache,
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ("[CLS]:1 $A [SEP] $B:1 [SEP]:1", "encodes pairs of texts in another way"),
         ("[CLS] $B [SEP] $A:1 [SEP]:1", "encodes pairs of texts in another way"),
         ("$A [SEP] $B:1 [SEP]:1", "does not encode a pair of texts as"),
         ("[CLS] $A $B:1 [SEP]:1", "does not encode a pair of texts as"),
