@@ -30,7 +30,7 @@ from race.families import (
 )
 from race.model_files import load_config, not_loaded, tensorflow_file, weights_problem, wrong_transformers
 
-ATTENTION_MAPS = 8  # [tokens, tokens] of each head that padded families keep: scores, softmax, dropout, positions
+ATTENTION_MAPS = 6  # [tokens, tokens] of each head that padded families keep: scores, softmax, dropout, positions
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
 
 
@@ -296,7 +296,10 @@ def token_budget_for(config: PretrainedConfig, parameters: int, free: int, half:
     layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)
     hidden, intermediate = config.hidden_size, intermediate_size(config)
     layer = 22 * hidden + 4 * intermediate if half else 36 * hidden + 8 * intermediate
+    width = 2 if half else 4
+    if getattr(config, "rope_parameters", None):  # ModernBERT: rotated queries and keys, and a gated feed-forward
+        layer += width * (3 * hidden + 2 * intermediate)
     if not is_packed(config):
-        layer += ATTENTION_MAPS * config.num_attention_heads * MAX_LEN * (2 if half else 4)
+        layer += width * ATTENTION_MAPS * config.num_attention_heads * MAX_LEN
     fixed = 20 * parameters + (1 << 29)  # weights, gradients, two moments, casts or buckets; context and workspace
     return int(max(OPTIONS * MAX_LEN, (0.9 * free - fixed) / (layer * (layers + 1) + 32 * hidden)))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from race import RaceError
 
-# ------------------------------------------------------------------------------------------- heads of packed families
+# -------------------------------------------------------------------------------------------------- heads
 
 
 def _with_pooler(model, states):
@@ -61,6 +61,8 @@ def check_family(config, model=None) -> None:
     family, name = config.model_type, "" if model is None else f"{model}: "
     if family in REFUSED:
         raise RaceError(f"{name}a model of type {family!r} is not run: {REFUSED[family]}; docs/models.md lists others")
+    if family == "xmod" and not config.default_language:
+        raise RaceError(f'{name}set its language, such as "default_language": "en_XX", in its config.json')
     if family not in HEADS:
         known = ", ".join(sorted(HEADS.keys() - REFUSED))
         raise RaceError(
@@ -73,7 +75,7 @@ def is_packed(config) -> bool:
     return config.model_type in PACKED
 
 
-# --------------------------------------------------------------------------------------------- what configurations say
+# -------------------------------------------------------------------------------------------------- configurations
 
 
 def first_position(model) -> int:

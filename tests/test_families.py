@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from helpers import padded
 from tiny_models import PADDED, tiny_config
-from transformers import AutoModelForMultipleChoice, GPT2Config, T5Config
+from transformers import AttentionInterface, AutoModelForMultipleChoice, GPT2Config, T5Config
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from race import OPTIONS, RaceError
+from race.attention import packed_attention
 from race.data import collate
-from race.families import PACKED, REFUSED, check_family, pads_left, takes_segments
+from race.families import PACKED, REFUSED, attention_dropout, check_family, longest_input, pads_left, takes_segments
 from race_module import RaceModule
 
 OTHER_WAYS = {"modernbert-mean": ("modernbert", {"classifier_pooling": "mean"})}
@@ -110,3 +112,81 @@ def test_every_family_runs_or_is_refused_by_name():
 def test_other_models_are_refused(config):
     with pytest.raises(RaceError, match=f"'{config.model_type}' has no multiple-choice head .* albert, bert, "):
         RaceModule(config=config)
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_attention_gets_no_mask(family, items, monkeypatch):
+    """Of T tokens a mask would have T × T places; ModernBERT makes one unless it is told otherwise."""
+    module, seen = RaceModule(config=tiny_config(family)), []
+    monkeypatch.setitem(
+        module.model.base_model.config.__dict__, "_attn_implementation_internal", spy(seen, monkeypatch)
+    )
+    module(collate(questions(items, family, 2, 40)))
+    assert len(seen) == module.model.config.num_hidden_layers and set(seen) == {None}
+
+
+def spy(seen: list, monkeypatch) -> str:
+    def attention(module, query, key, value, attention_mask, *rest, **settings):
+        seen.append(attention_mask)
+        return packed_attention(module, query, key, value, attention_mask, *rest, **settings)
+
+    AttentionInterface.register("spied", attention)
+    AttentionMaskInterface.register("spied", sdpa_mask)
+    monkeypatch.setattr("race.encoder.packed_attention", attention)  # of ALBERT's last layer
+    return "spied"
+
+
+@pytest.mark.parametrize("family", ["deberta-v2", "xlnet"])
+def test_padded_heads_stay_in_float32(family, items):
+    module, seen = RaceModule(config=tiny_config(family)).eval(), []
+    head = [part for name, part in module.model.named_children() if name in ("classifier", "logits_proj")]
+    head[0].register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    batch = collate(questions(items, family, 3, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(batch).dtype == torch.float32
+        copied = copy.deepcopy(module)
+        with pytest.raises(RuntimeError, match="broken"):
+            head_of(copied).forward = broken
+            copied(batch)
+        assert torch.is_autocast_enabled("cpu")  # also after an error within the head
+    assert seen == [torch.float32] * 2
+
+
+def head_of(module):
+    return module.model.classifier if hasattr(module.model, "classifier") else module.model.logits_proj
+
+
+def broken(*_):
+    raise RuntimeError("broken")
+
+
+def test_attention_dropout_is_that_of_the_configuration():
+    for family, name in (("roberta", "attention_probs_dropout_prob"), ("distilbert", "attention_dropout")):
+        config = tiny_config(family, **{name: 0.1, "initializer_range": 0.2})
+        assert getattr(RaceModule(config=config).model.config, name) == 0.1
+        module = RaceModule(config=config, attention_dropout=0)
+        kept = module.hparams["config"]
+        assert kept[name] == 0 and attention_dropout(module.model.config) == 0
+    with pytest.raises(RaceError, match="ATTENTION_DROPOUT = 0: a model of type 'xlnet' has no such setting"):
+        RaceModule(config=tiny_config("xlnet"), attention_dropout=0)
+    with pytest.raises(RaceError, match="attention_dropout is 1"):
+        RaceModule(config=tiny_config("roberta"), attention_dropout=1)
+
+
+def test_longest_input_leaves_out_the_places_before_the_first():
+    assert longest_input(RaceModule(config=tiny_config("roberta", max_position_embeddings=34)).model) == 32
+    assert longest_input(RaceModule(config=tiny_config("xlnet")).model) is None
+
+
+def test_a_language_is_needed_where_the_family_has_several():
+    with pytest.raises(RaceError, match='set its language, such as "default_language": "en_XX"'):
+        RaceModule(config=tiny_config("xmod", default_language=None))
+
+
+def test_parts_of_a_padded_batch_hold_their_padding(items):
+    batch = collate(sorted(items(9), key=lambda item: -max(map(len, item["input_ids"]))))
+    parts = list(batch.micro_batches(400, padded=True))
+    assert 2 < len(parts) < 9 and sum(map(len, parts)) == 9
+    assert all(max(part.lengths) * len(part.lengths) <= 400 or len(part) == 1 for part in parts)
+    whole = [max(part.lengths) * len(part.lengths) + 4 * max(part.lengths) > 400 for part in parts[:-1]]
+    assert all(whole)  # one more question would not have fitted

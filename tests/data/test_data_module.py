@@ -35,6 +35,15 @@ def test_collate_packs_without_padding():
     assert (len(batch), batch.max_seqlen) == (1, 4)
 
 
+def test_the_longest_of_a_batch_come_first_for_models_that_pad(cache):
+    data = RaceDataModule(cache, batch_size=8)
+    plain = list(data.train_dataloader().batch_sampler)
+    data.longest_first = True
+    by_length, longest = list(data.train_dataloader().batch_sampler), data.train_dataset.lengths().max(1)
+    assert [sorted(batch) for batch in by_length] == [sorted(batch) for batch in plain] and by_length != plain
+    assert all((np.diff(longest[batch]) <= 0).all() for batch in by_length)
+
+
 def test_micro_batches_cover_the_batch_within_the_budget(items):
     batch = collate(items(9))
     parts = list(batch.micro_batches(200))

@@ -16,9 +16,11 @@ import psutil
 import pytest
 import torch
 from helpers import ROOT
+from tiny_models import write_tiny_model
 
 from race.data import RaceDataModule
 from race.data.batches import ShuffledBatches
+from race.data.cache import build_cache
 from race.files import read_archive
 from race.train.stages import Stage
 from race.train.state import read_state
@@ -100,6 +102,19 @@ def two_processes(script, tmp_path_factory):
 def test_two_processes_are_one(one_process, two_processes):
     assert_same(one_process, two_processes)
     assert len(one_process[1]["train_loss_step"].dropna()) > 10
+
+
+def test_two_processes_of_a_padded_family_are_one(script, corpus, tmp_path):
+    """XLNet has a weight that gets no gradient, for which processes would wait."""
+    articles = [json.loads(path.read_text())["article"] for path in sorted(corpus.rglob("*.txt"))]
+    model = write_tiny_model("xlnet", tmp_path / "model", articles)
+    build_cache(str(corpus), str(model), tmp_path / "cache")
+    ended = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        run(script(folder, CACHE_DIR=str(tmp_path / "cache"), LIMIT_QUESTIONS=24, TOKEN_BUDGET=2000), processes)
+        ended.append(left(folder))
+    assert_same(*ended)
 
 
 def kill_one_of_two(path, folder) -> int:
