@@ -11,7 +11,6 @@ import inspect
 import json
 from pathlib import Path
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from race import OPTIONS, RaceError
-from race.data.batches import tokens_of
 from race.device import random_state, set_random_state
 from race.encoder import build_model, load_pretrained, option_logits, token_budget
 from race.families import is_packed
@@ -148,7 +146,7 @@ class RaceModule(pl.LightningModule):
 
     def halve_budget(self, part, error: Exception, exchanging: bool = False) -> None:
         """Half the tokens of the part that did not fit, from now on; raises RaceError if that is impossible."""
-        tokens = tokens_of(np.array(part.lengths), self.padded)
+        tokens = part.tokens(self.padded)
         if len(part) == 1 or exchanging:
             what = "one question" if len(part) == 1 else "a micro-batch, while processes exchange their gradients,"
             raise RaceError(

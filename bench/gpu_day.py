@@ -90,16 +90,25 @@ def parity(options: argparse.Namespace) -> dict[str, Callable]:
     return {"gpu_parity": lambda: gradients(options), "gpu_curve": lambda: curve(options)}
 
 
+FAMILIES = ("albert", "bert", "roberta", "electra", "modernbert", "deberta-v2")
+OWN = {
+    "roberta": {"max_position_embeddings": 514, "type_vocab_size": 2},
+    "electra": {"embedding_size": 128},
+    "modernbert": {"local_attention": 64, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}
+    | {"bos_token_id": 1, "eos_token_id": 2},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 128},
+}
+
+
 def small_config(family: str):
-    """A small ALBERT or BERT without dropout, with heads of 64 places as in the real ones."""
-    from transformers import AlbertConfig, BertConfig
+    """A small model of a family without dropout, with heads of 64 places as in the real ones."""
+    from transformers import CONFIG_MAPPING
 
     sizes = {"vocab_size": 1000, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256}
-    sizes |= {"num_hidden_layers": 3, "initializer_range": 0.05, "hidden_dropout_prob": 0.0}
-    sizes["attention_probs_dropout_prob"] = 0.0
-    if family == "albert":
-        return AlbertConfig(classifier_dropout_prob=0.0, **sizes)
-    return BertConfig(classifier_dropout=0.0, **sizes)
+    sizes |= {"num_hidden_layers": 3, "initializer_range": 0.05, "pad_token_id": 0} | OWN.get(family, {})
+    default = CONFIG_MAPPING[family]().to_dict()
+    none = {name: 0.0 for name, value in default.items() if "dropout" in name and isinstance(value, float)}
+    return CONFIG_MAPPING[family](**sizes | none)
 
 
 def random_items(questions: int, longest: int = 512, seed: int = 0) -> list[dict]:
@@ -119,7 +128,7 @@ def gradients(options: argparse.Namespace) -> dict:
     Raises RuntimeError where float32 is off by more than 0.1 %, or bf16 by twice what Hugging Face's own bf16 is.
     """
     items, errors, problems = random_items(*((3, 160) if options.small else (8, 512))), {}, []
-    for family in ("albert", "bert"):
+    for family in FAMILIES:
         exact = _padded(family, items, "cpu", torch.float64)
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{family} {str(dtype).removeprefix('torch.')}"
@@ -131,7 +140,7 @@ def gradients(options: argparse.Namespace) -> dict:
                 if not ours[kind] <= allowed:
                     problems.append(f"{name}, {kind}: off by {ours[kind]:.2g}, allowed {allowed:.2g}")
     if problems:
-        raise RuntimeError("the packed path differs from Hugging Face: " + "; ".join(problems))
+        raise RuntimeError("this repository differs from Hugging Face: " + "; ".join(problems))
     result = {"relative_errors": errors}
     common.report("gpu_parity", result, options.device)
     return result
@@ -141,11 +150,15 @@ def _padded(family: str, items: list[dict], device: str, dtype: torch.dtype) -> 
     """Logits and gradients of Hugging Face's model, padded."""
     from transformers import AutoModelForMultipleChoice
 
+    from race.families import takes_segments
+
     torch.manual_seed(0)
     model = AutoModelForMultipleChoice.from_config(small_config(family)).to(device).train()
     if dtype == torch.float64:
         model.double()
     batch = {name: tensor.to(device) for name, tensor in common.pad(items, None).items()}
+    if not takes_segments(type(model.base_model)):
+        batch.pop("token_type_ids")
     with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(**batch).logits
     return _backward(model, logits, batch["labels"])
@@ -172,7 +185,7 @@ def _packed(family: str, items: list[dict], device: str, dtype: torch.dtype) -> 
 
 def _backward(model, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels).backward()
-    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    gradients = torch.cat([it.grad.flatten() for it in model.parameters() if it.grad is not None])
     return {"logits": logits.detach().double().cpu(), "gradients": gradients.double().cpu()}
 
 

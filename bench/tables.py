@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from race.families import PACKED
+
 PAGE = Path(__file__).with_name("README.md")
 RESULTS = PAGE.with_name("results")
 YET = "not measured yet"
@@ -167,6 +169,24 @@ def startup() -> str:
     return table(["", "seconds"], rows + total) + machine(kept) + f"Slowest imports, self time in seconds: {imports}.\n"
 
 
+def families() -> str:
+    """A training step of each family."""
+    if not (kept := result("families")):
+        return MISSING
+    rows = []
+    for family, measured in kept["families"].items():
+        way = "packed" if family.split(",")[0] in PACKED else "padded"
+        seconds = measured["seconds"]["ours"]
+        times = [f"{ratios['median']:.2f}" for ratios in measured["ratios"].values()]
+        rows.append([family, way, f"{kept['questions'] / seconds:.2f}", *times])
+    head = ["family", "way", "questions a second", *(f"times {side}" for side in measured["ratios"])]
+    shape = kept["shape"]
+    return table(head, rows) + machine(kept) + (
+        f"{shape['num_hidden_layers']} layers of {shape['hidden_size']} places, {kept['questions']} questions, groups of "
+        f"{kept['group']}, {kept['rounds']} round(s) after one for nothing.\n"
+    )  # fmt: skip
+
+
 def memory() -> str:
     """Micro-batches and memory of a training step, by card: the lines of bench.memory."""
     path = RESULTS / "memory.jsonl"
@@ -237,6 +257,7 @@ TABLES = {
     "loader": loader,
     "scaling": scaling,
     "startup": startup,
+    "families": families,
     "memory": memory,
     "gpu": gpu,
 }

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, padded
 
-from bench import carried, common, evaluate, gpu_day, loader, memory, scaling, startup, tables, train_step
+from bench import carried, common, evaluate, families, gpu_day, loader, memory, scaling, startup, tables, train_step
 from race.data import collate
 from race.data.cache import verify_cache
 
@@ -115,6 +115,17 @@ def test_train_step_and_evaluate(results, in_process):
         assert all(side["questions_per_second"]["median"] > 0 for side in result["sides"].values())
         assert result["matrix_product_gflops"]["median"] == 2000.0
         assert 0 < result["sides"]["ours"]["share_of_matrix_product"] < 1
+
+
+def test_families_are_held_against_hugging_face(results, monkeypatch):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    monkeypatch.setattr(families, "SHAPE", sizes)
+    families.main(["--families", "bert", "mpnet", families.WITH_DROPOUT, "--questions", "4", "--group", "2"])
+    kept_ones = kept(results, "families")["families"]
+    assert list(kept_ones) == ["bert", "mpnet", families.WITH_DROPOUT]
+    assert all(ratios["ratios"]["padded to 512"]["median"] > 1 for ratios in kept_ones.values())
+    monkeypatch.setattr(tables, "RESULTS", results)
+    assert "| mpnet | padded | " in tables.families()
 
 
 def test_bf16_on_cpu_is_held_against_fp32(results, in_process):
@@ -305,7 +316,7 @@ def test_the_carried_folder_may_not_be_too_large(tmp_path, monkeypatch):
 def test_parity_on_this_device(results):
     assert gpu_day.main(["parity", *SMALL]) == 0
     errors = kept(results, "gpu_parity")["relative_errors"]
-    assert errors.keys() == {f"{family} {dtype}" for family in ("albert", "bert") for dtype in ("float32", "bfloat16")}
+    assert errors.keys() == {f"{family} {dtype}" for family in gpu_day.FAMILIES for dtype in ("float32", "bfloat16")}
     assert errors["albert float32"]["ours"]["gradients"] < 1e-4 < errors["albert bfloat16"]["ours"]["gradients"] < 0.1
     assert kept(results, "gpu_curve")["largest_difference"] < 0.05
 
@@ -320,7 +331,7 @@ def test_parity_finds_a_wrong_attention(results, monkeypatch):
         return out.roll(1, 1), weights
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "packed", wrong)
-    with pytest.raises(RuntimeError, match="the packed path differs"):
+    with pytest.raises(RuntimeError, match="this repository differs"):
         gpu_day.main(["parity", *SMALL])
     assert not (results / "gpu_parity.json").exists()
 

@@ -40,6 +40,10 @@ class PackedBatch:
         """The longest sequence, in tokens."""
         return max(self.lengths)
 
+    def tokens(self, padded: bool = False) -> int:
+        """How many tokens a model gets: `padded`, each sequence as long as the longest."""
+        return _tokens(np.array(self.lengths), padded)
+
     def to(self, device) -> "PackedBatch":
         """The batch with its tensors on `device`; does not wait for a copy to a GPU."""
         to_gpu = torch.device(device).type == "cuda"
@@ -79,13 +83,12 @@ def part_ends(lengths: np.ndarray, token_budget: int | None, padded: bool = Fals
     """Where each part of a batch ends; lengths [B, 4] of its sequences. padded: as of micro_batches."""
     ends, start = [], 0
     for question in range(1, len(lengths)) if token_budget is not None else ():
-        if tokens_of(lengths[start : question + 1], padded) > token_budget:
+        if _tokens(lengths[start : question + 1], padded) > token_budget:
             ends, start = [*ends, question], question
     return [*ends, len(lengths)]
 
 
-def tokens_of(lengths: np.ndarray, padded: bool) -> int:
-    """Tokens of these sequences, with their padding if they are padded."""
+def _tokens(lengths: np.ndarray, padded: bool) -> int:
     return int(lengths.max() * lengths.size if padded else lengths.sum())
 
 
