@@ -182,8 +182,8 @@ def families() -> str:
     head = ["family", "way", "questions a second", *(f"times {side}" for side in measured["ratios"])]
     shape = kept["shape"]
     return table(head, rows) + machine(kept) + (
-        f"{shape['num_hidden_layers']} layers of {shape['hidden_size']} places, {kept['questions']} questions, groups of "
-        f"{kept['group']}, {kept['rounds']} round(s) after one for nothing.\n"
+        f"{shape['num_hidden_layers']} layers of {shape['hidden_size']} places, {kept['questions']} questions, "
+        f"groups of {kept['group']}, {kept['rounds']} round(s) after one for nothing.\n"
     )  # fmt: skip
 
 

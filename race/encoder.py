@@ -171,7 +171,9 @@ def encode(model: nn.Module, batch) -> torch.Tensor:
     encoder, config = model.base_model, model.config
     for cast in encoder.casts:  # of a forward pass that an error or a signal has ended
         cast.forget()
-    inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None] + first_position(model)}
+    inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
+    if first := first_position(model):
+        inputs["position_ids"] = inputs["position_ids"] + first
     if takes_segments(type(encoder)):
         inputs["token_type_ids"] = batch.token_type_ids[None]
     if config.model_type == "albert":
