@@ -101,7 +101,7 @@ def sides(family: str, items: list[dict], options: argparse.Namespace) -> dict:
     def padded(longest: int | None) -> None:
         for i in range(0, len(items), options.group):
             batch = pad(items[i : i + options.group], longest)
-            if not takes_segments(type(theirs.base_model)):
+            if not takes_segments(theirs):
                 batch.pop("token_type_ids")
             (theirs(**batch).loss * len(batch["labels"]) / len(items)).backward()
         theirs.zero_grad()

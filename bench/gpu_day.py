@@ -157,7 +157,7 @@ def _padded(family: str, items: list[dict], device: str, dtype: torch.dtype) -> 
     if dtype == torch.float64:
         model.double()
     batch = {name: tensor.to(device) for name, tensor in common.pad(items, None).items()}
-    if not takes_segments(type(model.base_model)):
+    if not takes_segments(model):
         batch.pop("token_type_ids")
     with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(**batch).logits

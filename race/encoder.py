@@ -5,6 +5,7 @@ Hugging Face's own modules compute everything here. Packing adds two things: att
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,11 +37,10 @@ CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, an
 
 def build_model(config: PretrainedConfig | dict, dropout: float | None = None) -> nn.Module:
     """A multiple-choice model with this configuration and random weights; dropout: that of attention, None: its own."""
-    if isinstance(config, dict):
-        config = AutoConfig.for_model(**config)
+    config = AutoConfig.for_model(**config) if isinstance(config, dict) else copy.deepcopy(config)
     check_family(config)
-    config.update(_attention_dropout(config, dropout))
-    return _prepared(AutoModelForMultipleChoice.from_config(config))
+    config.update(_own_settings(config, dropout))
+    return _prepared(AutoModelForMultipleChoice.from_config(config, dtype=torch.float32))
 
 
 def load_pretrained(model: str | Path, dropout: float | None = None) -> nn.Module:
@@ -48,7 +48,7 @@ def load_pretrained(model: str | Path, dropout: float | None = None) -> nn.Modul
 
     dropout: that of attention, None: its own.
     """
-    settings = _attention_dropout(load_config(model), dropout)
+    settings = _own_settings(load_config(model), dropout)
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         others = f", only those of TensorFlow ({name})" if (name := tensorflow_file(folder)) else ""
@@ -69,13 +69,16 @@ def load_pretrained(model: str | Path, dropout: float | None = None) -> nn.Modul
     return _prepared(loaded)
 
 
-def _attention_dropout(config: PretrainedConfig, dropout: float | None) -> dict:
-    """The setting of a configuration that gives attention this dropout; raises RaceError if it has none."""
+def _own_settings(config: PretrainedConfig, dropout: float | None) -> dict:
+    """What this repository sets in a configuration; raises RaceError if attention has no dropout to set."""
+    settings = {}
+    if config.model_type == "big_bird":  # block-sparse attention depends on the length of other questions
+        settings["attention_type"] = "original_full"
     if dropout is None:
-        return {}
+        return settings
     for name in ATTENTION_DROPOUT:
         if hasattr(config, name):
-            return {name: dropout}
+            return settings | {name: dropout}
     raise RaceError(f"ATTENTION_DROPOUT = {dropout}: a model of type {config.model_type!r} has no such setting")
 
 
@@ -88,6 +91,8 @@ def _prepared(model: nn.Module) -> nn.Module:
         for child in model.children():
             if child is not model.base_model:
                 FullPrecision(child)
+        if model.config.model_type == "xlnet":  # of its pretraining: without a gradient, processes would wait for it
+            model.base_model.mask_emb.requires_grad_(False)
         return model.train()
     model.set_attn_implementation("packed")
     if model.config._attn_implementation != "packed":
@@ -160,7 +165,10 @@ def option_logits(model: nn.Module, batch) -> torch.Tensor:
     if longest and batch.max_seqlen > longest:
         raise RaceError(f"a sequence of {batch.max_seqlen} tokens; the model takes {longest}: set MAX_LEN")
     if not is_packed(model.config):
-        return at_least_float32(model(**padded_inputs(model, batch)).logits).view(-1, 1)
+        try:
+            return at_least_float32(model(**padded_inputs(model, batch)).logits).view(-1, 1)
+        except AssertionError as error:  # of a separator within a text, in Longformer
+            raise RaceError(f"{type(model).__name__}: {error}") from error
     states = encode(model, batch)
     with full_precision(states):
         return PACKED[model.config.model_type](model, at_least_float32(states))
@@ -174,8 +182,10 @@ def encode(model: nn.Module, batch) -> torch.Tensor:
     inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
     if first := first_position(model):
         inputs["position_ids"] = inputs["position_ids"] + first
-    if takes_segments(type(encoder)):
+    if takes_segments(model):
         inputs["token_type_ids"] = batch.token_type_ids[None]
+    elif getattr(config, "type_vocab_size", 0):  # one segment; left out, its place would be looked up in int64
+        inputs["token_type_ids"] = torch.zeros_like(batch.input_ids)[None]
     if config.model_type == "albert":
         return _albert(encoder, inputs, batch)[0]
     if hasattr(config, "layer_types"):  # ModernBERT makes masks of T × T, unless they are given
@@ -201,7 +211,7 @@ def padded_inputs(model: nn.Module, batch) -> dict[str, torch.Tensor]:
 
     inputs = {"input_ids": grid(batch.input_ids, model.config.pad_token_id or 0)}
     inputs["attention_mask"] = grid(torch.ones_like(batch.input_ids), 0)
-    if takes_segments(type(model.base_model)):
+    if takes_segments(model):
         inputs["token_type_ids"] = grid(batch.token_type_ids, 0)
     return inputs
 

@@ -36,7 +36,7 @@ def _modernbert(model, states):
 
 
 LIKE_BERT = ("bert", "camembert", "data2vec-text", "ernie", "roberta", "roberta-prelayernorm")
-LIKE_BERT += ("xlm-roberta", "xlm-roberta-xl", "xmod")
+LIKE_BERT += ("xlm-roberta", "xlm-roberta-xl")
 PACKED: dict[str, Callable] = dict.fromkeys(LIKE_BERT, _with_pooler)
 PACKED |= {"albert": _albert, "distilbert": _distilbert, "electra": _electra, "modernbert": _modernbert}
 
@@ -46,10 +46,12 @@ REFUSED = {
     "convbert": DEPENDS,
     "fnet": DEPENDS,
     "funnel": DEPENDS,
+    "luke": "its tokenizer puts no special tokens around texts without entities",
     "mobilebert": DEPENDS,
     "mra": DEPENDS,
     "nystromformer": DEPENDS,
     "roc_bert": "it reads the shape and the sound of each character, which a cache does not hold",
+    "xmod": "its adapters fail in half precision",
     "yoso": DEPENDS,
 }
 
@@ -61,8 +63,10 @@ def check_family(config, model=None) -> None:
     family, name = config.model_type, "" if model is None else f"{model}: "
     if family in REFUSED:
         raise RaceError(f"{name}a model of type {family!r} is not run: {REFUSED[family]}; docs/models.md lists others")
-    if family == "xmod" and not config.default_language:
-        raise RaceError(f'{name}set its language, such as "default_language": "en_XX", in its config.json')
+    if getattr(config, "is_decoder", False) or getattr(config, "attn_type", "bi") == "uni":
+        raise RaceError(f"{name}its config.json makes a decoder of it (is_decoder, attn_type); an encoder is expected")
+    if getattr(config, "rotary_value", False):
+        raise RaceError(f"{name}its config.json says rotary_value: {DEPENDS}")
     if family not in HEADS:
         known = ", ".join(sorted(HEADS.keys() - REFUSED))
         raise RaceError(
@@ -91,10 +95,14 @@ def longest_input(model) -> int | None:
     return places - first_position(model) if places > 0 else None
 
 
+def takes_segments(model) -> bool:
+    """Whether a model tells segments apart: token_type_ids are among its inputs, and of more than one kind."""
+    return getattr(model.config, "type_vocab_size", 2) > 1 and "token_type_ids" in _inputs(type(model.base_model))
+
+
 @functools.cache
-def takes_segments(encoder: type) -> bool:
-    """Whether token_type_ids are among the inputs of an encoder."""
-    return "token_type_ids" in inspect.signature(encoder.forward).parameters
+def _inputs(encoder: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(encoder.forward).parameters)
 
 
 def pads_left(model) -> bool:

@@ -70,8 +70,8 @@ def model_json(model: str | Path, name: str) -> dict:
 
 
 def spiece_file(model: str | Path) -> Path | None:
-    """The SentencePiece model of a model: spiece.model, or in a folder its only *.model."""
-    if found := model_file(model, "spiece.model"):
+    """The SentencePiece model of a model: spiece.model, spm.model (DeBERTa), or in a folder its only *.model."""
+    if found := model_file(model, "spiece.model") or model_file(model, "spm.model"):
         return found
     others = [*Path(model).glob("*.model")] if Path(model).is_dir() else []
     return others[0] if len(others) == 1 else None

@@ -61,7 +61,7 @@ def theirs_for(reference, item: dict) -> torch.Tensor:
     """[1, 4] logits of one question alone, padded by Hugging Face's rules."""
     inputs = padded(collate([item]), left=pads_left(reference), padding=reference.config.pad_token_id)
     inputs.pop("labels")
-    if not takes_segments(type(reference.base_model)):
+    if not takes_segments(reference):
         inputs.pop("token_type_ids")
     return reference(**inputs).logits
 
@@ -178,9 +178,30 @@ def test_longest_input_leaves_out_the_places_before_the_first():
     assert longest_input(RaceModule(config=tiny_config("xlnet")).model) is None
 
 
-def test_a_language_is_needed_where_the_family_has_several():
-    with pytest.raises(RaceError, match='set its language, such as "default_language": "en_XX"'):
-        RaceModule(config=tiny_config("xmod", default_language=None))
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("bert", {"is_decoder": True}, "makes a decoder of it"),
+        ("xlnet", {"attn_type": "uni"}, "makes a decoder of it"),
+        ("roformer", {"rotary_value": True}, "rotary_value: its answer to a question depends on the padding"),
+    ],
+)
+def test_settings_that_make_another_model_are_refused(family, settings, message):
+    with pytest.raises(RaceError, match=message):
+        RaceModule(config=tiny_config(family, **settings))
+
+
+def test_a_short_question_does_not_change_how_bigbird_attends(items):
+    module = RaceModule(config=tiny_config("big_bird", block_size=4, num_random_blocks=1)).eval()
+    long, short = items(2, longest=200)[0], items(1, seed=1, longest=12)[0]
+    before = module(collate([long]))
+    both, after = module(collate([long, short])), module(collate([long]))
+    assert torch.allclose(both[:1], before, atol=1e-5) and torch.equal(after, before)
+
+
+def test_half_precision_in_a_configuration_is_not_taken(items):
+    module = RaceModule(config=tiny_config("roberta", dtype="bfloat16"))
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
 
 def test_parts_of_a_padded_batch_hold_their_padding(items):

@@ -18,13 +18,11 @@ SIZES |= {"d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48, "emb_dim": 32
 SIZES |= {"dim": 32, "hidden_dim": 48, "d_head": 8, "init_std": 0.2}  # DistilBERT
 OWN = {
     "longformer": {"attention_window": [16] * 3, "sep_token_id": 2},
-    "luke": {"entity_vocab_size": 10},
     "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": 2}
     | {"bos_token_id": 0, "eos_token_id": 2},
     "deberta-v2": {"relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm"}
     | {"pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_biased_input": False, "pooler_hidden_size": 32},
     "squeezebert": {f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate", "output")},
-    "xmod": {"default_language": "en_XX"},
 }
 
 

@@ -9,6 +9,7 @@ from race import RaceError
 from race.model_files import (
     check_place,
     load_config,
+    local_copy,
     model_file,
     not_loaded,
     spiece_file,
@@ -42,17 +43,21 @@ def load_tokenizer(model: str | Path):
     An ALBERT's without tokenizer.json is built here: transformers takes quotes and full stops in spiece.model for
     special tokens, and vocab.txt for nothing. Without any file it makes a tokenizer to which every word is unknown.
     """
-    from transformers import AlbertTokenizer, AutoTokenizer
+    from transformers import AlbertTokenizer, AutoTokenizer, DebertaV2Tokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        if isinstance(tokenizer, AlbertTokenizer) and model_file(model, "tokenizer.json") is None:
+        if isinstance(tokenizer, DebertaV2Tokenizer):
+            tokenizer = _of_deberta(model, tokenizer)
+        elif isinstance(tokenizer, AlbertTokenizer) and model_file(model, "tokenizer.json") is None:
             tokenizer = _built(model, tokenizer)
+    except ImportError as error:  # such as sacremoses for XLM
+        raise RaceError(f"{model}: its tokenizer needs a package that is not installed: {error}") from error
     except Exception as error:  # damaged files make the libraries raise anything
         local = "its files are damaged or incomplete; add the tokenizer.json of the model"
         raise not_loaded(model, "tokenizer", error, local) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        files = "tokenizer.json, or spiece.model (ALBERT), or vocab.txt (BERT)"
+        files = "tokenizer.json, or spiece.model (ALBERT), vocab.txt (BERT), vocab.json with merges.txt (RoBERTa)"
         raise RaceError(f"{model} has no tokenizer files ({files}); add those of its model")
     return tokenizer
 
@@ -77,6 +82,27 @@ def _built(model: str | Path, loaded):
     return built
 
 
+def _of_deberta(model: str | Path, loaded):
+    """A DeBERTa's tokenizer with the normaliser of its tokenizer.json or spm.model, which transformers replaces."""
+    from tokenizers import Regex, Tokenizer, normalizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+    backend = loaded.backend_tokenizer
+    if file := model_file(model, "tokenizer.json"):
+        backend = Tokenizer.from_file(str(file))
+    elif spiece := spiece_file(model):
+        table = SentencePieceExtractor(str(spiece)).proto.normalizer_spec.precompiled_charsmap
+        steps = [normalizers.Lowercase()] if loaded.do_lower_case else []
+        steps += [normalizers.Precompiled(table)] if table else []
+        spaces = normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")
+        backend.normalizer = normalizers.Sequence([*steps, spaces, normalizers.Strip()])
+    names = {name: getattr(loaded, name) for name in ("model_max_length", "model_input_names", *SPECIAL)}
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    made.name_or_path = loaded.name_or_path
+    return made
+
+
 def spiece_proto(path: Path):
     """A SentencePiece model in which, as in ALBERT's tokenizer.json, pieces of a digit and a comma come last."""
     from transformers.convert_slow_tokenizer import SentencePieceExtractor, check_number_comma
@@ -99,19 +125,20 @@ def tokenizer_hash(tokenizer) -> str:
 
 def _keep_weights(model: str, folder: Path) -> bool:
     """Copy the weights as safetensors; a model that has only an older format is converted."""
-    local = Path(model)
-    if local.is_dir():
-        weights = [*local.glob("model*.safetensors"), *local.glob("model.safetensors.index.json")]
-        for path in weights:
-            shutil.copyfile(path, folder / path.name)
-        if weights or not any(local.glob("pytorch_model*")):
-            return bool(weights)
-    from transformers import AutoModel
+    local = Path(model) if Path(model).is_dir() else local_copy(model)
+    weights = [*local.glob("model*.safetensors"), *local.glob("model.safetensors.index.json")]
+    for path in weights:
+        shutil.copyfile(path, folder / path.name)
+    older = sorted(local.glob("pytorch_model*.bin"))
+    if weights or not older:
+        return bool(weights)
+    from safetensors.torch import save_file
+    from torch import load
 
     try:
-        AutoModel.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
+        state = {name: value for file in older for name, value in load(file, "cpu", weights_only=True).items()}
+        weights = {name: value.contiguous().clone() for name, value in state.items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     except Exception as error:  # damaged files make the libraries raise anything
-        if not local.is_dir():
-            raise not_loaded(model, "weights", error, "") from error
         raise RaceError(f"{model}: its weights cannot be loaded safely: {weights_problem(error)}") from error
     return True

@@ -15,6 +15,7 @@ from race.model_files import model_file, model_json, spiece_file
 SAMPLE = 50  # articles, and as many questions
 LINE = "“Ada’s” CAFÉ -- ``naïve'' … it's £1,234.50, 2,5 or 30, in 2010, (well-known: 3.14–2.71; “Don't!”) \"Über\" _ ."
 USER_DEFINED = 4  # the type of a piece that SentencePiece looks for before all others
+OTHER_NUMBERS = ("camembert", "xlm-roberta", "xlm-roberta-xl")  # pieces have other ids than in the SentencePiece model
 CASED = 0.05  # of the pieces in a vocabulary with capital letters; vocabularies without have next to none
 
 
@@ -50,11 +51,14 @@ def plain(text: str) -> str:
 
 
 def references(model: str | Path, tokenizer) -> list[Reference]:
-    """tokenizer.json as it stands, then spiece.model of an ALBERT, or vocab.txt."""
+    """tokenizer.json as it stands, then the SentencePiece model, or vocab.txt."""
     description, settings = model_json(model, "tokenizer.json"), model_json(model, "tokenizer_config.json")
     found = [_of_tokenizer_json(model_file(model, "tokenizer.json"))] if description else []
-    if model_json(model, "config.json").get("model_type") == "albert" and (spiece := spiece_file(model)):
+    family, spiece = model_json(model, "config.json").get("model_type"), spiece_file(model)
+    if spiece and family == "albert":
         return [*found, _of_spiece(spiece, description, settings)]
+    if spiece and not description and family not in OTHER_NUMBERS:
+        return [_of_pieces(spiece)]
     vocabulary = model_file(model, "vocab.txt")
     reference = vocabulary and _of_vocabulary(vocabulary, description, settings, tokenizer)
     return [*found, reference] if reference else found
@@ -105,6 +109,14 @@ def albert_text(text: str, lower: bool = True, accents: bool = False, quotes: bo
     if not accents:
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return text.lower() if lower else text
+
+
+def _of_pieces(path: Path) -> Reference:
+    """SentencePiece itself, whose numbers are those of most families."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(path))
+    return Reference(path.name, pieces.encode, pieces.id_to_piece, set())
 
 
 def _of_vocabulary(path: Path, description: dict, settings: dict, tokenizer) -> Reference | None:

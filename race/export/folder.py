@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
-from race import LETTERS, MAX_LEN, OPTIONS, RACE_QUESTIONS, SPLITS, RaceError
+from race import LETTERS, OPTIONS, RACE_QUESTIONS, SPLITS, RaceError
 from race.data import RaceDataModule, collate
 from race.data.cache import check_files, read_manifest, template_of
 from race.export.card import model_card
-from race.families import longest_input, pads_left, takes_segments
+from race.families import attention_dropout, longest_input, pads_left, takes_segments
 from race.files import file_identity, known_hash, move_into_place, set_mode, temporary_folder
 from race.train.checkpoints import Checkpoint
 from race_module import RaceModule
@@ -146,7 +146,8 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], manifest: dict, tokeni
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "optimizer": {"weight_decay": module.weight_decay, "epsilon": module.adam_epsilon},
         "learning_rate": module.learning_rate,
-        "max_len": min(MAX_LEN, longest_input(module.model) or MAX_LEN),
+        "max_len": min(checkpoint.max_len, longest_input(module.model) or checkpoint.max_len),
+        "attention_dropout": attention_dropout(module.model.config),
         "max_qa_len": manifest["max_qa_len"],
         "template": _template(module, manifest, tokenizer),
         "lineage": links,
@@ -162,7 +163,7 @@ def _template(module: RaceModule, manifest: dict, tokenizer: Path) -> dict:
     template = dataclasses.asdict(template_of(manifest))
     tokens = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).convert_ids_to_tokens
     texts = [tokens(list(template[part])) for part in ("before", "between", "after")]
-    return template | {"tokens": texts, "has_segments": takes_segments(type(module.model.base_model))}
+    return template | {"tokens": texts, "has_segments": takes_segments(module.model)}
 
 
 def _is_race(manifest: dict, data: dict) -> bool:
@@ -195,7 +196,7 @@ def _write_model(module: RaceModule, tokenizer: Path, folder: Path) -> None:
         module.model.set_attn_implementation("packed")
     AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
     config = folder / "tokenizer_config.json"
-    segments = ["token_type_ids"] if takes_segments(type(module.model.base_model)) else []
+    segments = ["token_type_ids"] if takes_segments(module.model) else []
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["model_input_names"] = ["input_ids", *segments, "attention_mask"]  # ALBERT's default leaves segments out
     settings["padding_side"] = "left" if pads_left(module.model) else "right"

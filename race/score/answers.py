@@ -59,14 +59,15 @@ def answers(checkpoint: Checkpoint, source: str, cache_dir: str | Path, **settin
     """A checkpoint's choice for every question of a source, a row each, in the order of the source.
 
     Columns: split, id, question_index, question, choice ("A".."D"), option (its text), p_A … p_D. The cache gives the
-    tokenizer and the encoding; settings: max_len, precision, batch_size, device and accelerator of `predict`. Raises
-    RaceError.
+    tokenizer and the encoding; settings: max_len (that of its training), precision, batch_size, device and accelerator
+    of `predict`. Raises RaceError.
     """
     manifest, model = read_manifest(cache_dir), str(Path(cache_dir) / "model")
     checkpoint.check_encoding(manifest, cache_dir)
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "questions"
         splits = splits_of(build_cache(source, model, cache, manifest["max_qa_len"], answers=False))
+        settings.setdefault("max_len", checkpoint.max_len)
         return pd.concat([_of_split(checkpoint, cache, split, settings) for split in splits], ignore_index=True)
 
 

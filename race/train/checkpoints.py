@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from race import HUB_ID, RaceError
+from race import HUB_ID, MAX_LEN, RaceError
 from race.data.cache import check_tokenizer
 from race.files import file_identity, known_hash, read_archive, save_archive
 from race.model_files import local_copy
@@ -38,7 +38,9 @@ class Checkpoint:
         self.base: str | None = self.lineage.get("base")
         self.base_sha256: str | None = self.lineage.get("base_sha256")
         self.chain: list[str] = self.lineage.get("chain", [])  # the stages before this one
-        self.learning_rate: float | None = self.lineage.get("recipe", {}).get("learning_rate")
+        recipe = self.lineage.get("recipe", {})
+        self.learning_rate: float | None = recipe.get("learning_rate")
+        self.max_len: int = recipe.get("max_len") or MAX_LEN  # tokens of a sequence
 
     @property
     def label(self) -> str:

@@ -16,11 +16,10 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from race import LETTERS, RaceError, check_least
-from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest, template_of
+from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest
 from race.data.seen import seen_articles
 from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
-from race.families import takes_segments
 from race.model_files import load_config
 from race.settings import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
@@ -95,7 +94,9 @@ def start_stage(
         module = checkpoint.load(cache_dir, **settings)
         base, sha256, chain = checkpoint.name, checkpoint.sha256, [*checkpoint.chain, checkpoint.stage or "unknown"]
         articles = checkpoint.lineage.get("articles")
-    check_fits(module.model, manifest)
+    known, used = module.model.config.vocab_size, manifest["tokenizer"]["vocabulary"]
+    if known < used:
+        raise RaceError(f"the model has {known} tokens, the cache {used}: make a cache with the model's own tokenizer")
     module.lineage = {"stage": stage.name, "cache": identity, "tokenizer": identity["tokenizer"]}
     module.lineage |= {"base": base, "base_sha256": sha256, "chain": chain, "recipe": settings}
     module.lineage |= {"articles": articles}
@@ -103,16 +104,6 @@ def start_stage(
     module.made_with = {name.upper(): value for name, value in settings.items()} | {"CACHE_DIR": str(cache_dir)}
     module.made_with |= {"BASE_MODEL": base_model, "BASE_CHECKPOINT": base_checkpoint, "SEED": torch.initial_seed()}
     return module
-
-
-def check_fits(model: torch.nn.Module, manifest: dict) -> None:
-    """Raise RaceError if a cache has tokens or segments that a model does not know."""
-    known, used = model.config.vocab_size, manifest["tokenizer"]["vocabulary"]
-    if known < used:
-        raise RaceError(f"the model has {known} tokens, the cache {used}: make a cache with the model's own tokenizer")
-    known, used = getattr(model.config, "type_vocab_size", 0), max(template_of(manifest).segments) + 1
-    if takes_segments(type(model.base_model)) and 0 < known < used:
-        raise RaceError(f"the model has {known} segments, the cache {used}: its tokenizer is that of another model")
 
 
 def _articles_of(model: str | Path, name: str) -> dict | None:
@@ -221,7 +212,6 @@ def _trainer(
     """A checkpoint after each epoch, CSV and TensorBoard logs (of a resumed stage, those from before), progress bar."""
     _quiet()
     family = module.model.config.model_type
-    without_gradient = module.padded or family == "xmod"  # weights such as the adapters of other languages
     checkpoints = ModelCheckpoint(
         stage.checkpoint_dir,
         filename=f"{stage.name}-{family}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
@@ -244,9 +234,7 @@ def _trainer(
         deterministic=deterministic or None,  # False would switch off what the user has switched on
         devices=devices,
         num_nodes=nodes,
-        strategy="auto"
-        if devices * nodes == 1
-        else Together(MEETING_MINUTES, broadcast_buffers=False, find_unused_parameters=without_gradient),
+        strategy="auto" if devices * nodes == 1 else Together(MEETING_MINUTES, broadcast_buffers=False),
         plugins=[AtomicCheckpointIO(), *half, *environment],
         callbacks=[checkpoints, *callbacks, ProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
         logger=[csv, TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)],

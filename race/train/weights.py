@@ -81,7 +81,8 @@ def matching(state: dict, wanted: dict, encoder: str, path: Path, described: Pat
             unknown.append(given)
     missing = [name for name in wanted if name not in found]
     shapes = [name for name, tensor in found.items() if tensor.shape != wanted[name].shape]
-    if found and not any(name in found for name in wanted if not name.startswith(encoder)):
+    last = [name for name in wanted if not name.startswith(encoder) and wanted[name].shape[:1] == (1,)]
+    if found and not any(name in found for name in last):
         raise RaceError(f"{path} has no multiple-choice head: it is a base model, to be trained first (BASE_MODEL)")
     problems = [f"{len(missing)} weights are missing, such as {missing[0]}"] if missing else []
     problems += [f"{len(unknown)} are not understood, such as {unknown[0]}"] if unknown else []

@@ -238,6 +238,7 @@ def test_card_of_a_model_of_race():
         "parameters": 11_684_353,
         "optimizer": {"weight_decay": 0.0, "epsilon": 1e-8},
         "max_len": 512,
+        "attention_dropout": 0.0,
         "max_qa_len": 128,
         "template": {"before": [2], "between": [3], "after": [3], "segments": [0, 0, 0, 1, 1], "has_segments": True}
         | {"tokens": [["[CLS]"], ["[SEP]"], ["[SEP]"]]},
