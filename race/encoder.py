@@ -1,7 +1,7 @@
 """The encoder behind RaceModule: loaded from Hugging Face, run packed or padded, in parts that fit into memory.
 
 Hugging Face's own modules compute everything here. Packing adds two things: attention that stays inside each sequence
-(race.attention), and for ALBERT a last layer that is computed at [CLS] only, because only that output is used.
+(race.attention), and for ALBERT, BERT and its like a last layer at [CLS] only, because only that output is used.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from race import MAX_LEN, OPTIONS, RaceError
 from race.attention import SHORT, has_varlen, packed_attention
 from race.families import (
     ATTENTION_DROPOUT,
+    LAST_AT_CLS,
     PACKED,
     attention_dropout,
     check_family,
@@ -107,7 +108,27 @@ def _prepared(model: nn.Module) -> nn.Module:
             model.base_model.casts.append(once := CastOnce(children["value"]))
             for name in ("query", "key", "value"):
                 children[name].register_forward_pre_hook(once)
+    if model.config.model_type in LAST_AT_CLS:
+        last = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)][-1]
+        last.__class__ = type(type(last).__name__, (LastAtCls, type(last)), {})
     return model.train()
+
+
+class LastAtCls:
+    """The last layer of a BERT and its like: queries, output and feed-forward at [CLS], as nothing else is read."""
+
+    def forward(self, hidden, *arguments, packing=None, **settings) -> torch.Tensor:
+        """[1, T, hidden] → [1, 4B, hidden]; without `packing` what transformers computes."""
+        if packing is None:
+            return super().forward(hidden, *arguments, **settings)
+        attention, cls = self.attention.self, hidden.index_select(1, packing.cu_seqlens[:-1])
+        query, key, value = (
+            project(states).view(1, states.shape[1], -1, attention.attention_head_size).transpose(1, 2)
+            for project, states in ((attention.query, cls), (attention.key, hidden), (attention.value, hidden))
+        )
+        dropout = attention.dropout.p if self.training else 0.0
+        context, _ = packed_attention(self, query, key, value, None, dropout, attention.scaling, packing=packing)
+        return self.feed_forward_chunk(self.attention.output(context.flatten(2), cls))
 
 
 class CastOnce:
@@ -191,7 +212,9 @@ def encode(model: nn.Module, batch) -> torch.Tensor:
     if hasattr(config, "layer_types"):  # ModernBERT makes masks of T × T, unless they are given
         inputs["attention_mask"] = dict.fromkeys(config.layer_types)
     with _taking_packing():
-        hidden = encoder(**inputs, packing=batch).last_hidden_state[0]  # [T, hidden]
+        hidden = encoder(**inputs, packing=batch).last_hidden_state[0]  # [T, hidden], or [4B, hidden]
+    if config.model_type in LAST_AT_CLS:
+        return hidden
     if getattr(config, "classifier_pooling", "cls") == "mean":
         return torch.segment_reduce(at_least_float32(hidden), "mean", lengths=batch.cu_seqlens.diff(), unsafe=True)
     return hidden.index_select(0, batch.cu_seqlens[:-1])
@@ -281,8 +304,8 @@ def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """torch.compile of each layer; lengths are dynamic, and attention stays outside, so that few graphs serve all."""
     AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):  # what transformers makes of every layer of an encoder
+    for layer in model.modules():  # each is one of these in transformers; the last one calls attention by itself
+        if isinstance(layer, GradientCheckpointingLayer) and not isinstance(layer, LastAtCls):
             layer.compile(dynamic=True, backend=backend)
 
 

@@ -37,6 +37,7 @@ def _modernbert(model, states):
 
 LIKE_BERT = ("bert", "camembert", "data2vec-text", "ernie", "roberta", "roberta-prelayernorm")
 LIKE_BERT += ("xlm-roberta", "xlm-roberta-xl")
+LAST_AT_CLS = (*(family for family in LIKE_BERT if family not in ("roberta-prelayernorm", "xlm-roberta-xl")), "electra")
 PACKED: dict[str, Callable] = dict.fromkeys(LIKE_BERT, _with_pooler)
 PACKED |= {"albert": _albert, "distilbert": _distilbert, "electra": _electra, "modernbert": _modernbert}
 
