@@ -354,7 +354,7 @@ def folder_of_bert(model) -> None:
             config_of_one_that_leaks,
             ": a model of type 'fnet' is not run: its answer to a question depends on the padding",
         ),
-        (no_tokenizer, r"has no tokenizer files \(tokenizer.json, or spiece.model \(ALBERT\), vocab.txt \(BERT\), vocab.json "),
+        (no_tokenizer, r"has no tokenizer files \(tokenizer.json, or spiece.model \(ALBERT\), vocab.txt \(BERT\), "),
         (
             damaged_spiece,
             ": its tokenizer cannot be loaded: its files are damaged or incomplete; add the tokenizer.json",
