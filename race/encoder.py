@@ -121,14 +121,21 @@ class LastAtCls:
         """[1, T, hidden] → [1, 4B, hidden]; without `packing` what transformers computes."""
         if packing is None:
             return super().forward(hidden, *arguments, **settings)
-        attention, cls = self.attention.self, hidden.index_select(1, packing.cu_seqlens[:-1])
-        query, key, value = (
-            project(states).view(1, states.shape[1], -1, attention.attention_head_size).transpose(1, 2)
-            for project, states in ((attention.query, cls), (attention.key, hidden), (attention.value, hidden))
-        )
+        attention = self.attention.self
         dropout = attention.dropout.p if self.training else 0.0
-        context, _ = packed_attention(self, query, key, value, None, dropout, attention.scaling, packing=packing)
-        return self.feed_forward_chunk(self.attention.output(context.flatten(2), cls))
+        context, cls = _attention_at_cls(attention, hidden, packing, dropout)
+        return self.feed_forward_chunk(self.attention.output(context, cls))
+
+
+def _attention_at_cls(attention: nn.Module, hidden, batch, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, T, hidden] → what each [CLS] attends to, and its own state: [1, 4B, hidden] each."""
+    cls = hidden.index_select(1, batch.cu_seqlens[:-1])
+    query, key, value = (
+        project(states).view(1, states.shape[1], -1, attention.attention_head_size).transpose(1, 2)
+        for project, states in ((attention.query, cls), (attention.key, hidden), (attention.value, hidden))
+    )
+    context, _ = packed_attention(attention, query, key, value, None, dropout, attention.scaling, packing=batch)
+    return context.flatten(2), cls
 
 
 class CastOnce:
@@ -280,14 +287,9 @@ def albert_layers(encoder: nn.Module) -> list[nn.Module]:
 def _albert_layer_at_cls(layer: nn.Module, hidden: torch.Tensor, batch) -> torch.Tensor:
     """[1, T, hidden] → [1, 4B, hidden]: queries, output and feed-forward at [CLS] only (7 % of all FLOPs less)."""
     attention = layer.attention
-    cls = hidden.index_select(1, batch.cu_seqlens[:-1])
-    query, key, value = (
-        project(states).view(1, states.shape[1], -1, attention.attention_head_size).transpose(1, 2)
-        for project, states in ((attention.query, cls), (attention.key, hidden), (attention.value, hidden))
-    )
     dropout = attention.attention_dropout.p if layer.training else 0.0
-    context, _ = packed_attention(layer, query, key, value, None, dropout, attention.scaling, packing=batch)
-    context = attention.LayerNorm(cls + attention.output_dropout(attention.dense(context.flatten(2))))
+    context, cls = _attention_at_cls(attention, hidden, batch, dropout)
+    context = attention.LayerNorm(cls + attention.output_dropout(attention.dense(context)))
     return layer.full_layer_layer_norm(layer.ff_chunk(context) + context)
 
 

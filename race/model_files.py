@@ -9,7 +9,7 @@ from pathlib import Path
 from race import RaceError
 from race.families import check_family
 
-MODEL_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "*.txt"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "pytorch_model*.bin"]
 TENSORFLOW = ("*.ckpt*", "*.data-?????-of-?????", "albert_config.json", "bert_config.json", "tf_model.h5")
 
 
@@ -58,7 +58,11 @@ def local_copy(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+        *first, older = MODEL_FILES
+        folder = Path(snapshot_download(name, allow_patterns=first))
+        if not any(folder.glob("*.safetensors")):  # the same weights are often there in both formats
+            folder = Path(snapshot_download(name, allow_patterns=[*first, older]))
+        return folder
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise not_loaded(name, "model", error, "") from error
 

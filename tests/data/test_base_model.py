@@ -1,5 +1,6 @@
 """Tokenizers built or checked against SentencePiece and WordPiece, and what is said of models that cannot be loaded."""
 
+import fnmatch
 import io
 import json
 import os
@@ -484,3 +485,21 @@ def test_attention_that_cannot_be_chosen_is_told(albert_config, monkeypatch):
     monkeypatch.setattr(transformers.PreTrainedModel, "set_attn_implementation", lambda *args: None)
     with pytest.raises(RaceError, match=r"does not run packed sequences; install transformers 5.17.0"):
         RaceModule(config=albert_config)
+
+
+@pytest.mark.parametrize(
+    ("there", "fetched"), [(["model.safetensors", "pytorch_model.bin"], 1), (["pytorch_model.bin"], 2)]
+)
+def test_weights_of_the_hub_are_fetched_in_one_format(there, fetched, tmp_path, monkeypatch):
+    calls = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        calls.append(allow_patterns)
+        for file in there:
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert race.model_files.local_copy("some/model") == tmp_path
+    assert len(calls) == fetched and {path.name for path in tmp_path.iterdir()} == {there[0]}
