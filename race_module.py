@@ -22,13 +22,15 @@ from race.device import random_state, set_random_state
 from race.encoder import build_model, load_pretrained, option_logits, token_budget
 from race.families import is_packed
 from race.files import read_archive
+from race.schedule import check_schedule, rate_factor, warmup_steps
 
 
 class RaceModule(pl.LightningModule):
     """Multiple choice on packed sequences: loss, optimizer and metrics of every stage.
 
     model: hub name or folder with weights; or config: a configuration (or its dict) for random weights. One of the two.
-    Any family of race.families. attention_dropout: None: as the model has it.
+    Any family of race.families. attention_dropout: None: as the model has it. schedule, warmup: of the learning rate
+    over a stage's steps (race.schedule). max_grad_norm: to which a batch's gradient is clipped; inf: it is only logged.
     token_budget: tokens of a micro-batch; gradients are accumulated over the batch. None: by device.
     """
 
@@ -41,6 +43,9 @@ class RaceModule(pl.LightningModule):
         adam_epsilon: float = 1e-8,
         token_budget: int | None = None,
         attention_dropout: float | None = None,
+        schedule: str = "constant",
+        warmup: float = 0,
+        max_grad_norm: float | None = None,
     ):
         super().__init__()
         if (model is None) == (config is None):
@@ -53,11 +58,13 @@ class RaceModule(pl.LightningModule):
             problems.append(f"attention_dropout is {attention_dropout}")
         if problems:
             raise RaceError(f"{'; '.join(problems)}; expected finite numbers ≥ 0, a token budget ≥ 1, a dropout < 1")
+        check_schedule(schedule, warmup, max_grad_norm)
         self.model = (
             build_model(config, attention_dropout) if model is None else load_pretrained(model, attention_dropout)
         )
         self.learning_rate, self.weight_decay, self.adam_epsilon = learning_rate, weight_decay, adam_epsilon
-        self.attention_dropout = attention_dropout
+        self.attention_dropout, self.max_grad_norm = attention_dropout, max_grad_norm
+        self.schedule, self.warmup, self.total_steps = schedule, warmup, None  # of a stage; training sets it
         self.token_budget, self.budget_is_fitted = token_budget, token_budget is None
         self.padded = not is_packed(self.model.config)  # a family whose sequences cannot be packed (race.families)
         self.lineage: dict = {}  # where these weights come from; saved in checkpoints
@@ -87,14 +94,35 @@ class RaceModule(pl.LightningModule):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         loss = self.model_step(batch, "train", self.questions_of_all(batch, batch_idx))
+        self.clip_gradient(optimizer)
+        rate = self.rate_at(self.trainer.global_step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         tokens = torch.full_like(loss, sum(batch.lengths))  # made on the device: nothing waits for it
         loss, self.tokens = self.sum_over_processes(torch.stack([loss, tokens]))
         self.log("train_loss_step", loss, prog_bar=True, batch_size=1)
         self._give_memory_back(batch_idx)
-        rate = torch.tensor(optimizer.param_groups[0]["lr"])  # on the CPU; a float would be copied to the GPU
-        self.log("learning_rate", rate)
+        self.log("learning_rate", torch.tensor(rate))  # on the CPU; a float would be copied to the GPU
         return loss
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of an optimizer step, from 0: a function of the recipe and the step."""
+        if self.schedule == "constant" and not self.warmup:
+            return self.learning_rate
+        if self.total_steps is None:
+            raise RaceError("the schedule needs to know all steps of the stage: set total_steps, as train_stage does")
+        warmup = warmup_steps(self.warmup, self.total_steps)
+        return self.learning_rate * rate_factor(self.schedule, step, self.total_steps, warmup)
+
+    def clip_gradient(self, optimizer) -> None:
+        """Clip the norm of the whole batch's gradient to max_grad_norm, and log what it was; fp16 is unscaled first."""
+        if self.max_grad_norm is None:
+            return
+        if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
+            scaler.unscale_(optimizer.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)  # nothing waits for it
+        self.log("gradient_norm", norm, batch_size=1)
 
     def validation_step(self, batch, batch_idx: int) -> torch.Tensor:
         """Loss and accuracy on the validation split."""
@@ -198,7 +226,7 @@ class RaceModule(pl.LightningModule):
         self.log_means("train", "train_loss_epoch")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation loss, which picks the best checkpoint, and accuracy."""
+        """Log the validation loss and accuracy, one of which picks the best checkpoint."""
         self.log_means("val", "val_loss_epoch")
 
     def on_test_epoch_end(self) -> None:
@@ -206,7 +234,7 @@ class RaceModule(pl.LightningModule):
         self.log_means("test", "test_loss")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with two parameter groups and a constant learning rate."""
+        """AdamW with two parameter groups; training_step sets the learning rate of each step."""
         groups = parameter_groups(self.model, self.weight_decay)
         return torch.optim.AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=True)
 

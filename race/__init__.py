@@ -12,6 +12,7 @@ OPTIONS = len(LETTERS)
 CHANCE = 1 / OPTIONS
 LEVELS = ("middle", "high")
 SPLITS = ("train", "validation", "test")
+MONITORS = ("val_loss_epoch", "val_acc")  # what picks the best checkpoint: the lowest loss, or the highest accuracy
 RACE_QUESTIONS = {"train": 87866, "validation": 4887, "test": 4934}  # Lai et al. 2017, arXiv:1704.04683
 MAX_LEN, MAX_QA_LEN = 512, 128  # tokens of a sequence, and of its question+option
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # name or owner/name on the Hugging Face hub

@@ -4,13 +4,15 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from race import LEVELS, SPLITS, RaceError
+from race import LEVELS, MONITORS, SPLITS, RaceError
+from race.schedule import NAMES, is_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTHING = ("", "none", "null")
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Lightning's short names
 OF_DATA = ("CACHE_DIR", "BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "LEVEL", "SEED")
 OF_SCORING = (*OF_DATA, "RUN_DIR", "SPLIT", "PRECISION", "ACCELERATOR", "FRESH")
+OF_MODULE = ("LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "ATTENTION_DROPOUT", "TOKEN_BUDGET")
 OF_TRAINING = ("MAX_EPOCHS", "PRECISION", "ACCELERATOR", "DETERMINISTIC", "COMPILE")
 OF_TRAINING += ("EARLY_STOPPING", "SAVE_MINUTES", "FRESH")
 
@@ -50,6 +52,10 @@ class Settings:
     def scoring(self) -> dict:
         """What race.score.predict takes, beside the checkpoint."""
         return self._some(OF_SCORING)
+
+    def module(self) -> dict:
+        """What RaceModule takes, beside its model."""
+        return self._some(OF_MODULE)
 
     def training(self, *made) -> dict:
         """What train_stage takes, beside stage, module and data, which are given here as `made`.
@@ -133,6 +139,12 @@ def _flag(value) -> int:
     return words[value.lower()] if str(value).lower() in words and isinstance(value, str) else int(value)
 
 
+def _schedule(value) -> str:
+    if not is_schedule(value):
+        raise ValueError
+    return value
+
+
 def _true_or_false(value) -> bool:
     return _one_of((False, True))(_flag(value))
 
@@ -174,7 +186,10 @@ KINDS: dict[str, tuple[Callable, str]] = {
     "EXPORT_DIR": (_or_none(_path), "a folder, or None"),
     **dict.fromkeys(("LEARNING_RATE", "SAVE_MINUTES"), (_number, "a number")),
     **dict.fromkeys(("MAX_EPOCHS", "BATCH_SIZE", "MAX_LEN", "SEED"), COUNT),
-    "ATTENTION_DROPOUT": (_or_none(_number), "a number, or None"),
+    **dict.fromkeys(("ATTENTION_DROPOUT", "MAX_GRAD_NORM"), (_or_none(_number), "a number, or None")),
+    "MONITOR": (_one_of(MONITORS), f"one of {', '.join(MONITORS)}"),
+    "SCHEDULE": (_schedule, NAMES),
+    "WARMUP": (_number, "a number of steps, or a share of them below 1"),
     **dict.fromkeys(("LIMIT_QUESTIONS", "EARLY_STOPPING", "TOKEN_BUDGET"), COUNT_OR_NONE),
     "PRECISION": (_or_none(_precision), "a name such as bf16-mixed, or None"),
     "SPLIT": (_one_of(SPLITS), f"one of {', '.join(SPLITS)}"),

@@ -28,6 +28,7 @@ def stage(folder, cache, *callbacks, epochs: int = 2, minutes: float = 60.0, dat
         "learning_rate": settings.pop("learning_rate", 1e-3),
         "token_budget": settings.pop("token_budget", None),
     }
+    of_module |= {name: settings.pop(name) for name in ("schedule", "warmup", "max_grad_norm") if name in settings}
     module = start_stage(e1(folder), cache, **of_module)
     settings = {"save_minutes": minutes, "log_every": 2, "callbacks": callbacks} | settings
     data = RaceDataModule(cache, **({"batch_size": 8, "limit_questions": 64} | (data or {})))

@@ -2,8 +2,9 @@
 
 import pandas as pd
 
-from race import CHANCE
+from race import CHANCE, MONITORS
 from race.score import comparison, results, statistics
+from race.train.stages import CHAIN, Stage
 from race.written import SIGNIFICANT, listed, p_value, percent, signed, significance
 
 NOT_TESTED = "not tested: most of these questions trained one of the two"
@@ -32,6 +33,21 @@ def origin(checkpoint) -> str:
     epoch = None if checkpoint.epoch is None else f"{checkpoint.epoch} (from 0)"
     facts = {"stage": checkpoint.stage, "epoch": epoch, "trained from": checkpoint.base}
     return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in facts.items())
+
+
+def other_rule(checkpoint) -> str:
+    """Which epoch of its stage the other rule would have picked, if another; "" if that is not known."""
+    if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
+        return ""
+    rule = MONITORS[1 - MONITORS.index(checkpoint.monitor)]
+    found = Stage(checkpoint.stage, checkpoint.path.parent, monitor=rule).saved()
+    if not found or None in (checkpoint.val_acc, found[0].val_acc):
+        return ""
+    own, other = (f"loss {it.val_loss:.3f}, accuracy {percent(it.val_acc)}" for it in (checkpoint, found[0]))
+    text = f"\nvalidation: {own}; by validation {'accuracy' if rule == 'val_acc' else 'loss'} "
+    if found[0].sha256 == checkpoint.sha256:
+        return f"{text}the best is the same checkpoint"
+    return f"{text}the best would be epoch {found[0].epoch} ({other})"
 
 
 def headline(table: pd.DataFrame) -> str:
@@ -80,7 +96,7 @@ def _seen(row) -> list[str]:
     elif trained:
         told += [f"{{who}} {{was}} trained on the articles of {trained:,} of these {questions:,} questions."]
     if chosen == questions:
-        told += ["The validation loss on the articles of these questions chose {who}: the accuracy is optimistic."]
+        told += ["Validation on the articles of these questions chose {who}: the accuracy is optimistic."]
     elif chosen:
         told += [
             f"{chosen:,} of these {questions:,} questions have an article of the validation split that chose {{who}}."

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from race import LEVELS, RACE_QUESTIONS
+from race import LEVELS, MONITORS, RACE_QUESTIONS
 from race.report.sentences import interval
 from race.score.results import PASSAGE_COLUMNS, RESULT_COLUMNS
 from race.score.statistics import SEEN_COLUMNS
@@ -102,10 +102,11 @@ def lineage_table(checkpoints: list, names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def stages_behind(checkpoints: list) -> list[str]:
-    """The stages that these checkpoints have gone through, as they remember them."""
+def stages_behind(checkpoints: list) -> dict[str, str]:
+    """The stages that these checkpoints have gone through, as they remember them, each with its rule of selection."""
     named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
-    return sorted(named - {None, "unknown"})
+    rules = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}
+    return {stage: rules.get(stage, MONITORS[0]) for stage in sorted(named - {None, "unknown"})}
 
 
 def comparison_table(tables: list[pd.DataFrame], checkpoints: list, names: list[str]) -> pd.DataFrame:

@@ -22,16 +22,25 @@ STUCK = 5000  # questions
 
 
 class StartInForce(pl.Callback):
-    """Stops a stage before its first step if learning rate or weights are not those that the stage starts with."""
+    """Stops a stage whose weights or learning rate are not those that it starts with, or at some step should have."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+        """Compare every parameter group with the rate of the step that was taken."""
+        self._compare(trainer, module.rate_at(trainer.global_step - 1))
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Compare every parameter group and all weights with what the stage was given."""
-        rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
-        if rates != {module.learning_rate}:
-            raise RaceError(f"learning rate in force: {rates}; this stage's is {module.learning_rate}")
+        if trainer.global_step:
+            return
+        self._compare(trainer, module.learning_rate)
         start = module.lineage.get("weights_start")
-        if trainer.global_step == 0 and start not in (None, weights_hash(module.model)):
+        if start not in (None, weights_hash(module.model)):
             raise RaceError("the weights have been trained since the model was made: run the model's cell again first")
+
+    def _compare(self, trainer: pl.Trainer, expected: float) -> None:
+        rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        if rates != {expected}:
+            raise RaceError(f"learning rate in force: {rates}; the stage's at step {trainer.global_step} is {expected}")
 
 
 class EarlierRun(pl.Callback):

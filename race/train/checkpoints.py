@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from race import HUB_ID, MAX_LEN, RaceError
+from race import HUB_ID, MAX_LEN, MONITORS, RaceError
 from race.data.cache import check_tokenizer
 from race.files import file_identity, known_hash, read_archive, save_archive
 from race.model_files import local_copy
@@ -40,6 +40,7 @@ class Checkpoint:
         self.chain: list[str] = self.lineage.get("chain", [])  # the stages before this one
         recipe = self.lineage.get("recipe", {})
         self.learning_rate: float | None = recipe.get("learning_rate")
+        self.monitor: str = recipe.get("monitor") or MONITORS[0]  # what picks the best checkpoint of its stage
         self.max_len: int = recipe.get("max_len") or MAX_LEN  # tokens of a sequence
 
     @property

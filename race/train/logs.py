@@ -18,26 +18,28 @@ def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:
 
 
 def learning_story(
-    run_dir: str | Path, stages: list[str], questions_per_epoch: int, validation_questions: int
+    run_dir: str | Path, stages: dict[str, str], questions_per_epoch: int, validation_questions: int
 ) -> tuple[pd.DataFrame, list[str]]:
     """Validation after each epoch of all stages over the questions seen, and notes on logs that are missing.
 
-    Columns: stage, epoch (from 0), questions (trained on by then, over all stages), val_loss, val_acc, val_low and
-    val_high (Wilson's 95 % interval of val_acc), learning_rate.
+    stages: their names, and which of MONITORS picks the best checkpoint of each.
+    Columns: stage, monitor, epoch (from 0), questions (trained on by then, over all stages), val_loss, val_acc, val_low
+    and val_high (Wilson's 95 % interval of val_acc), learning_rate (the stage's highest).
     """
     from statsmodels.stats.proportion import proportion_confint
 
-    columns = ["stage", "epoch", "questions", "val_loss", "val_acc", "val_low", "val_high", "learning_rate"]
+    columns = ["stage", "monitor", "epoch", "questions", "val_loss", "val_acc", "val_low", "val_high", "learning_rate"]
     parts, notes, seen = [pd.DataFrame(columns=columns)], [], 0
-    for stage in stages:
+    for stage, monitor in stages.items():
         try:
             log = read_log(run_dir, stage)
-            rate = log["learning_rate"].dropna().iloc[-1]
+            rate = log["learning_rate"].max()
             epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last")
         except (RaceError, KeyError, IndexError):
             notes.append(f"no log of {stage} with a validated epoch in {run_dir}/logs: it is missing from the figure")
             continue
-        part = epochs.rename(columns={"val_loss_epoch": "val_loss"}).assign(stage=stage, learning_rate=rate)
+        part = epochs.rename(columns={"val_loss_epoch": "val_loss"}).assign(stage=stage, monitor=monitor)
+        part["learning_rate"] = rate
         part["epoch"] = part["epoch"].astype(int)
         part["questions"] = seen + (part["epoch"] + 1) * questions_per_epoch
         asked = validation_questions or math.nan

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from race import RaceError
+from race import MONITORS, RaceError
 from race.train.checkpoints import Checkpoint
 
 LOSS_IN_NAME = re.compile(r"val_loss_epoch\W*_?(\d+\.\d+|nan|inf)")  # of a damaged file there is nothing but its name
@@ -25,15 +25,21 @@ DEMO = {  # what the demo's tiny model takes instead: the same ratios, about a m
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of the chain and its files; raises RaceError for a name that the chain does not have."""
+    """One stage of the chain and its files; raises RaceError for a name that the chain does not have.
+
+    monitor: which of MONITORS picks its best checkpoint; None: what the stage was trained with.
+    """
 
     name: str
     checkpoint_dir: str | Path = "checkpoints/race"
     run_dir: str | Path = "runs/race"
+    monitor: str | None = None
 
     def __post_init__(self):
         if self.name not in CHAIN:
             raise RaceError(f"stage {self.name!r}: expected one of {', '.join(CHAIN)}")
+        if self.monitor not in (None, *MONITORS):
+            raise RaceError(f"MONITOR is {self.monitor!r}, expected one of {', '.join(MONITORS)}")
 
     @property
     def notebook(self) -> str:
@@ -44,12 +50,13 @@ class Stage:
     def before(self) -> "Stage | None":
         """The stage whose best checkpoint this one starts from."""
         earlier = list(CHAIN)[: list(CHAIN).index(self.name)]
-        return dataclasses.replace(self, name=earlier[-1]) if earlier else None
+        return dataclasses.replace(self, name=earlier[-1], monitor=None) if earlier else None
 
     @property
     def onwards(self) -> list["Stage"]:
         """This stage and those that are built on it."""
-        return [dataclasses.replace(self, name=name) for name in list(CHAIN)[list(CHAIN).index(self.name) :]]
+        names = list(CHAIN)[list(CHAIN).index(self.name) :]
+        return [dataclasses.replace(self, name=name, monitor=None) for name in names]
 
     @property
     def state_path(self) -> Path:
@@ -59,7 +66,8 @@ class Stage:
     @property
     def made_with(self) -> dict:
         """The parameters that it was made with."""
-        return {"CHECKPOINT_DIR": str(self.checkpoint_dir), "RUN_DIR": str(self.run_dir)}
+        made = {"CHECKPOINT_DIR": str(self.checkpoint_dir), "RUN_DIR": str(self.run_dir)}
+        return made | ({"MONITOR": self.monitor} if self.monitor else {})
 
     def files(self) -> list[Path]:
         """The checkpoint files of this stage, by name; the stage is read from inside, or a damaged file's name."""
@@ -68,7 +76,7 @@ class Stage:
         return sorted([*(checkpoint.path for checkpoint in found), *named])
 
     def saved(self) -> list[Checkpoint]:
-        """Its checkpoints, best first: by validation loss, the earlier one of equals; damaged ones are printed."""
+        """Its checkpoints, best first, the earlier one of equals; damaged ones are printed."""
         found, damaged = self._read()
         for _, _, problem in damaged:
             print(f"skipped: {problem}")
@@ -80,18 +88,19 @@ class Stage:
         return pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"]).astype({"val_acc": float})
 
     def best(self) -> Checkpoint:
-        """The checkpoint with the lowest validation loss, the earlier one of equals.
+        """The checkpoint with the lowest validation loss, or highest accuracy (`monitor`); the earlier one of equals.
 
         Raises RaceError if there is none, or if a damaged one may have been the best.
         """
         found, damaged = self._read()
-        lowest = _loss(found[0]) if found else math.inf
+        by_loss = self._rule(found) == MONITORS[0]
+        lowest = _loss(found[0]) if found and by_loss else math.inf  # a name does not say the accuracy
         if problems := [problem for _, loss, problem in damaged if loss <= lowest + 0.005]:  # names have two digits
             raise RaceError("; ".join(problems))
         if not found:
             missing = f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: run {self.notebook} first"
             raise RaceError(missing + _of_unknown_stage(self.checkpoint_dir))
-        if not math.isfinite(lowest):
+        if not math.isfinite(_loss(found[0])):
             raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no checkpoint has a finite validation loss")
         return found[0]
 
@@ -107,7 +116,12 @@ class Stage:
                 if not of_another:
                     damaged.append((path, float(loss[1]) if loss else -math.inf, str(error)))
         own = [checkpoint for checkpoint in found if checkpoint.stage == self.name]
-        return sorted(own, key=lambda checkpoint: (_loss(checkpoint), checkpoint.epoch)), damaged
+        worth = _loss if self._rule(own) == MONITORS[0] else _errors
+        return sorted(own, key=lambda checkpoint: (worth(checkpoint), checkpoint.epoch)), damaged
+
+    def _rule(self, checkpoints: list[Checkpoint]) -> str:
+        """Which of MONITORS picks the best one of these."""
+        return self.monitor or (checkpoints[0].monitor if checkpoints else MONITORS[0])
 
 
 def epochs_trained(checkpoint: Checkpoint) -> int | None:
@@ -124,6 +138,12 @@ def _loss(checkpoint: Checkpoint) -> float:
     """Its validation loss; infinite if it is not known, or not a number."""
     loss = checkpoint.val_loss
     return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def _errors(checkpoint: Checkpoint) -> float:
+    """Its share of wrong validation answers; infinite if that is not known, or its loss is not a number."""
+    known = checkpoint.val_acc is not None and math.isfinite(_loss(checkpoint))
+    return 1 - checkpoint.val_acc if known else math.inf
 
 
 def _of_unknown_stage(checkpoint_dir: str | Path) -> str:

@@ -253,15 +253,18 @@ def _gathered(value: object, processes: int) -> list:
 def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule) -> dict:
     """What must be unchanged to resume a stage, by the names of the notebooks' parameters."""
     base = {"the base": "base", "the base's sha256": "base_sha256", "the cache": "cache"}
-    recipe = ("LEARNING_RATE", "weight_decay", "adam_epsilon", "ATTENTION_DROPOUT")
+    recipe = ["LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "weight_decay", "adam_epsilon"]
+    recipe += ["ATTENTION_DROPOUT"]
     identity = {name: module.lineage.get(key) for name, key in base.items()}
     identity |= {name: getattr(module, name.lower()) for name in recipe}
+    if module.schedule != "constant" or 0 < module.warmup < 1:
+        identity["steps of the schedule (MAX_EPOCHS)"] = module.total_steps
     return identity | {name: value for name, value in data.made_with.items() if name != "CACHE_DIR"}
 
 
 def changed_settings(state: dict, identity: dict) -> list[str]:
     """What differs from the run that a state is of, in words."""
-    old = state["identity"]
+    old = {"SCHEDULE": "constant", "WARMUP": 0} | state["identity"]  # as before version 1.5
     return [f"{name} was {old.get(name)!r}, is {new!r}" for name, new in identity.items() if old.get(name) != new]
 
 

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from race import LETTERS, RaceError, check_least
+from race import LETTERS, MONITORS, RaceError, check_least
 from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest
 from race.data.seen import seen_articles
 from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
@@ -139,7 +139,7 @@ def train_stage(
 ) -> pl.Trainer:
     """Train a stage, or resume it where a kill or an interrupt ended it; prints which. A finished one trains nothing.
 
-    precision: None chooses by device. early_stopping: end after N epochs without a lower validation loss.
+    precision: None chooses by device. early_stopping: end after N epochs without a better validation.
     save_minutes: how often the state is saved from which a stage resumes. fresh: train the stage again, once: a run
     begun so is resumed, also if `fresh` is left standing (2, 3, … begin once more). Checkpoints of the earlier run, and
     of the stages built on it, move to `earlier/`. accelerator: None chooses, or "cpu", "gpu". deterministic: only
@@ -150,15 +150,17 @@ def train_stage(
     usual effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
     """
     check_least(max_epochs=(max_epochs, 1), save_minutes=(save_minutes, 0), early_stopping=(early_stopping, 1))
-    device = default_device(accelerator)
+    device, monitor = default_device(accelerator), stage.monitor or MONITORS[0]
     precision = precision or default_precision(accelerator)
     check_precision(precision)
+    module.total_steps = max_epochs * data.batches_per_epoch()
     identity = stage_identity(module, data)
     state = _state_of(stage, int(fresh), identity)
     keeper = KeepState(stage, save_minutes, int(fresh) if state is None else state.get("fresh", 0))
     callbacks = [StartInForce(), EarlierRun(stage), keeper, LossWatch(), StageReport(), *callbacks]
     if early_stopping is not None:
-        callbacks.append(EarlyStopping("val_loss_epoch", patience=early_stopping))
+        mode = "max" if monitor == "val_acc" else "min"
+        callbacks.append(EarlyStopping(monitor, mode=mode, patience=early_stopping))
     if compile:
         compile_layers(module.model)
     before = torch.are_deterministic_algorithms_enabled()
@@ -166,7 +168,7 @@ def train_stage(
     data.start_at(0, 0)
     data.longest_first = module.padded
     recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
-    recipe |= {"precision": trainer.precision, "processes": trainer.world_size}
+    recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": monitor}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
     if state is not None:

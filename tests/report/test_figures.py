@@ -77,6 +77,7 @@ def story(lengths, names=None, **columns) -> pd.DataFrame:
             stage_name = names[stage] if names else f"e{stage + 1}"
             rows.append((stage_name, epoch, seen, 1.2 - 0.01 * len(rows), 0.55 + 0.005 * len(rows), 2e-5))
     table = pd.DataFrame(rows, columns=["stage", "epoch", "questions", "val_loss", "val_acc", "learning_rate"])
+    table["monitor"] = "val_loss_epoch"
     return table.assign(val_low=table["val_acc"] - 0.013, val_high=table["val_acc"] + 0.013).assign(**columns)
 
 
@@ -262,6 +263,18 @@ def test_training_tells_the_chosen_epoch_from_the_most_accurate():
     assert title(DRAWN["training, no epoch"]().axes[0]) == "e1: not validated yet"
 
 
+def test_training_rings_what_the_rule_picks_and_draws_the_gradient():
+    table = log([1.0, 0.8, 0.9], [0.55, 0.66, 0.67]).assign(gradient_norm=2.0)
+    table.loc[:99, "gradient_norm"] = 0.5
+    table.loc[table["val_acc"].notna(), "gradient_norm"] = np.nan
+    figure = figures.training_curves(table, "e1", "val_acc", 1.0)
+    assert title(figure.axes[1]) == "highest validation accuracy, at epoch 2: 67.0 %"
+    rings = [line.get_xydata().tolist() for line in figure.axes[1].get_lines() if line.get_markersize() == 11]
+    assert rings == [[[599, 0.67]]] and "highest validation accuracy" in words(figure)
+    assert "before clipping to 1 (line): above it in 83 % of the logged steps" in title(figure.axes[2])
+    assert len(figures.training_curves(log([1.0], [0.55]), "e1").axes) == 3
+
+
 def test_comparison_shows_other_peoples_numbers_and_levels_where_there_are_any():
     text = words(DRAWN["comparison"]())
     assert "reported by the original authors" in text and "66.0 %" in text and "middle" in text and "high" in text
@@ -308,6 +321,7 @@ def test_lineage_in_any_order_and_without_memory():
 def test_story_marks_stages_and_their_rates():
     rows = [("e1", 1, 10, 1.2, 0.5, 2e-5), ("e1", 2, 20, 1.0, 0.6, 2e-5), ("e3", 1, 30, 0.9, 0.55, 2e-6)]
     table = pd.DataFrame(rows, columns=["stage", "epoch", "questions", "val_loss", "val_acc", "learning_rate"])
+    table["monitor"] = "val_loss_epoch"
     figure = figures.story_figure(table.assign(val_low=table["val_acc"] - 0.1, val_high=table["val_acc"] + 0.1))
     text = words(figure)
     assert "e1, 2e-5" in text and "e3, 2e-6" in text and "95 % interval" in text and "axis cut" in text

@@ -46,7 +46,7 @@ def test_headline():
     ("train", "validation", "said"),
     [
         (True, False, "e1 was trained on the articles of all these questions: nothing here is about new questions."),
-        (False, True, "The validation loss on the articles of these questions chose e1: the accuracy is optimistic."),
+        (False, True, "Validation on the articles of these questions chose e1: the accuracy is optimistic."),
         (False, False, "No article of these questions was used to train or to choose e1."),
         (None, None, "Whether articles of these questions were used to train or to choose e1 is not known."),
     ],

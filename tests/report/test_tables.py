@@ -43,7 +43,7 @@ def test_lineage_follows_hashes(three):
     torch.save(changed | {"more": 1}, three[0].path)  # the same name, another file
     again = [Checkpoint(checkpoint.path) for checkpoint in three]
     assert lineage_table(again, short_names(again)).set_index("name")["parent"].isna().all()
-    assert stages_behind(three[1:]) == ["e1", "e2"]
+    assert stages_behind(three[1:]) == dict.fromkeys(["e1", "e2"], "val_loss_epoch")
 
 
 def test_short_names_tell_all_apart(three, tmp_path):

@@ -50,11 +50,13 @@ def test_learning_story_on_one_axis(tmp_path):
         log = pd.DataFrame(values, columns=["epoch", "val_loss_epoch", "val_acc"])
         steps = pd.DataFrame({"epoch": [0], "learning_rate": [2e-5 if stage == "e1" else 2e-6]})
         pd.concat([steps, log]).to_csv(folder / "metrics.csv", index=False)
-    story, notes = learning_story(tmp_path, ["e1", "e2", "e3"], questions_per_epoch=30, validation_questions=50)
+    story, notes = learning_story(
+        tmp_path, dict.fromkeys(["e1", "e2", "e3"], "val_acc"), questions_per_epoch=30, validation_questions=50
+    )
     assert story["questions"].tolist() == [30, 60, 90] and story["val_loss"].tolist() == [1.2, 1.0, 0.9]
     assert story["learning_rate"].tolist() == [2e-5, 2e-5, 2e-6] and story["val_acc"].tolist() == [0.4, 0.5, 0.6]
     low, high = proportion_confint(20, 50, method="wilson")
     assert story.loc[0, ["val_low", "val_high"]].tolist() == pytest.approx([low, high])
-    assert learning_story(tmp_path, ["e1"], 0, 0)[0]["val_low"].isna().all()
+    assert learning_story(tmp_path, {"e1": "val_acc"}, 0, 0)[0]["val_low"].isna().all()
     assert len(notes) == 1 and notes[0].startswith("no log of e3")
-    assert learning_story(tmp_path / "none", ["e1"], 30, 50)[0].empty
+    assert learning_story(tmp_path / "none", {"e1": "val_acc"}, 30, 50)[0].empty

@@ -9,10 +9,11 @@ import signal
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from kill import die, in_a_process, killed_chain, remains, run_chain
+from kill import MINUTES, SCHEDULED, die, in_a_process, killed_chain, remains, run_chain
 from small_stage import At, e1, position, stage, state
 
 from race import RaceError
@@ -34,6 +35,16 @@ def whole(cache, tmp_path_factory):
     return remains(folder)
 
 
+@pytest.fixture(scope="module")
+def scheduled(cache, tmp_path_factory):
+    """The same with warm-up, cosine, clipping, and the highest accuracy as the rule of selection."""
+    folder = tmp_path_factory.mktemp("scheduled")
+    process = in_a_process(run_chain, folder, cache, 0, MINUTES, SCHEDULED)
+    process.join(240)
+    assert process.exitcode == 0
+    return remains(folder)
+
+
 def assert_equal(found: dict, expected: dict) -> None:
     for name, parts in expected.items():
         if isinstance(parts, list):
@@ -44,7 +55,19 @@ def assert_equal(found: dict, expected: dict) -> None:
         assert not different, (name, different)
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(0, 7), (2, 4)])
+def test_killed_chains_of_a_schedule_end_the_same(scheduled, cache, tmp_path):
+    """The rate of each step follows from its number: a resume needs no scheduler, and gives the same bytes."""
+    rng, hit, chains = random.Random(20), 0, 0
+    while hit < 5:
+        chains += 1
+        hit += killed_chain(tmp_path / str(chains), cache, 5 - hit, rng, 0, SCHEDULED)
+        assert_equal(remains(tmp_path / str(chains)), scheduled)
+    log = pd.read_csv(io.StringIO(scheduled["e1"]["log"]))
+    rates = log["learning_rate"].dropna()
+    assert rates.iloc[0] < rates.max() and rates.iloc[-1] < 0.1 * rates.max() and log["gradient_norm"].max() > 0.5
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(0, 5), (2, 4)])
 def test_killed_chains_end_the_same(whole, cache, tmp_path, workers, kills):
     """SIGKILL at random moments, in saving and in validation: same weights, optimizer, log rows, checkpoint files."""
     rng, hit, chains = random.Random(workers), 0, 0

@@ -13,6 +13,7 @@ from race import RaceError
 from race.data import RaceDataModule
 from race.data.batches import part_ends
 from race.device import default_precision
+from race.report.sentences import other_rule
 from race.score.predict import predict
 from race.train.callbacks import StageReport, StartInForce
 from race.train.checkpoints import weights_hash
@@ -220,6 +221,65 @@ def test_a_wrong_learning_rate_in_force_stops_the_stage(cache, tmp_path):
     )
     with pytest.raises(RaceError, match="learning rate in force"):
         trainer.fit(module, RaceDataModule(cache, limit_questions=8))
+
+
+def test_every_step_has_its_own_rate_and_another_stops_it(cache, tmp_path):
+    """Warm-up and a straight line to 0; a callback of the user's that sets another rate is found at once."""
+    train_e1(tmp_path, cache, log_every=1, learning_rate=1e-3, schedule="linear", warmup=4, max_grad_norm=1.0)
+    log = read_log(tmp_path / "run", "e1")
+    expected = [1e-3 * min(step / 4, (16 - step) / 12) for step in range(16)]
+    assert log["learning_rate"].dropna().tolist() == pytest.approx(expected, rel=1e-6)
+    assert (log["gradient_norm"].dropna() > 0).all() and log["gradient_norm"].notna().sum() == 16
+
+    class Other(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            optimizer.param_groups[0]["lr"] = 0.5 if trainer.global_step == 3 else optimizer.param_groups[0]["lr"]
+
+    with pytest.raises(RaceError, match="the stage's at step 4 is 0.00025"):
+        train_e1(tmp_path / "other", cache, Other(), learning_rate=1e-3, schedule="cosine", warmup=0.75)
+
+
+def test_clipping_is_torchs_on_the_whole_batch(cache):
+    """In two micro-batches and in one: the gradient of the batch is clipped, not that of a part."""
+    steps = []
+    for budget in (None, 600):
+        pl.seed_everything(0, verbose=False)
+        module = start_stage(Stage("e1"), cache, learning_rate=1e-3, token_budget=budget, max_grad_norm=0.05)
+        settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        pl.Trainer(max_steps=1, **settings).fit(module, RaceDataModule(cache, batch_size=8, limit_questions=32))
+        steps.append([parameter.grad.clone() for parameter in module.parameters()])
+    for whole, parts in zip(*steps, strict=True):
+        torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-4)
+    assert torch.stack([part.norm() for part in steps[0]]).norm() == pytest.approx(0.05, rel=1e-4)
+
+
+def test_the_rule_of_selection(tmp_path, capsys):
+    """The highest accuracy, or the lowest loss: the rule that a stage was trained with, unless another is asked for."""
+    numbers = [(0.9, 0.60), (0.7, 0.64), (2.03, 0.705), (2.1, 0.705), (float("nan"), 0.9)]
+    for epoch, (loss, accuracy) in enumerate(numbers):
+        record = {"stage": "e2", "epoch": epoch, "metrics": {"val_loss_epoch": loss, "val_acc": accuracy}}
+        torch.save({"race": record | {"recipe": {"monitor": "val_acc"}}}, tmp_path / f"e2-epoch={epoch}.ckpt")
+    assert Stage("e2", tmp_path).best().epoch == 2 and Stage("e2", tmp_path, monitor="val_loss_epoch").best().epoch == 1
+    assert Stage("e3", tmp_path, monitor="val_loss_epoch").before.best().epoch == 2
+    best = Stage("e2", tmp_path).best()
+    assert other_rule(best) == (
+        "\nvalidation: loss 2.030, accuracy 70.5 %; by validation loss the best would be epoch 1 "
+        "(loss 0.700, accuracy 64.0 %)"
+    )
+    (tmp_path / "e2-x-val_loss_epoch=9.99.ckpt").write_bytes(best.path.read_bytes()[:300])
+    assert Stage("e2", tmp_path, monitor="val_loss_epoch").best().epoch == 1
+    with pytest.raises(RaceError, match="9.99.ckpt: "):  # its accuracy may be the highest
+        Stage("e2", tmp_path).best()
+    with pytest.raises(RaceError, match="MONITOR is 'loss', expected one of val_loss_epoch, val_acc"):
+        Stage("e2", tmp_path, monitor="loss")
+
+
+def test_a_schedule_that_changes_is_not_resumed(cache, tmp_path):
+    """The rate of a step depends on all of it; a longer constant stage goes on as ever."""
+    train_e1(tmp_path, cache, epochs=1, schedule="linear", warmup=2)
+    changed = "SCHEDULE was 'linear', is 'cosine'; MAX_GRAD_NORM was None, is 1.0; .*MAX_EPOCHS.* was 8, is 16"
+    with pytest.raises(RaceError, match=changed):
+        train_e1(tmp_path, cache, epochs=2, schedule="cosine", warmup=2, max_grad_norm=1.0)
 
 
 def test_a_fresh_run_of_a_stage_overwrites_nothing(cache, tmp_path, capsys):
