@@ -1,13 +1,15 @@
-"""Run the whole job headless: the cache, the stages, both evaluations. Executed notebooks are kept in runs/NAME."""
+"""Run the whole job headless: the cache, the stages, the evaluations. Executed notebooks are kept in runs/NAME."""
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pandas as pd
@@ -16,17 +18,20 @@ import psutil
 from generate_race_cache import main as generate_race_cache
 from race import RaceError
 from race.data.cache import read_manifest, splits_of
-from race.score.results import RESULT_COLUMNS
+from race.recipes import BASELINE, Recipe, named_recipes, run_name
+from race.score.results import RESULT_COLUMNS, write_json
 from race.score.seeds import main as report_over_seeds
 from race.settings import ROOT, parse_set, read
-from race.train.stages import CHAIN, DEMO
+from race.train.stages import CHAIN
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
+COMPARISON = "compare_recipes"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the chain "demo" or "race", once or with each seed; returns the exit status."""
+    """Run the recipes of "demo" or "race", once or with each seed; returns the exit status."""
     options = parse(arguments)
     logging.getLogger("papermill").setLevel(logging.WARNING)
     cache = ROOT / parse_set(options.pairs).get("CACHE_DIR", f"cache/{options.name}")
@@ -38,28 +43,32 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if "test" not in splits:
         print("this cache has no test split: the evaluations use validation, which also chose the checkpoints")
-    runs, failed = [], []
+    split = "test" if "test" in splits else "validation"
+    runs = {}
     for seed in options.seeds or [None]:
-        notebooks = plan(options, "test" if "test" in splits else "validation", seed)
-        try:
-            for notebook, parameters in unfinished(notebooks) if options.seeds and not options.fresh else notebooks:
-                if run_notebook(notebook, parameters) == STOPPED:
-                    return STOPPED
-            runs.append(notebooks[0][1]["RUN_DIR"])
-        except RaceError as error:  # the other seeds run all the same
-            failed.append(f"seed {seed}: {error}")
-            print(f"error: {error}", file=sys.stderr)
-    if runs and options.seeds:
-        out = ROOT / "runs" / f"{run_name(options)}-over-seeds" / "results.csv"
+        for recipe in options.recipes:
+            notebooks = plan(options, recipe, split, seed)
+            folder = notebooks[0][1]["RUN_DIR"]
+            write_json(ROOT / folder / "recipe.json", dataclasses.asdict(recipe))
+            again = options.fresh or not (options.seeds or len(options.recipes) > 1)
+            runs[folder] = notebooks if again else unfinished(notebooks)
+    failed = run_all(runs, options.jobs)
+    if failed is None:
+        return STOPPED
+    if len(options.recipes) > 1:
+        failed |= {} if failed else run_all({"": [comparison(options, split)]}) or {}
+    elif options.seeds:
+        out = ROOT / "runs" / f"{_name(options, options.recipes[0])}-over-seeds" / "results.csv"
         if options.limit_questions is not None:
             print("a trial run: each seed has its own sample of questions, which adds to the spread")
-        if report_over_seeds([*(str(ROOT / run) for run in runs), "--out", str(out)]):
+        done = [str(ROOT / folder) for folder in runs if folder not in failed]
+        if done and report_over_seeds([*done, "--out", str(out)]):
             return 1
-        if failed:
-            print("\n".join(["", "not finished; the same command resumes them:", *failed]), file=sys.stderr)
-    elif runs:
-        print(pd.read_csv(ROOT / runs[0] / "results.csv")[RESULT_COLUMNS].to_string(index=False))
-        print(f"notebooks, figures and predictions: {runs[0]}; checkpoints: {notebooks[0][1]['CHECKPOINT_DIR']}")
+    elif not failed:
+        print(pd.read_csv(ROOT / folder / "results.csv")[RESULT_COLUMNS].to_string(index=False))
+        print(f"notebooks, figures and predictions: {folder}; checkpoints: {notebooks[0][1]['CHECKPOINT_DIR']}")
+    if failed:
+        print("\n".join(["", "not finished; the same command resumes them:", *failed.values()]), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -70,9 +79,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--source", help="source of the cache of 'race' (default ehovy/race)")
     add("--model", help="base model of 'race' (default albert-base-v2)")
     add("--limit-questions", type=int, metavar="N", help="trial run on N random questions of each split")
+    named = "chain (the default), constant, resets, step, linear, cosine, or a TOML file; several are compared"
+    add("--recipe", nargs="+", default=[BASELINE], metavar="NAME", dest="recipes", help=named)
     add("--stages", nargs="*", choices=CHAIN, default=list(CHAIN), help="only these; none: the evaluations only")
     add("--base-checkpoint", help="checkpoint from which the first of --stages starts (e2 or e3)")
     add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished runs")
+    add("--jobs", type=int, default=1, metavar="N", help="so many runs side by side, which share the CPU's cores")
     again = "train the stages again from their start, once (--fresh 2: once more); old files move to earlier/"
     add("--fresh", nargs="?", const=1, default=0, type=int, metavar="N", help=again)
     given = "parameters of the notebooks, such as MAX_EPOCHS=3; e3.MAX_EPOCHS=3 for one stage"
@@ -82,12 +94,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         for stage in CHAIN:
             read(parse_set(options.pairs, stage))
         named = parse_set(options.pairs)
+        options.recipes = named_recipes(options.recipes, options.name)
     except RaceError as error:
         parser.error(str(error))
     if options.name == "demo" and "CACHE_DIR" in named:
         parser.error("--set CACHE_DIR: the demo makes a cache of its own")
-    if options.seeds and (taken := {"CHECKPOINT_DIR", "RUN_DIR", "SEED"} & named.keys()):
-        parser.error(f"--set {', '.join(sorted(taken))}: --seeds sets it for each seed")
+    several = options.seeds or len(options.recipes) > 1
+    if several and (taken := {"CHECKPOINT_DIR", "RUN_DIR", "SEED"} & named.keys()):
+        parser.error(f"--set {', '.join(sorted(taken))}: --seeds and several recipes set it for each run")
+    if len(options.recipes) > 1 and (options.stages != list(CHAIN) or options.base_checkpoint):
+        parser.error("--stages and --base-checkpoint go with one recipe")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: expected 1 or more")
     if options.base_checkpoint and options.stages[:1] in ([], ["e1"]):
         parser.error("--base-checkpoint goes with --stages e2 or e3: e1 starts from the pretrained model")
     if sorted(set(options.stages)) != options.stages:
@@ -113,9 +131,9 @@ def prepare_cache(cache: Path, options: argparse.Namespace) -> int:
     return generate_race_cache(["--verify", str(cache)])
 
 
-def plan(options: argparse.Namespace, split: str, seed: int | None = None) -> list[tuple[str, dict]]:
-    """The notebooks to run, in order, each with its parameters."""
-    name = run_name(options) + ("" if seed is None else f"-seed{seed}")
+def plan(options: argparse.Namespace, recipe: Recipe, split: str, seed: int | None = None) -> list[tuple[str, dict]]:
+    """The notebooks of one run, in order, each with its parameters; of several recipes the stages only."""
+    name = _name(options, recipe, seed)
     common = {
         "CACHE_DIR": f"cache/{options.name}",
         "CHECKPOINT_DIR": f"checkpoints/{name}",
@@ -124,13 +142,13 @@ def plan(options: argparse.Namespace, split: str, seed: int | None = None) -> li
     }
     common |= {} if seed is None else {"SEED": seed}
     notebooks = []
-    for stage in options.stages:
-        own = {"FRESH": options.fresh}
-        own |= DEMO[stage] if options.name == "demo" else {}
+    for stage in (stage for stage in options.stages if stage in recipe.stages):
+        own = {"FRESH": options.fresh} | recipe.stages[stage]
         if options.base_checkpoint and stage == options.stages[0]:
             own |= {"BASE_CHECKPOINT": options.base_checkpoint}
         notebooks.append((CHAIN[stage], common | own, stage))
-    notebooks += [(notebook, common | {"SPLIT": split}, None) for notebook in EVALUATIONS]
+    if len(options.recipes) == 1:
+        notebooks += [(notebook, common | {"SPLIT": split}, None) for notebook in EVALUATIONS]
     return [(notebook, parameters | _given(options, notebook, stage)) for notebook, parameters, stage in notebooks]
 
 
@@ -142,9 +160,25 @@ def _given(options: argparse.Namespace, notebook: str, stage: str | None) -> dic
     return {name: value for name, value in parse_set(options.pairs, stage).items() if name in known}
 
 
-def run_name(options: argparse.Namespace) -> str:
-    """The name of the run's folders; a trial run is kept apart from real results."""
-    return options.name if options.limit_questions is None else f"{options.name}-trial"
+def comparison(options: argparse.Namespace, split: str) -> tuple[str, dict]:
+    """The notebook that compares all recipes of the command, with its parameters."""
+    name = _name(options)
+    parameters = {
+        "CACHE_DIR": f"cache/{options.name}",
+        "CHECKPOINT_DIR": f"checkpoints/{name}",
+        "RUN_DIR": f"runs/{name}",
+        "RECIPES": [recipe.name for recipe in options.recipes],
+        "SEEDS": options.seeds,
+        "LIMIT_QUESTIONS": options.limit_questions,
+        "SPLIT": split,
+    }
+    return COMPARISON, parameters | _given(options, COMPARISON, None)
+
+
+def _name(options: argparse.Namespace, recipe: Recipe | None = None, seed: int | None = None) -> str:
+    """The name of a run's folders; a trial run is kept apart from real results."""
+    name = options.name if options.limit_questions is None else f"{options.name}-trial"
+    return run_name(name, recipe.name if recipe else BASELINE, seed)
 
 
 def unfinished(notebooks: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
@@ -161,62 +195,81 @@ def unfinished(notebooks: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
     return []
 
 
-def run_notebook(notebook: str, parameters: dict) -> int:
-    """Execute one notebook; what it prints is shown at once, and saved. Raises RaceError if a cell fails.
+def run_all(runs: dict[str, list[tuple[str, dict]]], jobs: int = 1) -> dict[str, str] | None:
+    """Run the notebooks of each run in their order, `jobs` runs side by side; {run: what failed in it}.
 
-    Returns 0, or STOPPED if a signal ended it: the same command resumes it.
+    None if a signal ended them: it is passed on to the notebooks' processes, which save their states and end.
     """
+    received: list[int] = []
+    told: set[int] = set()
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, psutil.cpu_count(logical=False) // jobs)))
+    try:
+        with contextlib.chdir(ROOT), ThreadPoolExecutor(jobs) as pool:
+            futures = {pool.submit(_run_one, run, runs[run], received, jobs == 1): run for run in runs}
+            waiting = set(futures)
+            while waiting:
+                waiting = wait(waiting, timeout=0.2).not_done
+                if received:
+                    _pass_on(told)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received:
+        print("── stopped: run this again to resume", flush=True)
+        return None
+    return {run: problem for future, run in futures.items() if (problem := future.result())}
+
+
+def _run_one(run: str, notebooks: list[tuple[str, dict]], received: list[int], shown: bool) -> str | None:
+    """What failed in a run, if anything; the notebooks of other runs go on all the same."""
+    try:
+        for notebook, parameters in notebooks:
+            if not received:
+                run_notebook(notebook, parameters, shown)
+    except RaceError as error:
+        if not received:
+            print(f"error: {error}", file=sys.stderr)
+        return f"{run}: {error}"
+
+
+def _pass_on(told: set[int]) -> None:
+    """Send SIGTERM to the notebooks' processes that have not been told yet."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            if child.pid not in told and "ipykernel" in " ".join(child.cmdline()):
+                told.add(child.pid)
+                child.send_signal(signal.SIGTERM)
+
+
+def run_notebook(notebook: str, parameters: dict, shown: bool = True) -> None:
+    """Execute one notebook; shown: print what it prints, at once. Raises RaceError if a cell fails, or it is ended."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     executed = ROOT / parameters["RUN_DIR"] / f"{notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    print(f"\n── {parameters['RUN_DIR']}: {notebook}", flush=True)
+    what = f"── {parameters['RUN_DIR']}: {notebook}"
+    print(f"\n{what}" if shown else what, flush=True)
     started = time.perf_counter()
-    with signals_for_the_notebook() as received:
-        try:
-            papermill.execute_notebook(
-                ROOT / f"{notebook}.ipynb",
-                executed,
-                parameters,
-                cwd=ROOT,
-                progress_bar=False,
-                stdout_file=sys.stdout,
-                autosave_cell_every=30,
-                extra_arguments=["--log-level=40"],  # errors only: a kernel warns of its own local connection
-            )
-        except papermill.exceptions.PapermillExecutionError as error:
-            place = f"{notebook}, cell {error.exec_count}"
-            raise RaceError(f"{place}: {error.ename}: {error.evalue}\nthe executed cells are in {executed}") from None
-        except (DeadKernelError, KeyboardInterrupt):
-            if not received:
-                raise RaceError(f"{notebook}: its process died (out of memory?); see {executed}") from None
-    if received:
-        print(f"── {notebook} was stopped: run this again to resume", flush=True)
-        return STOPPED
-    print(f"── {notebook} done in {time.perf_counter() - started:.0f} s", flush=True)
-    return 0
-
-
-@contextlib.contextmanager
-def signals_for_the_notebook() -> Iterator[list[int]]:
-    """Pass signals on to the notebook's process, which saves its state and ends; gives those received."""
-    received: list[int] = []
-
-    def pass_on(number: int, frame) -> None:
-        received.append(number)
-        kernels = [child for child in psutil.Process().children() if "ipykernel" in " ".join(child.cmdline())]
-        for kernel in kernels:
-            kernel.send_signal(signal.SIGTERM)
-        if not kernels:
-            raise KeyboardInterrupt
-
-    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        papermill.execute_notebook(
+            ROOT / f"{notebook}.ipynb",
+            executed,
+            parameters,
+            cwd=ROOT,
+            progress_bar=False,
+            stdout_file=sys.stdout if shown else None,
+            autosave_cell_every=30,
+            extra_arguments=["--log-level=40"],  # errors only: a kernel warns of its own local connection
+        )
+    except papermill.exceptions.PapermillExecutionError as error:
+        place = f"{notebook}, cell {error.exec_count}"
+        raise RaceError(f"{place}: {error.ename}: {error.evalue}\nthe executed cells are in {executed}") from None
+    except DeadKernelError:
+        raise RaceError(f"{notebook}: its process died (out of memory?); see {executed}") from None
+    print(f"{what} done in {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

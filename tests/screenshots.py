@@ -12,7 +12,7 @@ from helpers import NOTEBOOKS, ROOT, STAGES
 from lab import CHROMIUM_FLAGS, WIDTH, chromium, jupyter_lab, run_all_cells, with_parameters
 
 from race.data.cache import build_cache
-from race.train.stages import DEMO
+from race.recipes import FILES, read_recipes
 
 SHOTS = {  # notebook: (what stands in the cell whose output is kept, name of the picture)
     "ex01": ("training_curves(", "training"),
@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         build_cache("demo", "demo", notebooks / "cache" / "demo")
         places = {"CACHE_DIR": "cache/demo", "CHECKPOINT_DIR": "checkpoints/demo", "RUN_DIR": "runs/demo"}
         for name in NOTEBOOKS:
-            training = dict(zip(STAGES, DEMO.values(), strict=True)).get(name, {})
+            stages = read_recipes(FILES["demo"])["chain"].stages
+            training = dict(zip(STAGES, stages.values(), strict=True)).get(name, {})
             parameters = places | training | {"LIMIT_QUESTIONS": options.limit_questions}
             with_parameters(ROOT / f"{name}.ipynb", notebooks / f"{name}.ipynb", parameters)
         with jupyter_lab(folder, notebooks) as (address, token), sync_playwright() as playwright:

@@ -7,7 +7,7 @@ import time
 import pytest
 from kill import in_a_process
 
-from race import chain
+from race import RaceError, chain
 from race.data.cache import FORMAT, write_manifest
 from race.score.results import RESULT_COLUMNS
 from race.train.stages import Stage
@@ -26,12 +26,11 @@ def run(monkeypatch, tmp_path):
             write_cache(tmp_path, ["train", "validation", "test"])
         return 0
 
-    def run_notebook(name: str, parameters: dict) -> int:
+    def run_notebook(name: str, parameters: dict, shown: bool = True) -> None:
         notebooks.append((name, parameters))
         run_dir = tmp_path / parameters["RUN_DIR"]
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "results.csv").write_text(",".join(RESULT_COLUMNS) + "\n")
-        return 0
 
     monkeypatch.setattr(chain, "generate_race_cache", generate)
     monkeypatch.setattr(chain, "run_notebook", run_notebook)
@@ -88,9 +87,18 @@ def test_a_cache_that_fails_ends_the_chain(run, monkeypatch):
     assert status == 1 and notebooks == []
 
 
-def test_a_stopped_notebook_ends_the_chain(run, monkeypatch):
-    monkeypatch.setattr(chain, "run_notebook", lambda name, _: chain.STOPPED if name == "ex02" else 0)
-    assert run("demo")[0] == 75
+def test_a_stopped_notebook_ends_the_chain(run, monkeypatch, capsys):
+    ran = []
+
+    def run_notebook(name: str, parameters: dict, shown: bool) -> None:
+        ran.append(name)
+        if name == "ex02":
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raise RaceError("its process died")
+
+    monkeypatch.setattr(chain, "run_notebook", run_notebook)
+    assert run("demo")[0] == 75 and ran == ["ex01", "ex02"]
+    assert "run this again to resume" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "fresh"), [([], 0), (["--fresh"], 1), (["--fresh", "2"], 2)])
@@ -143,7 +151,11 @@ def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, t
     """SIGTERM reaches the notebook's own process, which saves and ends; exit status 75 says: run again."""
     places = {"CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "RUN_DIR": str(tmp_path / "run")}
     parameters = {"CACHE_DIR": str(cache), "MAX_EPOCHS": 40, "LEARNING_RATE": 1e-4, "BATCH_SIZE": 8} | places
-    process = in_a_process(lambda: os._exit(chain.run_notebook("ex01", parameters)))
+
+    def run_all() -> int:
+        return chain.STOPPED if chain.run_all({"run": [("ex01", parameters)]}) is None else 0
+
+    process = in_a_process(lambda: os._exit(run_all()))
     end = time.monotonic() + 120
     while not (state := read_state(Stage("e1", tmp_path / "checkpoints").state_path)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -153,7 +165,7 @@ def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, t
     state = read_state(Stage("e1", tmp_path / "checkpoints").state_path)
     assert not state["finished"]
     parameters["MAX_EPOCHS"] = state["epoch"] + 1
-    process = in_a_process(lambda: os._exit(chain.run_notebook("ex01", parameters)))
+    process = in_a_process(lambda: os._exit(run_all()))
     process.join(200)
     assert process.exitcode == 0 and read_state(Stage("e1", tmp_path / "checkpoints").state_path)["finished"]
     assert "e1 resumes from epoch" in (tmp_path / "run" / "ex01.ipynb").read_text()

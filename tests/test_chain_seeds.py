@@ -23,7 +23,7 @@ def chain(monkeypatch, tmp_path):
         run.ran = []
         return module.main(list(arguments))
 
-    def run_notebook(name: str, parameters: dict) -> int:
+    def run_notebook(name: str, parameters: dict, shown: bool = True) -> None:
         run.ran.append((name, parameters["SEED"]))
         fails = (name, parameters["SEED"]) == run.failing
         run_dir = tmp_path / parameters["RUN_DIR"]
@@ -38,7 +38,6 @@ def chain(monkeypatch, tmp_path):
             rows += [["e3", "e3.ckpt", "test", "all", 100, 60, 0.6 + 0.02 * seed, 0, 1]]
             hashes = {"checkpoint_sha256": [f"e2 of {run.hashes.get(seed, seed)}", f"e3 of {seed}"]}
             pd.DataFrame(rows, columns=RESULT_COLUMNS).assign(**hashes).to_csv(run_dir / "results.csv", index=False)
-        return 0
 
     run.failing, run.hashes = None, {}
     monkeypatch.setattr(module, "run_notebook", run_notebook)
@@ -76,7 +75,7 @@ def test_a_seed_that_fails_stops_no_other_and_is_gone_on_with(chain, capsys):
     assert chain("race", "--seeds", "1", "2") == 1
     assert chain.ran == [("ex01", 1), ("ex02", 1), *((name, 2) for name in NOTEBOOKS)]
     said = capsys.readouterr()
-    assert "seed 1: ex02" in said.err and "1 (2)" in said.out
+    assert "runs/race-seed1: ex02" in said.err and "1 (2)" in said.out
     chain.failing = None
     assert chain("race", "--seeds", "1", "2") == 0
     assert chain.ran == [(name, 1) for name in NOTEBOOKS[1:]]
@@ -94,8 +93,8 @@ def test_one_stage_from_one_base_with_several_seeds(chain, monkeypatch):
     seen, run_notebook = [], module.run_notebook
     monkeypatch.setattr(module, "run_notebook", lambda *call: seen.append(call) or run_notebook(*call))
     assert chain("race", "--stages", "e2", "--base-checkpoint", "e1.ckpt", "--seeds", "1", "2") == 0
-    assert [name for name, _ in seen] == ["ex02", *module.EVALUATIONS] * 2
-    assert [(p["BASE_CHECKPOINT"], p["SEED"]) for n, p in seen if n == "ex02"] == [("e1.ckpt", 1), ("e1.ckpt", 2)]
+    assert [name for name, *_ in seen] == ["ex02", *module.EVALUATIONS] * 2
+    assert [(p["BASE_CHECKPOINT"], p["SEED"]) for n, p, _ in seen if n == "ex02"] == [("e1.ckpt", 1), ("e1.ckpt", 2)]
 
 
 @pytest.mark.parametrize(

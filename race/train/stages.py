@@ -16,11 +16,6 @@ LOSS_IN_NAME = re.compile(r"val_loss_epoch\W*_?(\d+\.\d+|nan|inf)")  # of a dama
 # Each stage starts from the best checkpoint of the one before, the first from the pretrained model. Learning rate and
 # epochs of a stage are defined in its notebook's parameters.
 CHAIN = {"e1": "ex01", "e2": "ex02", "e3": "ex03"}
-DEMO = {  # what the demo's tiny model takes instead: the same ratios, about a minute of training on two CPU cores
-    "e1": {"LEARNING_RATE": 2.5e-4, "MAX_EPOCHS": 2},
-    "e2": {"LEARNING_RATE": 2.5e-4, "MAX_EPOCHS": 1},
-    "e3": {"LEARNING_RATE": 2.5e-5, "MAX_EPOCHS": 2},
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,12 @@ import pytorch_lightning as pl
 
 from race.data import RaceDataModule
 from race.data.cache import build_cache
+from race.recipes import FILES, read_recipes
 from race.score.predict import score
-from race.train.stages import DEMO, Stage, best_checkpoints
+from race.train.stages import Stage, best_checkpoints
 from race.train.training import start_stage, train_stage
+
+CHAIN = read_recipes(FILES["demo"])["chain"].stages
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +20,7 @@ def chain(tmp_path_factory):
     """Test accuracy by stage and level, and validation losses, after the whole demo chain with its own parameters."""
     folder = tmp_path_factory.mktemp("demo")
     build_cache("demo", "demo", folder / "cache")
-    for name, settings in DEMO.items():
+    for name, settings in CHAIN.items():
         pl.seed_everything(0)
         stage = Stage(name, folder / "checkpoints", folder / "run")
         module = start_stage(stage, folder / "cache", learning_rate=settings["LEARNING_RATE"])
@@ -38,5 +41,5 @@ def test_the_demo_learns(chain):
 
 
 def test_learning_rates_keep_the_ratio_of_the_recipe():
-    rates = [settings["LEARNING_RATE"] for settings in DEMO.values()]
+    rates = [settings["LEARNING_RATE"] for settings in CHAIN.values()]
     assert rates == [rates[0], rates[0], pytest.approx(rates[0] / 10)]
