@@ -165,6 +165,14 @@ def _paths(value) -> list[str]:
     return [_path(one) for one in ([value] if isinstance(value, str | Path) else value)]
 
 
+def _names(value) -> list[str]:
+    return [str(one) for one in ([value] if isinstance(value, str) else value)]
+
+
+def _integers(value) -> list[int]:
+    return [_integer(one) for one in ([value] if isinstance(value, str | int) else value)]
+
+
 def _precision(value) -> str:
     return PRECISIONS.get(str(value), str(value))
 
@@ -183,8 +191,10 @@ KINDS: dict[str, tuple[Callable, str]] = {
     **dict.fromkeys(("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR"), FOLDER),
     **dict.fromkeys(("BASE_MODEL", "BASE_CHECKPOINT", "CHECKPOINT", "QUESTIONS"), PLACE),
     "CHECKPOINTS": (_or_none(_paths), "a list of paths or names, or None"),
+    "RECIPES": (_names, "a list of names"),
+    "SEEDS": (_or_none(_integers), "a list of whole numbers, or None"),
     "EXPORT_DIR": (_or_none(_path), "a folder, or None"),
-    **dict.fromkeys(("LEARNING_RATE", "SAVE_MINUTES"), (_number, "a number")),
+    **dict.fromkeys(("LEARNING_RATE", "SAVE_MINUTES", "DIFFERENCE"), (_number, "a number")),
     **dict.fromkeys(("MAX_EPOCHS", "BATCH_SIZE", "MAX_LEN", "SEED"), COUNT),
     **dict.fromkeys(("ATTENTION_DROPOUT", "MAX_GRAD_NORM"), (_or_none(_number), "a number, or None")),
     "MONITOR": (_one_of(MONITORS), f"one of {', '.join(MONITORS)}"),

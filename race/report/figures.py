@@ -217,7 +217,7 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
 
 @plt.style.context(STYLE)
 def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
-    """Differences of accuracy in points with their intervals, one row a pair (comparison.compare_pairs)."""
+    """Differences of accuracy in points with intervals, a row a pair (comparison.compare_pairs, score.recipes)."""
     names = zip(pairs["second"], pairs["first"], strict=True)
     both = [(second, "\n" if len(second + first) > 24 else " ", first) for second, first in names]
     figure, axes = row_figure([f"{wrapped(second, 2.4)}{gap}− {wrapped(first, 2.2)}" for second, gap, first in both])
@@ -226,7 +226,8 @@ def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
         color, fill = (BLUE, BLUE) if row["p_holm"] < SIGNIFICANT else (ORANGE, "white")
         ends = np.maximum([[middle - low], [high - middle]], 0)
         axes.errorbar(middle, place, xerr=ends, fmt="o", color=color, markerfacecolor=fill, capsize=3)
-        beside(axes, place, f"{signed(middle)}, gained {row['gained']:,}, lost {row['lost']:,}")
+        counts = f", gained {row['gained']:,}, lost {row['lost']:,}" if "gained" in row else ""
+        beside(axes, place, f"{signed(middle)}{counts}")
     axes.axvline(0, color=GREY, linewidth=1)
     better = "right of 0: the one named first is more accurate"
     axes.set_xlabel(f"difference of accuracy (percentage points), 95 % interval\n{better}")

@@ -1,0 +1,216 @@
+"""The runs of several recipes, one for each seed: what they had, their checkpoints, their course, their answers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from race import MONITORS, RaceError
+from race.data import RaceDataModule
+from race.recipes import run_name
+from race.score import predict
+from race.score.recipes import against_baseline
+from race.score.statistics import is_correct, mostly_trained_on
+from race.train.checkpoints import Checkpoint
+from race.train.logs import read_log
+from race.train.stages import Stage, begun_stages
+from race.train.state import read_state
+
+CHOICES = (
+    "chosen",
+    "other rule",
+    "last epoch",
+)  # which checkpoint of a run is scored; the first is the one that counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One recipe trained with one seed: its folders, and the stages that it has been through."""
+
+    recipe: str
+    seed: int | None
+    checkpoint_dir: str
+    run_dir: str
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that have checkpoints, in order; raises RaceError if none has."""
+        return [dataclasses.replace(stage, run_dir=self.run_dir) for stage in begun_stages(self.checkpoint_dir)]
+
+    @property
+    def record(self) -> dict:
+        """The recipe as it was when the run was begun; empty if that is not known."""
+        try:
+            return json.loads((Path(self.run_dir) / "recipe.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Those of its last stage that are scored, by CHOICES: the other rule's may be the same."""
+        last = self.stages[-1]
+        best = last.best()
+        other = MONITORS[1 - MONITORS.index(best.monitor)]
+        found = [best, dataclasses.replace(last, monitor=other).saved()[0], max(last.saved(), key=lambda it: it.epoch)]
+        return dict(zip(CHOICES, found, strict=True))
+
+    def problems(self) -> list[str]:
+        """Why it cannot be compared."""
+        what = f"{self.run_dir} ({self.recipe}{'' if self.seed is None else f', seed {self.seed}'})"
+        try:
+            stages = self.stages
+            asked = list(self.record.get("stages", {}))
+            if missing := [name for name in asked if name not in [stage.name for stage in stages]]:
+                return [f"{what}: {', '.join(missing)} not begun; run it again to go on"]
+            for stage in stages:
+                state = read_state(stage.state_path) if stage.state_path.exists() else {"finished": True}
+                if not state["finished"]:
+                    where = f"epoch {state['epoch']}, batch {state['batches']}"
+                    return [f"{what}: {stage.name} ended at {where} before it was finished; run it again to go on"]
+            self.checkpoints()
+        except RaceError as error:
+            return [f"{what}: {error}"]
+        return []
+
+
+def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list[int] | None) -> dict[str, list[Run]]:
+    """The runs of each recipe, as race.chain names their folders; raises RaceError with all that cannot be compared.
+
+    seeds: None: the one run of each recipe without a seed in its name.
+    """
+    found = {
+        recipe: [
+            Run(recipe, seed, run_name(checkpoint_dir, recipe, seed), run_name(run_dir, recipe, seed))
+            for seed in seeds or [None]
+        ]
+        for recipe in recipes
+    }
+    problems = [problem for runs in found.values() for run in runs for problem in run.problems()]
+    for recipe, runs in found.items():
+        if len({json.dumps(run.record, sort_keys=True) for run in runs}) > 1:
+            problems.append(
+                f"{recipe}: its runs were begun with different parameters: {', '.join(it.run_dir for it in runs)}"
+            )
+    if len(recipes) < 2 or len(set(recipes)) < len(recipes):
+        problems.append(
+            f"RECIPES is {recipes}: name two or more, each once; the first is what the others are compared with"
+        )
+    if problems:
+        raise RaceError("\n".join(problems))
+    return found
+
+
+def budgets(found: dict[str, list[Run]], cache_dir: str) -> pd.DataFrame:
+    """What each recipe had, a row each; of numbers that differ between its seeds, the largest.
+
+    Columns: recipe, stages (how many), learning_rate (the highest of each stage), epochs, questions (trained on),
+    checkpoints (to choose from), seeds, monitor (the rule of selection), learning_rates_tried (as the recipe says).
+    """
+    rows = []
+    for recipe, runs in found.items():
+        each = [_budget(run, cache_dir) for run in runs]
+        row = {name: max(it[name] for it in each) for name in ("stages", "epochs", "questions", "checkpoints")}
+        row |= {"learning_rate": each[0]["learning_rate"], "monitor": each[0]["monitor"], "seeds": len(runs)}
+        row["learning_rates_tried"] = runs[0].record.get("learning_rates_tried")
+        rows.append({"recipe": recipe} | row)
+    columns = ["recipe", "stages", "learning_rate", "epochs", "questions", "checkpoints", "seeds", "monitor"]
+    return pd.DataFrame(rows, columns=[*columns, "learning_rates_tried"])
+
+
+def _budget(run: Run, cache_dir: str) -> dict:
+    epochs, questions, checkpoints, rates = 0, 0, 0, []
+    for stage in run.stages:
+        saved = stage.saved()
+        done = 1 + max(checkpoint.epoch for checkpoint in saved)
+        epochs, checkpoints = epochs + done, checkpoints + len(saved)
+        questions += done * _training_questions(saved[0], cache_dir)
+        rates.append(saved[0].learning_rate)
+    row = {"stages": len(rates), "epochs": epochs, "questions": questions, "checkpoints": checkpoints}
+    return row | {"learning_rate": rates, "monitor": saved[0].monitor}
+
+
+def _training_questions(checkpoint: Checkpoint, cache_dir: str) -> int:
+    """How many questions an epoch of its training had."""
+    recipe = checkpoint.lineage.get("recipe", {})
+    sample = {name: recipe.get(name) for name in ("limit_questions", "level")}
+    return len(RaceDataModule(cache_dir, seed=recipe.get("seed") or 0, **sample).dataset("train"))
+
+
+def courses(found: dict[str, list[Run]], cache_dir: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(validation after each epoch, the learning rate at each logged step), both over the questions trained on.
+
+    Columns: recipe, seed, questions, and val_loss_epoch and val_acc, or learning_rate.
+    """
+    validated, rates = [], []
+    for recipe, runs in found.items():
+        for run in runs:
+            before = 0
+            for stage in run.stages:
+                log, an_epoch = read_log(run.run_dir, stage.name), _training_questions(stage.saved()[0], cache_dir)
+                epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last")
+                steps = (epochs["step"].max() + 1) / len(epochs)  # of an epoch
+                names = {"recipe": recipe, "seed": run.seed}
+                at_end = before + (epochs["epoch"] + 1) * an_epoch
+                validated.append(epochs[["val_loss_epoch", "val_acc"]].assign(questions=at_end, **names))
+                logged = log.dropna(subset="learning_rate")
+                at_step = before + (logged["step"] + 1) / steps * an_epoch
+                rates.append(logged[["learning_rate"]].assign(questions=at_step, **names))
+                before = at_end.max()
+    return pd.concat(validated, ignore_index=True), pd.concat(rates, ignore_index=True)
+
+
+def answers(
+    found: dict[str, list[Run]], run_dir: str, **scoring
+) -> tuple[dict[str, dict[str, np.ndarray]], pd.DataFrame]:
+    """({choice: {recipe: [seeds, questions] right or wrong}}, the predictions of the first run, for their facts).
+
+    run_dir: where predictions are kept; scoring: as race.score.predict.score takes it. Raises RaceError if most of the
+    questions trained one of the checkpoints.
+    """
+    correct = {choice: {recipe: [] for recipe in found} for choice in CHOICES}
+    scored: dict[str, pd.DataFrame] = {}
+    for recipe, runs in found.items():
+        for run in runs:
+            for choice, checkpoint in run.checkpoints().items():
+                if checkpoint.sha256 not in scored:
+                    scored[checkpoint.sha256] = predict.score(checkpoint, run_dir=run_dir, **scoring)[0]
+                    if mostly_trained_on(scored[checkpoint.sha256]):
+                        raise RaceError(f"most of these questions trained {checkpoint}: choose another SPLIT")
+                correct[choice][recipe].append(is_correct(scored[checkpoint.sha256]))
+    first = next(iter(scored.values()))
+    return {choice: {name: np.stack(it) for name, it in each.items()} for choice, each in correct.items()}, first
+
+
+def same_base(found: dict[str, list[Run]]) -> set[str]:
+    """The recipes whose last stage starts from the very weights of the first recipe's, seed by seed."""
+
+    def bases(runs: list[Run]) -> list[str | None]:
+        best = [run.checkpoints()["chosen"] for run in runs]
+        return [checkpoint.base_sha256 if checkpoint.chain else None for checkpoint in best]
+
+    (_, baseline), *others = found.items()
+    wanted = bases(baseline)
+    return {recipe for recipe, runs in others if None not in wanted and bases(runs) == wanted}
+
+
+def compare(
+    found: dict[str, list[Run]], correct: dict[str, dict[str, np.ndarray]], facts: pd.DataFrame
+) -> pd.DataFrame:
+    """recipes.against_baseline for each of CHOICES, in the column `choice`; p_holm for the chosen ones alone."""
+    shared = same_base(found)
+    tables = [against_baseline(correct[choice], facts, shared).assign(choice=choice) for choice in CHOICES]
+    table = pd.concat(tables, ignore_index=True)
+    table.loc[table["choice"] != CHOICES[0], "p_holm"] = np.nan
+    return table
+
+
+def accuracies(correct: dict[str, dict[str, np.ndarray]]) -> pd.DataFrame:
+    """Mean accuracy over seeds of each recipe, a row each, by CHOICES; sd: of the chosen ones; each: of every seed."""
+    rows = []
+    for recipe, runs in correct[CHOICES[0]].items():
+        each = runs.mean(1)
+        row = {choice: float(correct[choice][recipe].mean()) for choice in CHOICES}
+        row |= {"sd": float(each.std(ddof=1)) if len(each) > 1 else np.nan, "each": each.tolist()}
+        rows.append({"recipe": recipe} | row)
+    return pd.DataFrame(rows)
