@@ -166,7 +166,8 @@ def comparison(options: argparse.Namespace, split: str) -> tuple[str, dict]:
     parameters = {
         "CACHE_DIR": f"cache/{options.name}",
         "CHECKPOINT_DIR": f"checkpoints/{name}",
-        "RUN_DIR": f"runs/{name}",
+        "RUNS": f"runs/{name}",
+        "RUN_DIR": f"runs/{name}-recipes",
         "RECIPES": [recipe.name for recipe in options.recipes],
         "SEEDS": options.seeds,
         "LIMIT_QUESTIONS": options.limit_questions,

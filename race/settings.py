@@ -188,7 +188,7 @@ def _one_of(names: tuple) -> Callable:
 FOLDER, PLACE = (_path, "a folder"), (_or_none(_path), "a path or a name, or None")
 COUNT, COUNT_OR_NONE = (_integer, "a whole number"), (_or_none(_integer), "a whole number, or None")
 KINDS: dict[str, tuple[Callable, str]] = {
-    **dict.fromkeys(("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR"), FOLDER),
+    **dict.fromkeys(("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR", "RUNS"), FOLDER),
     **dict.fromkeys(("BASE_MODEL", "BASE_CHECKPOINT", "CHECKPOINT", "QUESTIONS"), PLACE),
     "CHECKPOINTS": (_or_none(_paths), "a list of paths or names, or None"),
     "RECIPES": (_names, "a list of names"),

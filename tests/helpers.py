@@ -1,4 +1,4 @@
-"""What several tests need: where things lie, and a batch as Hugging Face's models take it."""
+"""What several tests need: where things lie, a batch as Hugging Face's models take it, sums written out."""
 
 import os
 from pathlib import Path
@@ -30,3 +30,28 @@ def padded(batch, left: bool = False, padding: int = 0) -> dict[str, torch.Tenso
         mask[i, row] = 1
     tensors = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
     return {name: tensor.view(-1, 4, shape[1]) for name, tensor in tensors.items()} | {"labels": batch.labels}
+
+
+def recipes_by_hand(first, second, passages, levels) -> tuple[float, float, float]:
+    """(difference, variance, degrees of freedom), sum by sum, as in the published procedure."""
+    seeds, questions = first.shape
+    each = [sum(second[:, q]) / seeds - sum(first[:, q]) / seeds for q in range(questions)]
+    of_questions, clusters = 0.0, 0
+    for level in sorted(set(levels)):
+        here = [q for q in range(questions) if levels[q] == level]
+        mean, names = sum(each[q] for q in here) / len(here), sorted({passages[q] for q in here})
+        squares = sum(sum(each[q] - mean for q in here if passages[q] == name) ** 2 for name in names)
+        of_questions += len(names) / (len(names) - 1) * squares / questions**2
+        clusters += len(names) - 1
+    variance, top, bottom = of_questions, of_questions, of_questions**2 / clusters
+    for runs in (first, second):
+        means, grand = [sum(run) / questions for run in runs], runs.sum() / runs.size
+        spread = sum((mean - grand) ** 2 for mean in means) / (seeds - 1) / seeds
+        rest = sum(
+            (runs[s, q] - means[s] - sum(runs[:, q]) / seeds + grand) ** 2
+            for s in range(seeds)
+            for q in range(questions)
+        )
+        variance += max(0, spread - rest / ((seeds - 1) * (questions - 1)) / (seeds * questions))
+        top, bottom = top + spread, bottom + spread**2 / (seeds - 1)
+    return sum(each) / questions, variance, top**2 / bottom

@@ -76,6 +76,14 @@ def _each(table: pd.DataFrame, column: str, form: str = "{}") -> str:
     return listed([f"{row['recipe']} {form.format(row[column])}" for _, row in table.iterrows()])
 
 
+def scope(source: str, split: str) -> str:
+    """What a comparison on this source and split cannot say."""
+    text = "The demo's corpus is a toy: nothing of this is about RACE. " if source == "demo" else ""
+    if split == "validation":
+        text += "The same split chose the checkpoints: all accuracies are optimistic."
+    return text.strip()
+
+
 def difference(row: pd.Series, had: pd.DataFrame, margin: float) -> str:
     """What was found of one recipe against the first one, and no more; margin: points that would matter."""
     second, first = row["second"], row["first"]

@@ -88,7 +88,7 @@ def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list
     }
     problems = [problem for runs in found.values() for run in runs for problem in run.problems()]
     for recipe, runs in found.items():
-        if len({json.dumps(run.record, sort_keys=True) for run in runs}) > 1:
+        if len({json.dumps(run.record, sort_keys=True) for run in runs if run.record}) > 1:
             problems.append(
                 f"{recipe}: its runs were begun with different parameters: {', '.join(it.run_dir for it in runs)}"
             )
@@ -160,13 +160,11 @@ def courses(found: dict[str, list[Run]], cache_dir: str) -> tuple[pd.DataFrame, 
     return pd.concat(validated, ignore_index=True), pd.concat(rates, ignore_index=True)
 
 
-def answers(
-    found: dict[str, list[Run]], run_dir: str, **scoring
-) -> tuple[dict[str, dict[str, np.ndarray]], pd.DataFrame]:
+def answers(found: dict[str, list[Run]], **scoring) -> tuple[dict[str, dict[str, np.ndarray]], pd.DataFrame]:
     """({choice: {recipe: [seeds, questions] right or wrong}}, the predictions of the first run, for their facts).
 
-    run_dir: where predictions are kept; scoring: as race.score.predict.score takes it. Raises RaceError if most of the
-    questions trained one of the checkpoints.
+    scoring: as race.score.predict.score takes it. Raises RaceError if most of the questions trained one of the
+    checkpoints.
     """
     correct = {choice: {recipe: [] for recipe in found} for choice in CHOICES}
     scored: dict[str, pd.DataFrame] = {}
@@ -174,7 +172,7 @@ def answers(
         for run in runs:
             for choice, checkpoint in run.checkpoints().items():
                 if checkpoint.sha256 not in scored:
-                    scored[checkpoint.sha256] = predict.score(checkpoint, run_dir=run_dir, **scoring)[0]
+                    scored[checkpoint.sha256] = predict.score(checkpoint, **scoring)[0]
                     if mostly_trained_on(scored[checkpoint.sha256]):
                         raise RaceError(f"most of these questions trained {checkpoint}: choose another SPLIT")
                 correct[choice][recipe].append(is_correct(scored[checkpoint.sha256]))

@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import norm
+from helpers import recipes_by_hand
+from scipy.stats import norm, t
 
 from race import RaceError
 from race.score.recipes import against_baseline, power, recipe_difference, seeds_needed
@@ -76,39 +77,12 @@ def test_the_power_that_is_planned_is_the_power_that_is_found(seeds):
     assert half == pytest.approx(planned["half_width"], rel=0.12)
 
 
-def by_hand(first, second, passages, levels) -> tuple[float, float, float]:
-    """(difference, variance, degrees of freedom), sum by sum, as in the published procedure."""
-    seeds, questions = first.shape
-    each = [sum(second[:, q]) / seeds - sum(first[:, q]) / seeds for q in range(questions)]
-    of_questions, clusters = 0.0, 0
-    for level in sorted(set(levels)):
-        here = [q for q in range(questions) if levels[q] == level]
-        mean, names = sum(each[q] for q in here) / len(here), sorted({passages[q] for q in here})
-        squares = sum(sum(each[q] - mean for q in here if passages[q] == name) ** 2 for name in names)
-        of_questions += len(names) / (len(names) - 1) * squares / questions**2
-        clusters += len(names) - 1
-    variance, top, bottom = of_questions, of_questions, of_questions**2 / clusters
-    for runs in (first, second):
-        means, grand = [sum(run) / questions for run in runs], runs.sum() / runs.size
-        spread = sum((mean - grand) ** 2 for mean in means) / (seeds - 1) / seeds
-        rest = sum(
-            (runs[s, q] - means[s] - sum(runs[:, q]) / seeds + grand) ** 2
-            for s in range(seeds)
-            for q in range(questions)
-        )
-        variance += max(0, spread - rest / ((seeds - 1) * (questions - 1)) / (seeds * questions))
-        top, bottom = top + spread, bottom + spread**2 / (seeds - 1)
-    return sum(each) / questions, variance, top**2 / bottom
-
-
 def test_numbers_are_those_of_the_procedure_by_hand():
     correct, place = simulate(np.random.default_rng(3), 3, 0.3, 0.2, passages=20)
     correct, levels = correct.astype(int), np.where(place < 8, "middle", "high")
     found = recipe_difference(*correct, place, levels)
-    mean, variance, freedom = by_hand(*correct, place, levels)
+    mean, variance, freedom = recipes_by_hand(*correct, place, levels)
     assert found["difference"] == pytest.approx(mean) and found["freedom"] == pytest.approx(freedom)
-    from scipy.stats import t
-
     assert found["ci_high"] - found["ci_low"] == pytest.approx(2 * t.ppf(0.975, freedom) * variance**0.5)
     assert found["p"] == pytest.approx(2 * t.sf(abs(mean) / variance**0.5, freedom))
     assert found["sd_second"] == pytest.approx(np.std(correct[1].mean(1), ddof=1))
