@@ -9,7 +9,7 @@ TORCH_INDEX ?= $(KNOWN_INDEX)
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: torch_index help install demo race test test-browser test-kill screenshots bench audit lint format clean
+.PHONY: torch_index help install demo race compare test test-browser test-kill screenshots bench audit lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ demo: $(VENV)/run.stamp ## the whole chain on the embedded corpus, on any machin
 
 race: $(VENV)/run.stamp ## the whole chain on RACE with albert-base-v2, on a GPU node
 	$(BIN)/python -m race.chain race
+
+compare: $(VENV)/run.stamp ## five recipes with three seeds each on the demo, and how sure the differences are
+	$(BIN)/python -m race.chain demo --recipe chain constant resets step linear --seeds 1 2 3 --jobs 2
 
 test: $(VENV)/dev.stamp lint ## lint, unit tests, and all five notebooks on a small demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

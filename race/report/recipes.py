@@ -174,7 +174,7 @@ def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
     """Validation loss, accuracy and learning rate of each recipe over the questions trained on (runs.courses)."""
     shape = {"figsize": (WIDTH, 7.2), "sharex": True, "height_ratios": (2.2, 2.2, 1.2)}
     figure, (loss, accuracy, schedule) = plt.subplots(3, 1, **shape)
-    keys, seeds = [], validated.groupby("recipe")["seed"].nunique().max()
+    keys, seeds = [], max(1, validated["seed"].nunique())
     for number, (recipe, part) in enumerate(validated.groupby("recipe", sort=False)):
         color, marker, line = LOOKS[number % len(LOOKS)]
         for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
@@ -183,11 +183,12 @@ def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
             axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.13, linewidth=0)
         own = rates[rates["recipe"] == recipe]
         own = own[own["seed"].isna() | (own["seed"] == own["seed"].min())]
-        schedule.plot(own["questions"], own["learning_rate"], color=color, linestyle=line)
+        for _, stage in own.groupby("stage"):
+            schedule.plot(stage["questions"], stage["learning_rate"], color=color, linestyle=line)
         keys.append(key(recipe, color, marker, line))
     for axes, chance in ((loss, -np.log(CHANCE)), (accuracy, CHANCE)):
         axes.axhline(chance, color=GREY, linestyle=":", linewidth=1)
-    band = f"mean of up to {seeds} seeds, band from the lowest to the highest" if seeds > 1 else "one seed"
+    band = f"mean of {seeds} seeds, band from the lowest to the highest" if seeds > 1 else "one seed"
     loss.set(title=f"Validation after each epoch: {band}", ylabel="cross-entropy (nats)\n(axis cut)")
     accuracy.set(ylabel="accuracy (axis cut)")
     percent_axis(accuracy.yaxis)

@@ -140,7 +140,7 @@ def _training_questions(checkpoint: Checkpoint, cache_dir: str) -> int:
 def courses(found: dict[str, list[Run]], cache_dir: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(validation after each epoch, the learning rate at each logged step), both over the questions trained on.
 
-    Columns: recipe, seed, questions, and val_loss_epoch and val_acc, or learning_rate.
+    Columns: recipe, seed, questions, and val_loss_epoch and val_acc, or learning_rate and stage.
     """
     validated, rates = [], []
     for recipe, runs in found.items():
@@ -155,7 +155,7 @@ def courses(found: dict[str, list[Run]], cache_dir: str) -> tuple[pd.DataFrame, 
                 validated.append(epochs[["val_loss_epoch", "val_acc"]].assign(questions=at_end, **names))
                 logged = log.dropna(subset="learning_rate")
                 at_step = before + (logged["step"] + 1) / steps * an_epoch
-                rates.append(logged[["learning_rate"]].assign(questions=at_step, **names))
+                rates.append(logged[["learning_rate"]].assign(questions=at_step, stage=stage.name, **names))
                 before = at_end.max()
     return pd.concat(validated, ignore_index=True), pd.concat(rates, ignore_index=True)
 
