@@ -14,7 +14,7 @@ OF_DATA = ("CACHE_DIR", "BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "LEVEL", "SE
 OF_SCORING = (*OF_DATA, "RUN_DIR", "SPLIT", "PRECISION", "ACCELERATOR", "FRESH")
 OF_MODULE = ("LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "ATTENTION_DROPOUT", "TOKEN_BUDGET")
 OF_TRAINING = ("MAX_EPOCHS", "PRECISION", "ACCELERATOR", "DETERMINISTIC", "COMPILE")
-OF_TRAINING += ("EARLY_STOPPING", "SAVE_MINUTES", "FRESH")
+OF_TRAINING += ("EARLY_STOPPING", "SAVE_MINUTES", "LOGGERS", "FRESH")
 
 
 class Settings:
@@ -173,6 +173,19 @@ def _integers(value) -> list[int]:
     return [_integer(one) for one in ([value] if isinstance(value, str | int) else value)]
 
 
+def _loggers(value) -> dict[str, dict]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ValueError from error
+    named = {value: {}} if isinstance(value, str) else value if isinstance(value, dict) else dict.fromkeys(value)
+    if not all(isinstance(name, str) and isinstance(given, dict | None) for name, given in named.items()):
+        raise ValueError
+    return {name: given or {} for name, given in named.items()}
+
+
 def _precision(value) -> str:
     return PRECISIONS.get(str(value), str(value))
 
@@ -206,5 +219,6 @@ KINDS: dict[str, tuple[Callable, str]] = {
     "LEVEL": (_or_none(_one_of(LEVELS)), f"{', '.join(LEVELS)} or None"),
     "ACCELERATOR": (_or_none(_one_of(("cpu", "gpu"))), "cpu, gpu or None"),
     **dict.fromkeys(("DETERMINISTIC", "COMPILE"), (_true_or_false, "True or False")),
+    "LOGGERS": (_or_none(_loggers), "names of Lightning loggers, each with its arguments, or None"),
     "FRESH": (_flag, "True or False"),
 }

@@ -56,6 +56,23 @@ def test_where_and_how_to_compute():
     )
 
 
+def test_what_a_command_line_says_of_recipes_and_loggers():
+    """Lists and loggers as papermill gives them, or as text in YAML."""
+    named = {"RECIPES": "chain", "SEEDS": ["1", 2], "DIFFERENCE": "0.5", "MONITOR": "val_acc", "MAX_GRAD_NORM": "1"}
+    settings = Settings(named | {"SCHEDULE": "step 13/23", "WARMUP": "0.1", "LOGGERS": "{A: {project: race}, b.C: }"})
+    assert (settings.RECIPES, settings.SEEDS, settings.DIFFERENCE) == (["chain"], [1, 2], 0.5)
+    assert settings.module() == {"schedule": "step 13/23", "warmup": 0.1, "max_grad_norm": 1.0}
+    assert settings.training() == {"loggers": {"A": {"project": "race"}, "b.C": {}}}
+    assert Settings({"LOGGERS": "WandbLogger"}).LOGGERS == {"WandbLogger": {}}
+    assert Settings({"LOGGERS": ["A", "B"]}).LOGGERS == {"A": {}, "B": {}}
+    wrong = {"LOGGERS": "{A: 3}", "MONITOR": "loss", "SCHEDULE": "step 3/2", "SEEDS": [1.5]}
+    with pytest.raises(RaceError) as error:
+        Settings(wrong)
+    assert len(str(error.value).split("; ")) == 4 and "SCHEDULE is 'step 3/2', expected constant" in str(error.value)
+    with pytest.raises(RaceError, match="LOGGERS is '{A: ', expected names of Lightning loggers"):
+        Settings({"LOGGERS": "{A: "})
+
+
 def test_the_rest_is_refused_by_name():
     wrong = {"LEARNING_RATE": "fast", "MAX_EPOCHS": 2.5, "SEED": True, "SPLIT": "dev", "RUN_DIR": None}
     wrong |= {"FRESH": "maybe"}

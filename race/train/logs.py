@@ -1,11 +1,33 @@
-"""The course of the training, read back from the logs on disk."""
+"""The course of the training: loggers that a user adds, and what is read back from the logs on disk."""
 
+import importlib
+import inspect
 import math
 from pathlib import Path
 
 import pandas as pd
 
 from race import RaceError
+
+
+def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: str) -> list:
+    """The loggers of these names, each with its arguments; nothing is imported that is not asked for.
+
+    A name is one of pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
+    save_dir is `run_dir`/logs and name is the stage. Raises RaceError with all that cannot be made.
+    """
+    made, problems, defaults = [], [], {"save_dir": str(Path(run_dir) / "logs"), "name": stage}
+    for name, given in (wanted or {}).items():
+        module, _, kind = name.rpartition(".")
+        try:
+            make = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), kind)
+            taken = inspect.signature(make).parameters
+            made.append(make(**({key: it for key, it in defaults.items() if key in taken} | given)))
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            problems.append(f"LOGGERS, {name}: {error}")
+    if problems:
+        raise RaceError("; ".join(problems))
+    return made
 
 
 def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from race.model_files import load_config
 from race.settings import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
+from race.train.logs import further_loggers
 from race.train.precision import Autocast
 from race.train.stages import Stage
 from race.train.state import (
@@ -135,6 +136,7 @@ def train_stage(
     accelerator: str | None = None,
     deterministic: bool = False,
     compile: bool = False,
+    loggers: dict[str, dict] | None = None,
     callbacks: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
     """Train a stage, or resume it where a kill or an interrupt ended it; prints which. A finished one trains nothing.
@@ -143,8 +145,8 @@ def train_stage(
     save_minutes: how often the state is saved from which a stage resumes. fresh: train the stage again, once: a run
     begun so is resumed, also if `fresh` is left standing (2, 3, … begin once more). Checkpoints of the earlier run, and
     of the stages built on it, move to `earlier/`. accelerator: None chooses, or "cpu", "gpu". deterministic: only
-    algorithms that give the same bits again. compile: torch.compile of the layers. callbacks: further ones of
-    Lightning's.
+    algorithms that give the same bits again. compile: torch.compile of the layers. loggers, callbacks: further ones of
+    Lightning's (loggers: race.train.logs.further_loggers).
 
     SIGTERM, SIGUSR1 and an interrupt end training after the micro-batch, with the state saved: the signal then has its
     usual effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
@@ -153,6 +155,7 @@ def train_stage(
     device, monitor = default_device(accelerator), stage.monitor or MONITORS[0]
     precision = precision or default_precision(accelerator)
     check_precision(precision)
+    further = further_loggers(loggers, stage.run_dir, stage.name)
     module.total_steps = max_epochs * data.batches_per_epoch()
     identity = stage_identity(module, data)
     state = _state_of(stage, int(fresh), identity)
@@ -164,7 +167,9 @@ def train_stage(
     if compile:
         compile_layers(module.model)
     before = torch.are_deterministic_algorithms_enabled()
-    trainer = _trainer(stage, module, state, max_epochs, device, precision, log_every, deterministic, callbacks)
+    trainer = _trainer(
+        stage, module, state, max_epochs, device, precision, log_every, deterministic, callbacks, further
+    )
     data.start_at(0, 0)
     data.longest_first = module.padded
     recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
@@ -210,6 +215,7 @@ def _trainer(
     log_every: int,
     deterministic: bool,
     callbacks,
+    further: list,
 ) -> pl.Trainer:
     """A checkpoint after each epoch, CSV and TensorBoard logs (of a resumed stage, those from before), progress bar."""
     _quiet()
@@ -239,7 +245,7 @@ def _trainer(
         strategy="auto" if devices * nodes == 1 else Together(MEETING_MINUTES, broadcast_buffers=False),
         plugins=[AtomicCheckpointIO(), *half, *environment],
         callbacks=[checkpoints, *callbacks, ProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
-        logger=[csv, TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)],
+        logger=[csv, TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge), *further],
         log_every_n_steps=log_every,
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,  # the epoch in which a stage resumes has fewer batches than the others

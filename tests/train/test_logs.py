@@ -1,13 +1,18 @@
-"""The course of the training, read back from logs."""
+"""The course of the training, read back from logs, and loggers that a user adds."""
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
 from small_stage import stage as train_e1
 from statsmodels.stats.proportion import proportion_confint
 
+from race import RaceError
 from race.train.logs import learning_story, read_log
 
 
@@ -60,3 +65,50 @@ def test_learning_story_on_one_axis(tmp_path):
     assert learning_story(tmp_path, {"e1": "val_acc"}, 0, 0)[0]["val_low"].isna().all()
     assert len(notes) == 1 and notes[0].startswith("no log of e3")
     assert learning_story(tmp_path / "none", {"e1": "val_acc"}, 30, 50)[0].empty
+
+
+class Kept(Logger):
+    """A logger of the user's own, which keeps what it is given."""
+
+    kept: ClassVar[list] = []
+
+    def __init__(self, save_dir: str, project: str = ""):
+        super().__init__()
+        self.where = (save_dir, project)
+
+    name, version = "kept", 0
+
+    def log_metrics(self, metrics, step=None):
+        self.kept.append((self.where, step, metrics))
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+
+def test_a_logger_of_the_users_is_given_all_metrics_and_changes_nothing(cache, tmp_path):
+    """Beside CSV and TensorBoard; the weights are the same bytes as without it."""
+    train_e1(tmp_path / "without", cache, epochs=1, minutes=60.0)
+    Kept.kept.clear()
+    train_e1(tmp_path / "with", cache, epochs=1, loggers={f"{__name__}.Kept": {"project": "race"}})
+    (where,) = {where for where, _, _ in Kept.kept}
+    assert where == (str(tmp_path / "with" / "run" / "logs"), "race")
+    names = {name for _, _, metrics in Kept.kept for name in metrics}
+    assert {"train_loss_step", "learning_rate", "val_loss_epoch", "val_acc"} <= names
+    files = [next((tmp_path / it / "checkpoints").glob("*.ckpt")).read_bytes() for it in ("with", "without")]
+    assert files[0] == files[1] and read_log(tmp_path / "with" / "run", "e1")["val_acc"].notna().any()
+
+
+def test_loggers_that_cannot_be_made_stop_before_the_training(cache, tmp_path):
+    """A package that is not installed, a name that nobody knows, an argument that it does not take: all at once."""
+    wanted = {"WandbLogger": {}, "NoLogger": {}, "CSVLogger": {"colour": 1}, "nowhere.at.All": {}}
+    with pytest.raises(RaceError) as error:
+        train_e1(tmp_path, cache, loggers=wanted)
+    problems = str(error.value).split("; LOGGERS, ")
+    assert [it.removeprefix("LOGGERS, ").split(":")[0] for it in problems] == list(wanted)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_no_package_of_a_logger_is_imported_unless_it_is_asked_for():
+    """In a process of its own, because another test may have imported one."""
+    code = "import sys, race.train.training; print([it for it in ('wandb', 'mlflow', 'comet_ml') if it in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
