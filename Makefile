@@ -41,7 +41,7 @@ race: $(VENV)/run.stamp ## the whole chain on RACE with albert-base-v2, on a GPU
 compare: $(VENV)/run.stamp ## five recipes with three seeds each on the demo, and how sure the differences are
 	$(BIN)/python -m race.chain demo --recipe chain constant resets step linear --seeds 1 2 3 --jobs 2
 
-test: $(VENV)/dev.stamp lint ## lint, unit tests, and all five notebooks on a small demo
+test: $(VENV)/dev.stamp lint ## lint, unit tests, and all notebooks on a small demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-kill: $(VENV)/dev.stamp ## over a hundred kills of a small chain, compared byte for byte (about a quarter of an hour)
@@ -52,7 +52,7 @@ audit: $(VENV)/dev.stamp ## look all installed versions up in the database of kn
 	  $(VENV)-audit/bin/pip install --quiet pip-audit==2.10.1; }
 	PIPAPI_PYTHON_LOCATION=$(abspath $(BIN))/python $(VENV)-audit/bin/pip-audit
 
-test-browser: $(VENV)/dev.stamp ## all five notebooks in JupyterLab, in a headless chromium; pictures in runs/browser
+test-browser: $(VENV)/dev.stamp ## the stages and evaluations in JupyterLab, in a headless chromium; pictures in runs/browser
 	$(BIN)/python -m pytest tests/browser.py
 
 screenshots: $(VENV)/dev.stamp ## remake the pictures of docs/ from the demo, in a headless chromium

@@ -16,7 +16,7 @@ import pandas as pd
 import psutil
 
 from generate_race_cache import main as generate_race_cache
-from race import RaceError
+from race import RACE_QUESTIONS, RaceError
 from race.data.cache import read_manifest, splits_of
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.score.results import RESULT_COLUMNS, write_json
@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.getLogger("papermill").setLevel(logging.WARNING)
     cache = ROOT / parse_set(options.pairs).get("CACHE_DIR", f"cache/{options.name}")
+    if options.difference is not None:
+        print(planned(options, cache))
+        return 0
     if status := prepare_cache(cache, options):
         return status
     splits = splits_of(read_manifest(cache))
@@ -72,6 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def planned(options: argparse.Namespace, cache: Path) -> str:
+    """How many seeds and questions a difference needs, before anything is run."""
+    from race.report.recipes import planning
+
+    known = read_manifest(cache)["splits"] if (cache / "manifest.json").exists() else {}
+    questions = known.get("test", {}).get("questions") or RACE_QUESTIONS["test"]
+    questions = min(questions, options.limit_questions or questions)
+    return planning(options.difference, questions, len(options.seeds or [None]), max(1, len(options.recipes) - 1))
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m race.chain", description=__doc__)
     add = parser.add_argument
@@ -84,6 +97,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--stages", nargs="*", choices=CHAIN, default=list(CHAIN), help="only these; none: the evaluations only")
     add("--base-checkpoint", help="checkpoint from which the first of --stages starts (e2 or e3)")
     add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished runs")
+    plan_only = "only say how many seeds and questions a true difference of so many points of accuracy takes"
+    add("--difference", type=float, metavar="POINTS", help=plan_only)
     add("--jobs", type=int, default=1, metavar="N", help="so many runs side by side, which share the CPU's cores")
     again = "train the stages again from their start, once (--fresh 2: once more); old files move to earlier/"
     add("--fresh", nargs="?", const=1, default=0, type=int, metavar="N", help=again)
@@ -104,6 +119,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--set {', '.join(sorted(taken))}: --seeds and several recipes set it for each run")
     if len(options.recipes) > 1 and (options.stages != list(CHAIN) or options.base_checkpoint):
         parser.error("--stages and --base-checkpoint go with one recipe")
+    if options.difference is not None and not options.difference > 0:
+        parser.error(f"--difference {options.difference}: expected points of accuracy above 0")
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: expected 1 or more")
     if options.base_checkpoint and options.stages[:1] in ([], ["e1"]):

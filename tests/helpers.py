@@ -17,6 +17,7 @@ RECORD = {  # two questions in RACE's own layout
     "id": "middle1.txt",
 }
 NOTEBOOKS = (*STAGES, "eval_test_dataset_race", "eval_test_dataset_race_2")
+DOCUMENTS = (*NOTEBOOKS, "compare_recipes")
 
 
 def padded(batch, left: bool = False, padding: int = 0) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The headless chain: what it makes, what it takes as made, and when it stops before hours are spent."""
 
+import json
 import os
 import signal
 import time
@@ -169,3 +170,70 @@ def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, t
     process.join(200)
     assert process.exitcode == 0 and read_state(Stage("e1", tmp_path / "checkpoints").state_path)["finished"]
     assert "e1 resumes from epoch" in (tmp_path / "run" / "ex01.ipynb").read_text()
+
+
+def test_several_recipes_run_their_stages_and_are_then_compared(run):
+    """Each with each seed in folders of its own, without the evaluations of a single chain."""
+    status, _, notebooks = run("race", "--recipe", "chain", "linear", "--seeds", "1", "2", "--limit-questions", "9")
+    assert status == 0
+    ran = [(name, parameters["RUN_DIR"]) for name, parameters in notebooks]
+    chain_runs = [(name, f"runs/race-trial-seed{seed}") for seed in (1, 2) for name in ("ex01", "ex02", "ex03")]
+    linear_runs = [("ex01", f"runs/race-trial-linear-seed{seed}") for seed in (1, 2)]
+    assert ran[:4] == [*chain_runs[:3], linear_runs[0]] and ran[4:8] == [*chain_runs[3:], linear_runs[1]]
+    assert ran[8:] == [("compare_recipes", "runs/race-trial-recipes")]
+    assert notebooks[3][1]["SCHEDULE"] == "linear" and notebooks[3][1]["CHECKPOINT_DIR"].endswith("-linear-seed1")
+    compared = notebooks[8][1]
+    assert (compared["RECIPES"], compared["SEEDS"]) == (["chain", "linear"], [1, 2])
+    assert (compared["CHECKPOINT_DIR"], compared["RUNS"]) == ("checkpoints/race-trial", "runs/race-trial")
+
+
+def test_one_other_recipe_is_run_and_evaluated_like_the_chain(run, tmp_path):
+    status, _, notebooks = run("demo", "--recipe", "step")
+    assert status == 0 and [name for name, _ in notebooks] == ["ex01", *chain.EVALUATIONS]
+    assert {parameters["RUN_DIR"] for _, parameters in notebooks} == {"runs/demo-step"}
+    assert json.loads((tmp_path / "runs" / "demo-step" / "recipe.json").read_text())["name"] == "step"
+
+
+def test_runs_side_by_side(run, monkeypatch):
+    """Two at a time, the stages of each in their order; one that fails stops no other, and nothing is compared."""
+    together, now, ran = [], set(), []
+
+    def run_notebook(name: str, parameters: dict, shown: bool) -> None:
+        now.add(parameters["RUN_DIR"])
+        time.sleep(0.05)
+        together.append(len(now))
+        now.remove(parameters["RUN_DIR"])
+        ran.append((parameters["RUN_DIR"], name))
+        if parameters["RUN_DIR"] == "runs/demo-resets-seed1":
+            raise RaceError("broken")
+
+    monkeypatch.setattr(chain, "run_notebook", run_notebook)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run("demo", "--recipe", "chain", "resets", "step", "--seeds", "1", "2", "--jobs", "2")[0] == 1
+    assert max(together) == 2
+    assert [name for folder, name in ran if folder == "runs/demo-seed2"] == ["ex01", "ex02", "ex03"]
+    assert [name for folder, name in ran if folder == "runs/demo-resets-seed1"] == ["ex01"]
+    assert not [name for _, name in ran if name == "compare_recipes"]
+
+
+def test_how_many_seeds_a_difference_takes_is_said_before_anything_runs(run, capsys):
+    arguments = ["race", "--recipe", "chain", "linear", "cosine", "--seeds", "1", "2", "3", "--difference", "1"]
+    status, commands, notebooks = run(*arguments)
+    assert status == 0 and not commands and not notebooks
+    assert "after Holm's adjustment for 2, on 4,934 questions with 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "fast"], "--recipe fast: expected one of chain, constant"),
+        (["--recipe", "chain", "linear", "--stages", "e1"], "--stages and --base-checkpoint go with one recipe"),
+        (["--recipe", "chain", "linear", "--set", "RUN_DIR=x"], "--set RUN_DIR: --seeds and several recipes"),
+        (["--jobs", "0"], "--jobs 0: expected 1 or more"),
+        (["--difference", "-1"], "expected points of accuracy above 0"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_met_before_anything_runs(run, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run("race", *arguments)
+    assert message in capsys.readouterr().err

@@ -206,7 +206,7 @@ def test_planning_and_scope():
     assert re.match(
         r"A true difference of 1.0 points is found in 80 of 100 comparisons, after Holm's adjustment for 4, on", text
     )
-    assert "on 1,000 questions by no number of seeds up to 100" in text and "With 3 seeds on 4,934 questions" in text
+    assert "on 1,000 questions with no number of seeds up to 100" in text and "With 3 seeds on 4,934 questions" in text
     assert "With 1 seed" not in planning(1.0, 4934, 1, 1)
     assert scope("demo", "validation").endswith("all accuracies are optimistic.") and scope("ehovy/race", "test") == ""
 

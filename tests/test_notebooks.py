@@ -1,4 +1,4 @@
-"""All five notebooks, run as a user runs them; and what holds for them as documents."""
+"""The stages and evaluations, run as a user runs them; and what holds for all notebooks as documents."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-from helpers import NOTEBOOKS, ROOT, STAGES
+from helpers import DOCUMENTS, NOTEBOOKS, ROOT, STAGES
 from tiny_models import write_tiny_model
 
 from race import LETTERS, RaceError
@@ -150,7 +150,7 @@ def test_a_failing_notebook_says_where_and_keeps_what_ran(tmp_path):
     assert (tmp_path / "ex01.ipynb").exists()
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
+@pytest.mark.parametrize("notebook", DOCUMENTS)
 def test_notebook_as_a_document(notebook):
     """No outputs, short cells, no classes, one cell of parameters that names what others rely on."""
     content = json.loads((ROOT / f"{notebook}.ipynb").read_text())

@@ -31,7 +31,7 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
     text = f"{words}, after Holm's adjustment for {contrasts}, " if contrasts > 1 else f"{words} "
     for number, count in enumerate(dict.fromkeys([questions, FEW])):
         wanted = seeds_needed(difference / 100, count, contrasts)
-        many = f"with {wanted} seeds a recipe" if wanted else "by no number of seeds up to 100"
+        many = f"with {wanted} seeds a recipe" if wanted else "with no number of seeds up to 100"
         text += f"{'; ' if number else ''}on {count:,} questions {many}"
     if seeds > 1:
         found = power(difference / 100, seeds, questions, contrasts)
