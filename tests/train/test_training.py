@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -251,6 +252,21 @@ def test_clipping_is_torchs_on_the_whole_batch(cache):
     for whole, parts in zip(*steps, strict=True):
         torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-4)
     assert torch.stack([part.norm() for part in steps[0]]).norm() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_clipping_in_fp16_is_of_the_unscaled_gradient(cache, monkeypatch):
+    """The loss is scaled by 2^16 there; torch's scaler also knows the CPU."""
+    module = start_stage(Stage("e1"), cache, max_grad_norm=0.5)
+    scaler, logged = torch.amp.GradScaler("cpu"), {}
+    module._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    optimizer = module.configure_optimizers()
+    scaler.scale(sum(parameter.sum() for parameter in module.parameters())).backward()
+    module.clip_gradient(SimpleNamespace(optimizer=optimizer))
+    count = sum(parameter.numel() for parameter in module.parameters())
+    assert logged["gradient_norm"] == pytest.approx(count**0.5, rel=1e-4)
+    norms = torch.stack([parameter.grad.norm() for parameter in module.parameters()])
+    assert norms.norm() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_the_rule_of_selection(tmp_path, capsys):
