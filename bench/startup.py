@@ -77,7 +77,7 @@ def stage(cache: str) -> dict[str, float]:
     assert transformers.AutoModelForMultipleChoice
     done("transformers")
     from race.data import RaceDataModule
-    from race.report.figures import training_curves
+    from race.report.training_figures import training_curves
     from race.train.stages import Stage
     from race.train.training import start_stage, train_stage
 

@@ -16,13 +16,13 @@ import pandas as pd
 import psutil
 
 from generate_race_cache import main as generate_race_cache
-from race import RACE_QUESTIONS, RaceError
+from race import CHAIN, RACE_QUESTIONS, RaceError
 from race.data.cache import read_manifest, splits_of
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
+from race.report.recipes import planning
 from race.score.results import RESULT_COLUMNS, write_json
 from race.score.seeds import main as report_over_seeds
 from race.settings import ROOT, parse_set, read
-from race.train.stages import CHAIN
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
@@ -77,8 +77,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def planned(options: argparse.Namespace, cache: Path) -> str:
     """How many seeds and questions a difference needs, before anything is run."""
-    from race.report.recipes import planning
-
     known = read_manifest(cache)["splits"] if (cache / "manifest.json").exists() else {}
     questions = known.get("test", {}).get("questions") or RACE_QUESTIONS["test"]
     questions = min(questions, options.limit_questions or questions)

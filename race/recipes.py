@@ -5,10 +5,9 @@ import re
 import tomllib
 from pathlib import Path
 
-from race import RaceError
+from race import CHAIN, RaceError
 from race.schedule import check_schedule
 from race.settings import OF_MODULE, ROOT, read
-from race.train.stages import CHAIN
 
 FILES = {"race": ROOT / "race" / "recipes.toml", "demo": ROOT / "race" / "demo" / "recipes.toml"}
 PARAMETERS = (*OF_MODULE, "MAX_EPOCHS", "BATCH_SIZE", "MONITOR", "EARLY_STOPPING")  # what a recipe may set

@@ -11,9 +11,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from race import CHANCE, LEVELS, MONITORS
+from race import CHANCE, LEVELS
 from race.files import atomic_write
 from race.written import SIGNIFICANT, percent, rate, signed
 
@@ -118,82 +118,6 @@ def key(label: str, color: str = GREY, marker: str = "", line: str = "", fill: b
 
 
 @plt.style.context(STYLE)
-def training_curves(
-    log: pd.DataFrame, stage: str, monitor: str = MONITORS[0], max_grad_norm: float | None = None
-) -> Figure:
-    """Loss, accuracy and learning rate over the optimizer steps of one stage (race.train.logs.read_log).
-
-    monitor: which number picks the best checkpoint. The gradient's norm is drawn if it was logged, with max_grad_norm.
-    """
-    wanted = ["train_loss_step", "train_acc", "val_loss_epoch", "val_acc", "learning_rate"]
-    log = log.reindex(columns=log.columns.union(wanted))  # before the first validation, some are not there yet
-    heights = (2.2, 2.2, 0.8, 0.8) if "gradient_norm" in log else (2.2, 2.2, 0.8)
-    shape = {"figsize": (WIDTH, 1.4 + sum(heights)), "sharex": True, "height_ratios": heights}
-    figure, (loss, accuracy, *strips) = plt.subplots(len(heights), 1, **shape)
-    schedule = strips[-1]
-    train, validation = log.dropna(subset="train_loss_step"), log.dropna(subset="val_loss_epoch")
-    epochs, rates = log.dropna(subset="train_acc"), log.dropna(subset="learning_rate")
-    loss.plot(train["step"], train["train_loss_step"], color=GREY, linewidth=0.6)
-    loss.plot(train["step"], train["train_loss_step"].ewm(span=max(2, len(train) // 20)).mean(), color=BLUE)
-    accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE)
-    schedule.plot(rates["step"], rates["learning_rate"], color=GREEN)
-    found, rule = [f"{stage}: not validated yet", "accuracy"], "lowest validation loss"
-    for axes, name, chance in ((loss, "val_loss_epoch", -np.log(CHANCE)), (accuracy, "val_acc", CHANCE)):
-        axes.axhline(chance, color=GREY, linestyle=":")
-        axes.plot(validation["step"], validation[name], "o-", color=ORANGE)
-    if len(validation):
-        lowest, highest = (_chosen(validation, it) for it in MONITORS)
-        whens = [f"at epoch {row['epoch']:.0f}" for row in (lowest, highest)]
-        chosen, when = (highest, whens[1]) if monitor == "val_acc" else (lowest, whens[0])
-        found[0] = f"{stage}: lowest validation loss {lowest['val_loss_epoch']:.3f}, {whens[0]} (counted from 0)"
-        found[1] = f"validation accuracy {when}: {percent(chosen['val_acc'])}"
-        if monitor == "val_acc":
-            rule = "highest validation accuracy"
-            found[1] = f"{rule}, {when}: {percent(highest['val_acc'])}"
-        elif highest["val_acc"] > lowest["val_acc"]:
-            found[1] += f"; highest, {whens[1]}: {percent(highest['val_acc'])}"
-        _ring(loss, chosen["step"], chosen["val_loss_epoch"], ORANGE)
-        _ring(accuracy, chosen["step"], chosen["val_acc"], ORANGE)
-    loss.set(title=wrapped(found[0], WIDTH - 1.2, 10), ylabel="cross-entropy (nats)")
-    accuracy.set(title=found[1], ylabel="accuracy", ylim=(-0.03, 1.03))
-    percent_axis(accuracy.yaxis)
-    top, end = rates["learning_rate"].max(), max(log["step"].max(), 1)
-    upto = "" if (rates["learning_rate"] == top).all() else "up to "
-    schedule.set(title=f"learning rate {upto}{rate(top)}", yticks=(0, top), ylim=(0, 1.3 * top))
-    schedule.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
-    schedule.set(xlabel="optimizer step", xlim=(-0.03 * end, 1.03 * end), ylabel="rate")
-    schedule.xaxis.set_major_locator(MaxNLocator(integer=True))
-    schedule.xaxis.set_major_formatter("{x:,.0f}")
-    if len(strips) > 1:
-        _gradient_norm(strips[0], log.dropna(subset="gradient_norm"), max_grad_norm)
-    figure.align_ylabels()
-    keys = key("training, each logged step", line="-"), key("training, smoothed", BLUE, line="-")
-    keys += key("training (mean over the epoch)", BLUE, "s", "--"), key("validation", ORANGE, "o", "-")
-    keys += key(rule, ORANGE, "o", fill=False, size=10), key("chance (ln 4; 25 %)", line=":")
-    return finish(figure, *keys, columns=3)
-
-
-def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
-    """The norm of each logged step's gradient, before it is clipped to `most`."""
-    axes.plot(log["step"], log["gradient_norm"], color=GREY, linewidth=0.8)
-    title = "gradient norm"
-    if most is not None and np.isfinite(most):
-        axes.axhline(most, color=ORANGE, linewidth=1)
-        share = (log["gradient_norm"] > most).mean()
-        title += f" before clipping to {most:g} (line): above it in {100 * share:.0f} % of the logged steps"
-    axes.set(title=title, ylabel="norm", yscale="log")
-
-
-def _chosen(validated: pd.DataFrame, monitor: str, loss: str = "val_loss_epoch") -> pd.Series:
-    """The row of the epoch that a rule of selection (one of MONITORS) picks."""
-    return validated.loc[validated["val_acc"].idxmax() if monitor == "val_acc" else validated[loss].idxmin()]
-
-
-def _ring(axes, x: float, y: float, color: str) -> None:
-    axes.plot(x, y, "o", markersize=11, markerfacecolor="none", color=color, clip_on=False)
-
-
-@plt.style.context(STYLE)
 def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: str) -> Figure:
     """Accuracy of checkpoints, a row each (tables.comparison_table); reported: other people's numbers by stage."""
     low, high = quoted(table)
@@ -293,41 +217,3 @@ def _settings(row: dict) -> str:
     known = [f"learning rate {rate(row['learning_rate'])}"] if pd.notna(row["learning_rate"]) else []
     known += [form.format(row[name]) for name, form in words.items() if pd.notna(row[name])]
     return ", ".join(known + ["base unknown"] * pd.isna(row["base"])) or "nothing known of its training"
-
-
-@plt.style.context(STYLE)
-def story_figure(story: pd.DataFrame) -> Figure:
-    """Validation loss and accuracy over all stages, with their learning rates (race.train.logs.learning_story)."""
-    stages = dict(list(story.groupby("stage", sort=False)))
-    labels = [wrapped(f"{stage}, {rate(part['learning_rate'].iloc[0])}", 1.6) for stage, part in stages.items()]
-    strip, start, before = row_height(labels, 0.3) * len(stages), 0, None
-    shape = {"figsize": (WIDTH, 5.6 + strip), "sharex": True, "height_ratios": (strip, 2, 2)}
-    figure, (spans, loss, accuracy) = plt.subplots(3, 1, **shape)
-    for place, part in enumerate(stages.values()):
-        end, first, best = part["questions"].max(), part.iloc[0], _chosen(part, part["monitor"].iloc[0], "val_loss")
-        spans.barh(place, end - start, 0.5, start, color=GREY)
-        for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
-            axes.plot(part["questions"], part[name], "o-", color=color, markersize=4)
-            axes.axvline(end, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
-            _ring(axes, best["questions"], best[name], color)
-            if before is not None:  # the weights from which the next stage starts
-                ends = [before["questions"], first["questions"]], [before[name], first[name]]
-                axes.plot(*ends, color=color, linewidth=1, linestyle=":")
-        start, before = end, best
-    reach = whiskers(*(story[name].astype(float) for name in ("val_acc", "val_low", "val_high")))
-    accuracy.errorbar(story["questions"], story["val_acc"], yerr=reach, fmt="none", ecolor=BLUE, capsize=3)
-    lowest, highest = story.loc[story["val_loss"].idxmin()], story.loc[story["val_acc"].idxmax()]
-    when = [f"({row['stage']}, epoch {row['epoch']})" for row in (lowest, highest)]
-    loss.set_title(wrapped(f"Lowest validation loss: {lowest['val_loss']:.3f} {when[0]}", 6, 10))
-    accuracy.set_title(wrapped(f"Highest validation accuracy: {percent(highest['val_acc'])} {when[1]}", 6, 10))
-    spans.set_title("Stages and their learning rates")
-    label_rows(spans, labels)
-    loss.set(ylabel="cross-entropy (nats)", ymargin=0.12)
-    known = ", 95 % interval" if story["val_low"].notna().any() else ""
-    accuracy.set(ylabel=f"accuracy{known}\n(axis cut)", ymargin=0.12, xlim=(0, max(start, 1) * 1.03))
-    accuracy.set_xlabel("questions trained on, all stages (epochs count from 0)")
-    percent_axis(accuracy.yaxis)
-    accuracy.xaxis.set_major_formatter(EngFormatter(sep=""))
-    keys = key("ring: chosen epoch of its stage", marker="o", fill=False, size=10), key("end of a stage", line="--")
-    figure.align_ylabels()
-    return finish(figure, *keys, key("from the ring to the next stage's first epoch", line=":"))

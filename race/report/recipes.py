@@ -1,27 +1,11 @@
-"""The comparison of recipes in words, tables and figures (race.score.runs and race.score.recipes have the numbers)."""
+"""The comparison of recipes in words (race.score.recipes and race.score.runs have the numbers)."""
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
-from race import CHANCE
-from race.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, STYLE, WIDTH, finish, key, percent_axis
-from race.report.tables import styled
 from race.score.recipes import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power, seeds_needed
-from race.score.runs import CHOICES
-from race.written import SIGNIFICANT, listed, p_value, percent, rate, signed
+from race.written import SIGNIFICANT, listed, p_value, signed
 
 RULES = {"val_loss_epoch": "validation loss", "val_acc": "validation accuracy"}
-LOOKS = [
-    (BLUE, "o", "-"),
-    (ORANGE, "s", "--"),
-    (GREEN, "^", "-."),
-    (PURPLE, "v", ":"),
-    (INK, "D", "-"),
-    (GREY, "x", "--"),
-]
 FEW = 1000  # questions, as an example of a smaller test
 
 
@@ -44,16 +28,6 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
         f"deviation), that two seeds differ on {100 * RUNS_DIFFER:.0f} % of the questions, and two recipes on "
         f"{100 * RECIPES_DIFFER:.0f} %."
     )
-
-
-def planning_table(difference: float, questions: int, contrasts: int):
-    """What several numbers of seeds see of a true difference (in points)."""
-    rows = [power(difference / 100, seeds, questions, contrasts) for seeds in (2, 3, 5, 10, 20, 40)]
-    table = pd.DataFrame(rows)
-    table["95 % interval, ± points"] = (100 * table.pop("half_width")).map("{:.1f}".format)
-    for name, words in (("power", "found"), ("power_holm", "found, after Holm")):
-        table[words] = table.pop(name).map(percent)
-    return styled(table)
 
 
 def budget(table: pd.DataFrame) -> str:
@@ -131,69 +105,3 @@ def title(table: pd.DataFrame) -> str:
         parts.append(f"no significant difference to {first}: {listed(others)}")
     text = "; ".join(parts)
     return text[0].upper() + text[1:]
-
-
-def budget_style(table: pd.DataFrame):
-    """What each recipe had, for reading."""
-    shown = table.assign(
-        learning_rate=[", ".join(map(rate, rates)) for rates in table["learning_rate"]],
-        monitor=table["monitor"].map(RULES),
-    )
-    names = {"learning_rate": "highest rate of each stage", "questions": "questions trained on"}
-    names |= {"checkpoints": "checkpoints to choose from", "monitor": "chosen by"}
-    shown["questions"] = shown["questions"].map("{:,}".format)
-    return styled(shown.rename(columns=names))
-
-
-def accuracy_style(table: pd.DataFrame):
-    """runs.accuracies for reading."""
-    shown = table.assign(
-        each=[", ".join(percent(it) for it in each) for each in table["each"]],
-        sd=["–" if pd.isna(it) else f"{100 * it:.2f} points" for it in table["sd"]],
-        **{choice: table[choice].map(percent) for choice in CHOICES},
-    )
-    names = {"chosen": "chosen checkpoint", "other rule": "by the other rule", "sd": "standard deviation"}
-    return styled(shown.rename(columns=names | {"each": "chosen, each seed"}))
-
-
-def differences_style(table: pd.DataFrame):
-    """runs.compare for reading, in points."""
-    shown = pd.DataFrame({"checkpoints": table["choice"], "recipe": table["second"], "against": table["first"]})
-    shown["points"] = 100 * table["difference"]
-    for name, ends in (("95 % interval", ("ci_low", "ci_high")), ("90 % interval", ("low_90", "high_90"))):
-        pairs = zip(*(100 * table[end] for end in ends), strict=True)
-        shown[name] = ["–" if np.isnan(low) else f"{signed(low)} to {signed(high)}" for low, high in pairs]
-    shown["p"] = ["–" if np.isnan(p) else p_value(p) for p in table["p"]]
-    shown["Holm p"] = table["p_holm"]
-    shown["degrees of freedom"] = ["–" if np.isnan(it) else f"{it:.0f}" for it in table["freedom"]]
-    return styled(shown)
-
-
-@plt.style.context(STYLE)
-def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
-    """Validation loss, accuracy and learning rate of each recipe over the questions trained on (runs.courses)."""
-    shape = {"figsize": (WIDTH, 7.2), "sharex": True, "height_ratios": (2.2, 2.2, 1.2)}
-    figure, (loss, accuracy, schedule) = plt.subplots(3, 1, **shape)
-    keys, seeds = [], max(1, validated["seed"].nunique())
-    for number, (recipe, part) in enumerate(validated.groupby("recipe", sort=False)):
-        color, marker, line = LOOKS[number % len(LOOKS)]
-        for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
-            over = part.groupby("questions")[name].agg(["mean", "min", "max"])
-            axes.plot(over.index, over["mean"], color=color, marker=marker, linestyle=line, markersize=4.5)
-            axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.13, linewidth=0)
-        own = rates[rates["recipe"] == recipe]
-        own = own[own["seed"].isna() | (own["seed"] == own["seed"].min())]
-        for _, stage in own.groupby("stage"):
-            schedule.plot(stage["questions"], stage["learning_rate"], color=color, linestyle=line)
-        keys.append(key(recipe, color, marker, line))
-    for axes, chance in ((loss, -np.log(CHANCE)), (accuracy, CHANCE)):
-        axes.axhline(chance, color=GREY, linestyle=":", linewidth=1)
-    band = f"mean of {seeds} seeds, band from the lowest to the highest" if seeds > 1 else "one seed"
-    loss.set(title=f"Validation after each epoch: {band}", ylabel="cross-entropy (nats)\n(axis cut)")
-    accuracy.set(ylabel="accuracy (axis cut)")
-    percent_axis(accuracy.yaxis)
-    schedule.set(ylabel="learning rate", xlabel="questions trained on", ylim=(0, 1.15 * rates["learning_rate"].max()))
-    schedule.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
-    schedule.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.align_ylabels()
-    return finish(figure, *keys, key("chance (ln 4; 25 %)", line=":"), columns=4)

@@ -2,9 +2,8 @@
 
 import pandas as pd
 
-from race import CHANCE, MONITORS
+from race import CHANCE
 from race.score import comparison, results, statistics
-from race.train.stages import CHAIN, Stage
 from race.written import SIGNIFICANT, listed, p_value, percent, signed, significance
 
 NOT_TESTED = "not tested: most of these questions trained one of the two"
@@ -35,19 +34,15 @@ def origin(checkpoint) -> str:
     return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in facts.items())
 
 
-def other_rule(checkpoint) -> str:
-    """Which epoch of its stage the other rule would have picked, if another; "" if that is not known."""
-    if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
+def other_rule(checkpoint, other) -> str:
+    """What the other rule of selection would have picked (stages.by_the_other_rule); "" if that is not known."""
+    if other is None or None in (checkpoint.val_acc, other.val_acc):
         return ""
-    rule = MONITORS[1 - MONITORS.index(checkpoint.monitor)]
-    found = Stage(checkpoint.stage, checkpoint.path.parent, monitor=rule).saved()
-    if not found or None in (checkpoint.val_acc, found[0].val_acc):
-        return ""
-    own, other = (f"loss {it.val_loss:.3f}, accuracy {percent(it.val_acc)}" for it in (checkpoint, found[0]))
-    text = f"\nvalidation: {own}; by validation {'accuracy' if rule == 'val_acc' else 'loss'} "
-    if found[0].sha256 == checkpoint.sha256:
+    own, instead = (f"loss {it.val_loss:.3f}, accuracy {percent(it.val_acc)}" for it in (checkpoint, other))
+    text = f"\nvalidation: {own}; by validation {'loss' if checkpoint.monitor == 'val_acc' else 'accuracy'} "
+    if other.sha256 == checkpoint.sha256:
         return f"{text}the best is the same checkpoint"
-    return f"{text}the best would be epoch {found[0].epoch} ({other})"
+    return f"{text}the best would be epoch {other.epoch} ({instead})"
 
 
 def headline(table: pd.DataFrame) -> str:

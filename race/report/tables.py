@@ -1,13 +1,16 @@
 """Tables for reading: scores, comparisons, where checkpoints come from, and other people's numbers."""
 
+import numpy as np
 import pandas as pd
 
 from race import LEVELS, MONITORS, RACE_QUESTIONS
+from race.report.recipes import RULES
 from race.report.sentences import interval
+from race.score.recipes import CHOICES, power
 from race.score.results import PASSAGE_COLUMNS, RESULT_COLUMNS
 from race.score.statistics import SEEN_COLUMNS
 from race.train.stages import epochs_trained
-from race.written import p_number, percent, rate, signed
+from race.written import p_number, p_value, percent, rate, signed
 
 REPORTED = {"e1": 0.671, "e2": 0.680, "e3": 0.720}  # the original authors' accuracies on RACE's test split, not ours
 ALBERT = "README of google-research/albert; by its authors (issue 30) single run dev set results with early stopping"
@@ -159,3 +162,49 @@ def published_table(table: pd.DataFrame) -> pd.DataFrame:
     rows += [*PUBLISHED, (f"this checkpoint ({table['stage'][0]})", table["accuracy"][0], "measured here")]
     names = ["model", "accuracy", "source"]
     return pd.DataFrame(rows if reported else [], columns=names).sort_values("accuracy", ignore_index=True)
+
+
+def planning_table(difference: float, questions: int, contrasts: int):
+    """What several numbers of seeds see of a true difference (in points)."""
+    rows = [power(difference / 100, seeds, questions, contrasts) for seeds in (2, 3, 5, 10, 20, 40)]
+    table = pd.DataFrame(rows)
+    table["95 % interval, ± points"] = (100 * table.pop("half_width")).map("{:.1f}".format)
+    for name, words in (("power", "found"), ("power_holm", "found, after Holm")):
+        table[words] = table.pop(name).map(percent)
+    return styled(table)
+
+
+def budgets_style(table: pd.DataFrame):
+    """What each recipe had, for reading."""
+    shown = table.assign(
+        learning_rate=[", ".join(map(rate, rates)) for rates in table["learning_rate"]],
+        monitor=table["monitor"].map(RULES),
+    )
+    names = {"learning_rate": "highest rate of each stage", "questions": "questions trained on"}
+    names |= {"checkpoints": "checkpoints to choose from", "monitor": "chosen by"}
+    shown["questions"] = shown["questions"].map("{:,}".format)
+    return styled(shown.rename(columns=names))
+
+
+def accuracies_style(table: pd.DataFrame):
+    """runs.accuracies for reading."""
+    shown = table.assign(
+        each=[", ".join(percent(it) for it in each) for each in table["each"]],
+        sd=["–" if pd.isna(it) else f"{100 * it:.2f} points" for it in table["sd"]],
+        **{choice: table[choice].map(percent) for choice in CHOICES},
+    )
+    names = {"chosen": "chosen checkpoint", "other rule": "by the other rule", "sd": "standard deviation"}
+    return styled(shown.rename(columns=names | {"each": "chosen, each seed"}))
+
+
+def recipes_style(table: pd.DataFrame):
+    """runs.compare for reading, in points."""
+    shown = pd.DataFrame({"checkpoints": table["choice"], "recipe": table["second"], "against": table["first"]})
+    shown["points"] = 100 * table["difference"]
+    for name, ends in (("95 % interval", ("ci_low", "ci_high")), ("90 % interval", ("low_90", "high_90"))):
+        pairs = zip(*(100 * table[end] for end in ends), strict=True)
+        shown[name] = ["–" if np.isnan(low) else f"{signed(low)} to {signed(high)}" for low, high in pairs]
+    shown["p"] = ["–" if np.isnan(p) else p_value(p) for p in table["p"]]
+    shown["Holm p"] = table["p_holm"]
+    shown["degrees of freedom"] = ["–" if np.isnan(it) else f"{it:.0f}" for it in table["freedom"]]
+    return styled(shown)

@@ -9,6 +9,7 @@ from race.score.statistics import holm
 
 DIFFERENCE_COLUMNS = ["first", "second", "questions", "seeds_first", "seeds_second", "difference", "ci_low", "ci_high"]
 DIFFERENCE_COLUMNS += ["low_90", "high_90", "p", "p_holm", "freedom", "sd_first", "sd_second", "same_base"]
+CHOICES = ("chosen", "other rule", "last epoch")  # checkpoints of a run that are scored; the first one counts
 POWER = 0.8  # share of comparisons that find a true difference, for which seeds are counted
 # Of two runs on RACE, for planning: SD of a run's accuracy beside the questions', and the share of questions on which
 # two seeds of a recipe, and two recipes, are not both right or both wrong.

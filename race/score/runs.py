@@ -7,22 +7,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from race import MONITORS, RaceError
+from race import RaceError
 from race.data import RaceDataModule
 from race.recipes import run_name
 from race.score import predict
-from race.score.recipes import against_baseline
+from race.score.recipes import CHOICES, against_baseline
 from race.score.statistics import is_correct, mostly_trained_on
 from race.train.checkpoints import Checkpoint
 from race.train.logs import read_log
-from race.train.stages import Stage, begun_stages
+from race.train.stages import Stage, begun_stages, by_the_other_rule
 from race.train.state import read_state
-
-CHOICES = (
-    "chosen",
-    "other rule",
-    "last epoch",
-)  # which checkpoint of a run is scored; the first is the one that counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +45,7 @@ class Run:
         """Those of its last stage that are scored, by CHOICES: the other rule's may be the same."""
         last = self.stages[-1]
         best = last.best()
-        other = MONITORS[1 - MONITORS.index(best.monitor)]
-        found = [best, dataclasses.replace(last, monitor=other).saved()[0], max(last.saved(), key=lambda it: it.epoch)]
+        found = [best, by_the_other_rule(best), max(last.saved(), key=lambda it: it.epoch)]
         return dict(zip(CHOICES, found, strict=True))
 
     def problems(self) -> list[str]:

@@ -8,14 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from race import MONITORS, RaceError
+from race import CHAIN, MONITORS, RaceError
 from race.train.checkpoints import Checkpoint
 
 LOSS_IN_NAME = re.compile(r"val_loss_epoch\W*_?(\d+\.\d+|nan|inf)")  # of a damaged file there is nothing but its name
-
-# Each stage starts from the best checkpoint of the one before, the first from the pretrained model. Learning rate and
-# epochs of a stage are defined in its notebook's parameters.
-CHAIN = {"e1": "ex01", "e2": "ex02", "e3": "ex03"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +123,14 @@ def epochs_trained(checkpoint: Checkpoint) -> int | None:
     start = checkpoint.lineage.get("weights_start")
     epochs = {it.epoch for it in beside if it.lineage.get("weights_start") == start}
     return len(epochs) if epochs == set(range(len(epochs))) else None
+
+
+def by_the_other_rule(checkpoint: Checkpoint) -> Checkpoint | None:
+    """What the other one of MONITORS would have picked in the stage of a checkpoint; None if that is not known."""
+    if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
+        return None
+    rule = MONITORS[1 - MONITORS.index(checkpoint.monitor)]
+    return next(iter(Stage(checkpoint.stage, checkpoint.path.parent, monitor=rule).saved()), None)
 
 
 def _loss(checkpoint: Checkpoint) -> float:

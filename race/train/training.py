@@ -172,10 +172,7 @@ def train_stage(
     )
     data.start_at(0, 0)
     data.longest_first = module.padded
-    recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
-    recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": monitor}
-    module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
-    module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
+    _remember(module, data, trainer, stage, monitor)
     if state is not None:
         check_identity(state, identity, stage.name)
         if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):
@@ -189,6 +186,16 @@ def train_stage(
     finally:
         torch.use_deterministic_algorithms(before)
     return trainer
+
+
+def _remember(
+    module: RaceModule, data: pl.LightningDataModule, trainer: pl.Trainer, stage: Stage, monitor: str
+) -> None:
+    """What the checkpoints of a stage will say of its training, beside what `start_stage` knows."""
+    recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
+    recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": monitor}
+    module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
+    module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
 
 
 def _state_of(stage: Stage, fresh: int, identity: dict) -> dict | None:

@@ -11,7 +11,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 from predictions import made, random_predictions
 
-from race.report import figures, score_figures
+from race.report import figures, score_figures, training_figures
 from race.score.calibration import at_temperature, calibration_table, coverage_curve, reliability
 from race.score.comparison import compare_pairs
 from race.score.statistics import confusion
@@ -116,10 +116,10 @@ LONG_TITLE = f"{LONG} is significantly better than " + ", ".join(f"{LONG} {n}" f
 NONE = {"high": None, "high_low": None, "high_high": None}
 ENDS = {"accuracy": 1.0, "passage_low": np.nan, "passage_high": np.nan, "ci_low": 0.9, "ci_high": 1.0}
 DRAWN = {
-    "training": lambda: figures.training_curves(log([1.0, 0.8, 0.9], [0.55, 0.66, 0.67]), "e1"),
-    "training, one epoch": lambda: figures.training_curves(log([1.0], [0.55]), LONG),
-    "training, no epoch": lambda: figures.training_curves(log([1.0], [0.55])[:150].dropna(axis=1), "e1"),
-    "training, one step": lambda: figures.training_curves(log([9.0], [0.0], 1), "e1"),
+    "training": lambda: training_figures.training_curves(log([1.0, 0.8, 0.9], [0.55, 0.66, 0.67]), "e1"),
+    "training, one epoch": lambda: training_figures.training_curves(log([1.0], [0.55]), LONG),
+    "training, no epoch": lambda: training_figures.training_curves(log([1.0], [0.55])[:150].dropna(axis=1), "e1"),
+    "training, one step": lambda: training_figures.training_curves(log([9.0], [0.0], 1), "e1"),
     "comparison": lambda: figures.comparison_figure(comparison(3), {"e1": 0.671, "e3": 0.72}, TITLE),
     "comparison of 1": lambda: figures.comparison_figure(comparison(1).assign(**NONE), {}, "e1: 66.0 %"),
     "comparison of 10": lambda: figures.comparison_figure(comparison(10, True), {"e1": 0.671}, LONG_TITLE),
@@ -131,9 +131,9 @@ DRAWN = {
     "lineage of 1": lambda: figures.lineage_figure(chain(1, [LONG])),
     "lineage of 10": lambda: figures.lineage_figure(chain(10, [f"{LONG} {n}" for n in range(10)])),
     "lineage of 10 siblings": lambda: figures.lineage_figure(chain(10, forest=True)),
-    "story": lambda: figures.story_figure(story((8, 12, 3))),
-    "story, uneven": lambda: figures.story_figure(story((60, 1, 1), ["e1", LONG, "e3"])),
-    "story, one epoch": lambda: figures.story_figure(story((1,), val_low=np.nan, val_high=np.nan)),
+    "story": lambda: training_figures.story_figure(story((8, 12, 3))),
+    "story, uneven": lambda: training_figures.story_figure(story((60, 1, 1), ["e1", LONG, "e3"])),
+    "story, one epoch": lambda: training_figures.story_figure(story((1,), val_low=np.nan, val_high=np.nan)),
     "accuracy": lambda: score_figures.accuracy_figure(accuracies()),
     "accuracy, one level at 0": lambda: score_figures.accuracy_figure(accuracies(["high"], 0.0)),
     "accuracy at 1": lambda: score_figures.accuracy_figure(accuracies(accuracy=1.0).assign(stage=LONG)),
@@ -267,12 +267,12 @@ def test_training_rings_what_the_rule_picks_and_draws_the_gradient():
     table = log([1.0, 0.8, 0.9], [0.55, 0.66, 0.67]).assign(gradient_norm=2.0)
     table.loc[:99, "gradient_norm"] = 0.5
     table.loc[table["val_acc"].notna(), "gradient_norm"] = np.nan
-    figure = figures.training_curves(table, "e1", "val_acc", 1.0)
+    figure = training_figures.training_curves(table, "e1", "val_acc", 1.0)
     assert title(figure.axes[1]) == "highest validation accuracy, at epoch 2: 67.0 %"
     rings = [line.get_xydata().tolist() for line in figure.axes[1].get_lines() if line.get_markersize() == 11]
     assert rings == [[[599, 0.67]]] and "highest validation accuracy" in words(figure)
     assert "before clipping to 1 (line): above it in 83 % of the logged steps" in title(figure.axes[2])
-    assert len(figures.training_curves(log([1.0], [0.55]), "e1").axes) == 3
+    assert len(training_figures.training_curves(log([1.0], [0.55]), "e1").axes) == 3
 
 
 def test_comparison_shows_other_peoples_numbers_and_levels_where_there_are_any():
@@ -322,7 +322,9 @@ def test_story_marks_stages_and_their_rates():
     rows = [("e1", 1, 10, 1.2, 0.5, 2e-5), ("e1", 2, 20, 1.0, 0.6, 2e-5), ("e3", 1, 30, 0.9, 0.55, 2e-6)]
     table = pd.DataFrame(rows, columns=["stage", "epoch", "questions", "val_loss", "val_acc", "learning_rate"])
     table["monitor"] = "val_loss_epoch"
-    figure = figures.story_figure(table.assign(val_low=table["val_acc"] - 0.1, val_high=table["val_acc"] + 0.1))
+    figure = training_figures.story_figure(
+        table.assign(val_low=table["val_acc"] - 0.1, val_high=table["val_acc"] + 0.1)
+    )
     text = words(figure)
     assert "e1, 2e-5" in text and "e3, 2e-6" in text and "95 % interval" in text and "axis cut" in text
     assert "Lowest validation loss: 0.900 (e3, epoch 1)" in text

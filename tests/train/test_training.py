@@ -19,7 +19,7 @@ from race.score.predict import predict
 from race.train.callbacks import StageReport, StartInForce
 from race.train.checkpoints import weights_hash
 from race.train.logs import read_log
-from race.train.stages import Stage, best_checkpoints, latest_checkpoint
+from race.train.stages import Stage, best_checkpoints, by_the_other_rule, latest_checkpoint
 from race.train.training import decoded_question, start_stage, train_stage
 from race_module import RaceModule
 
@@ -165,7 +165,7 @@ def test_every_epoch_has_an_order_of_its_own(cache):
 
 
 def test_curves_can_be_drawn_before_the_first_validation(chain):
-    from race.report.figures import training_curves
+    from race.report.training_figures import training_curves
 
     log = read_log(chain / "run", "e1")
     early = log[log["train_loss_step"].notna()].dropna(axis=1, how="all")
@@ -278,7 +278,7 @@ def test_the_rule_of_selection(tmp_path, capsys):
     assert Stage("e2", tmp_path).best().epoch == 2 and Stage("e2", tmp_path, monitor="val_loss_epoch").best().epoch == 1
     assert Stage("e3", tmp_path, monitor="val_loss_epoch").before.best().epoch == 2
     best = Stage("e2", tmp_path).best()
-    assert other_rule(best) == (
+    assert other_rule(best, by_the_other_rule(best)) == (
         "\nvalidation: loss 2.030, accuracy 70.5 %; by validation loss the best would be epoch 1 "
         "(loss 0.700, accuracy 64.0 %)"
     )
