@@ -56,23 +56,31 @@ def main(arguments: list[str] | None = None) -> int:
             again = options.fresh or not (options.seeds or len(options.recipes) > 1)
             runs[folder] = notebooks if again else unfinished(notebooks)
     failed = run_all(runs, options.jobs)
+    if len(options.recipes) > 1 and failed == {}:
+        failed = run_all({COMPARISON: [comparison(options, split)]})
     if failed is None:
         return STOPPED
-    if len(options.recipes) > 1:
-        failed |= {} if failed else run_all({"": [comparison(options, split)]}) or {}
-    elif options.seeds:
+    if len(options.recipes) == 1:
+        failed |= report(options, runs, failed)
+    if failed:
+        print("\n".join(["", "not finished; the same command resumes them:", *failed.values()]), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def report(options: argparse.Namespace, runs: dict, failed: dict[str, str]) -> dict[str, str]:
+    """Print the results of one recipe: of its run, or over seeds; {what: what failed}."""
+    if options.seeds:
         out = ROOT / "runs" / f"{_name(options, options.recipes[0])}-over-seeds" / "results.csv"
         if options.limit_questions is not None:
             print("a trial run: each seed has its own sample of questions, which adds to the spread")
         done = [str(ROOT / folder) for folder in runs if folder not in failed]
         if done and report_over_seeds([*done, "--out", str(out)]):
-            return 1
+            return {"over seeds": "the results over seeds cannot be reported (above)"}
     elif not failed:
+        ((folder, notebooks),) = runs.items()
         print(pd.read_csv(ROOT / folder / "results.csv")[RESULT_COLUMNS].to_string(index=False))
         print(f"notebooks, figures and predictions: {folder}; checkpoints: {notebooks[0][1]['CHECKPOINT_DIR']}")
-    if failed:
-        print("\n".join(["", "not finished; the same command resumes them:", *failed.values()]), file=sys.stderr)
-    return 1 if failed else 0
+    return {}
 
 
 def planned(options: argparse.Namespace, cache: Path) -> str:
@@ -117,6 +125,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--set {', '.join(sorted(taken))}: --seeds and several recipes set it for each run")
     if len(options.recipes) > 1 and (options.stages != list(CHAIN) or options.base_checkpoint):
         parser.error("--stages and --base-checkpoint go with one recipe")
+    for recipe in options.recipes if options.stages != list(CHAIN) else ():
+        if missing := [stage for stage in options.stages if stage not in recipe.stages]:
+            parser.error(f"--stages {' '.join(missing)}: recipe {recipe.name} has {', '.join(recipe.stages)} only")
     if options.difference is not None and not options.difference > 0:
         parser.error(f"--difference {options.difference}: expected points of accuracy above 0")
     if options.jobs < 1:

@@ -216,6 +216,15 @@ def test_runs_side_by_side(run, monkeypatch):
     assert not [name for _, name in ran if name == "compare_recipes"]
 
 
+def test_a_comparison_that_is_stopped_is_not_done(run, monkeypatch):
+    def run_notebook(name: str, parameters: dict, shown: bool) -> None:
+        if name == "compare_recipes":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(chain, "run_notebook", run_notebook)
+    assert run("race", "--recipe", "chain", "linear")[0] == 75
+
+
 def test_how_many_seeds_a_difference_takes_is_said_before_anything_runs(run, capsys):
     arguments = ["race", "--recipe", "chain", "linear", "cosine", "--seeds", "1", "2", "3", "--difference", "1"]
     status, commands, notebooks = run(*arguments)
@@ -229,6 +238,7 @@ def test_how_many_seeds_a_difference_takes_is_said_before_anything_runs(run, cap
         (["--recipe", "fast"], "--recipe fast: expected one of chain, constant"),
         (["--recipe", "chain", "linear", "--stages", "e1"], "--stages and --base-checkpoint go with one recipe"),
         (["--recipe", "chain", "linear", "--set", "RUN_DIR=x"], "--set RUN_DIR: --seeds and several recipes"),
+        (["--recipe", "linear", "--stages", "e2"], "--stages e2: recipe linear has e1 only"),
         (["--jobs", "0"], "--jobs 0: expected 1 or more"),
         (["--difference", "-1"], "expected points of accuracy above 0"),
     ],
