@@ -16,8 +16,11 @@ from race import RaceError
 from race.chain import run_notebook
 from race.data import RaceDataModule
 from race.files import file_hash
+from race.report import tables
+from race.report.figures import differences_figure
 from race.report.recipes import budget, difference, planning, scope, title
-from race.score.runs import budgets, courses, find_runs, same_base
+from race.report.training_figures import courses_figure
+from race.score.runs import accuracies, answers, budgets, compare, courses, find_runs, same_base
 from race.train.stages import Stage
 from race.train.training import start_stage, train_stage
 
@@ -156,6 +159,22 @@ def test_the_executed_notebook(executed):
     assert "A true difference of 2.0 points" in text and "Each recipe was trained on 144 questions" in text
     figures = {path.name for path in (executed / "figures").iterdir()}
     assert {"recipes-courses.png", "recipes-test-differences.svg"} <= figures
+
+
+def test_one_seed_of_each_is_shown_and_refused_an_interval(executed, trained, cache):
+    """Tables and figures without bands or intervals; the words say what one seed cannot say."""
+    found = find_runs(f"{trained}/checkpoints/small", f"{trained}/runs/small", ["chain", "linear"], [1])
+    scoring = {"cache_dir": str(cache), "split": "test", "run_dir": str(executed), "limit_questions": 60}
+    correct, predictions = answers(found, **scoring)
+    table, had = compare(found, correct, predictions), budgets(found, str(cache))
+    assert table[["ci_low", "ci_high", "p", "p_holm"]].isna().all(axis=None) and len(table) == 3
+    assert "One seed cannot say" in difference(table.iloc[0], had, 1.0)
+    assert title(table[:1]) == "Differences to chain; nothing could be tested"
+    shown = tables.recipes_style(table).to_html() + tables.accuracies_style(accuracies(correct)).to_html()
+    assert "–" in shown and "nan" not in shown.lower() and "1e-2, 1e-2, 1e-3" in tables.budgets_style(had).to_html()
+    differences_figure(table[:1], title(table[:1]))
+    courses_figure(*courses(found, str(cache)))
+    assert "nan" not in tables.planning_table(1.0, 60, 1).to_html().lower()
 
 
 def test_all_that_cannot_be_compared_is_told_at_once(trained, tmp_path):

@@ -92,6 +92,19 @@ def log(losses, accuracies, steps: int = 200) -> pd.DataFrame:
     return pd.concat([table, found], ignore_index=True)
 
 
+def courses(recipes, seeds) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Made-up runs.courses of recipes of five epochs."""
+    rows = [
+        (recipe, seed, 5000 * (epoch + 1), 1.4 - 0.1 * epoch - 0.01 * number, 0.3 + 0.1 * epoch + 0.01 * (seed or 0))
+        for number, recipe in enumerate(recipes)
+        for seed in seeds
+        for epoch in range(5)
+    ]
+    validated = pd.DataFrame(rows, columns=["recipe", "seed", "questions", "val_loss_epoch", "val_acc"])
+    rates = validated[["recipe", "seed", "questions"]].assign(learning_rate=2.5e-4, stage="e1")
+    return validated, rates
+
+
 def pairs(count: int, difference: float = 0.024, long: bool = False, width: float = 0.01) -> pd.DataFrame:
     """A made-up comparison.compare_pairs of so many rows; every second one is not significant."""
     names = [f"{LONG[:56]} {n:03}" if long else f"e{n}" for n in range(count + 1)]
@@ -134,6 +147,10 @@ DRAWN = {
     "story": lambda: training_figures.story_figure(story((8, 12, 3))),
     "story, uneven": lambda: training_figures.story_figure(story((60, 1, 1), ["e1", LONG, "e3"])),
     "story, one epoch": lambda: training_figures.story_figure(story((1,), val_low=np.nan, val_high=np.nan)),
+    "recipes": lambda: training_figures.courses_figure(
+        *courses(["chain", "constant", "resets", "step", "linear"], [1, 2])
+    ),
+    "recipes, one seed": lambda: training_figures.courses_figure(*courses([LONG, *map(str, range(8))], [None])),
     "accuracy": lambda: score_figures.accuracy_figure(accuracies()),
     "accuracy, one level at 0": lambda: score_figures.accuracy_figure(accuracies(["high"], 0.0)),
     "accuracy at 1": lambda: score_figures.accuracy_figure(accuracies(accuracy=1.0).assign(stage=LONG)),
@@ -316,6 +333,15 @@ def test_lineage_in_any_order_and_without_memory():
     assert text.count("albert-base-v2") == 1 and text.count("base unknown") == 1 and "nan" not in text
     assert "Where these checkpoints come from" in text and "e1.ckpt" not in text
     assert "e1 → e2 → e3" in words(DRAWN["lineage"]())
+
+
+def test_recipes_have_a_line_each_and_a_band_over_seeds():
+    figure = DRAWN["recipes"]()
+    loss, accuracy, _schedule = figure.axes
+    assert title(loss) == "Validation after each epoch: mean of 2 seeds, band from the lowest to the highest"
+    assert len(loss.collections) == 5 and [len(axes.get_lines()) for axes in figure.axes] == [6, 6, 5]
+    assert accuracy.get_lines()[0].get_ydata()[0] == pytest.approx(0.315)
+    assert title(DRAWN["recipes, one seed"]().axes[0]) == "Validation after each epoch: one seed"
 
 
 def test_story_marks_stages_and_their_rates():
