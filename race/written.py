@@ -37,6 +37,14 @@ def rate(learning_rate: float) -> str:
     return np.format_float_scientific(learning_rate, precision=2, trim="-", exp_digits=1)
 
 
+def schedule(recipe: dict) -> str:
+    """The schedule of a stage's recipe as "constant", or "linear, warm-up 1000, clipped at 1"."""
+    words = [recipe.get("schedule", "constant")]
+    words += [f"warm-up {recipe['warmup']:g}"] if recipe.get("warmup") else []
+    words += [f"clipped at {recipe['max_grad_norm']:g}"] if recipe.get("max_grad_norm") is not None else []
+    return ", ".join(words)
+
+
 def significance(p: float) -> str:
     """ "significant" or "not significant"."""
     return "significant" if p < SIGNIFICANT else "not significant"

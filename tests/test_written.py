@@ -13,4 +13,9 @@ def test_numbers_are_written_one_way():
     assert [written.p_value(p) for p in (1e-9, 0.00123, 0.0321, 0.349, 1.0, 0.04996, 0.0502)] == expected
     assert written.p_number(np.nan) == "–"
     assert [written.listed(names) for names in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
+    recipe = {"schedule": "linear", "warmup": 1000, "max_grad_norm": 1.0}
+    assert (
+        written.schedule(recipe) == "linear, warm-up 1000, clipped at 1"
+        and written.schedule({"warmup": 0}) == "constant"
+    )
     assert written.listed("abc", 3) == "a, b and c" and written.listed("abcd", 3) == "4 others"

@@ -6,7 +6,7 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 
 from race.report.sentences import quoted, seen
-from race.written import percent, rate
+from race.written import percent, rate, schedule
 
 RACE_HOME = "https://www.cs.cmu.edu/~glai1/data/race/"
 
@@ -97,10 +97,10 @@ def _eval_result(row: dict, facts: dict, name: str) -> EvalResult:
 
 def _link(link: dict) -> dict:
     """One row of the table of stages; what is not known stays empty."""
-    metrics, learning_rate = link.get("metrics", {}), link.get("recipe", {}).get("learning_rate")
+    metrics, recipe = link.get("metrics", {}), link.get("recipe", {})
     loss, accuracy = metrics.get("val_loss_epoch"), metrics.get("val_acc")
     return {"stage": link.get("stage", ""), "base": link["base"], "checkpoint": link["checkpoint"]} | {
-        "rate": "" if learning_rate is None else rate(learning_rate),
+        "rate": "" if recipe.get("learning_rate") is None else f"{rate(recipe['learning_rate'])}, {schedule(recipe)}",
         "epoch": link.get("epoch", ""),
         "loss": "" if loss is None else f"{loss:.4f}",
         "accuracy": "" if accuracy is None else percent(accuracy),

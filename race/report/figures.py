@@ -214,6 +214,7 @@ def _settings(row: dict) -> str:
     """What a checkpoint remembers of its training; unknown things are left out, except that its base is unknown."""
     words = {"epochs": "epochs trained: {:.0f}", "chosen_epoch": "chosen: epoch {:.0f} (from 0)"}
     words |= {"val_loss": "validation loss {:.3f}"}
-    known = [f"learning rate {rate(row['learning_rate'])}"] if pd.notna(row["learning_rate"]) else []
+    also = f" ({row['schedule']})" if row.get("schedule", "constant") not in ("constant", None) else ""
+    known = [f"learning rate {rate(row['learning_rate'])}{also}"] if pd.notna(row["learning_rate"]) else []
     known += [form.format(row[name]) for name, form in words.items() if pd.notna(row[name])]
     return ", ".join(known + ["base unknown"] * pd.isna(row["base"])) or "nothing known of its training"

@@ -10,7 +10,7 @@ from race.score.recipes import CHOICES, power
 from race.score.results import PASSAGE_COLUMNS, RESULT_COLUMNS
 from race.score.statistics import SEEN_COLUMNS
 from race.train.stages import epochs_trained
-from race.written import p_number, p_value, percent, rate, signed
+from race.written import p_number, p_value, percent, rate, schedule, signed
 
 REPORTED = {"e1": 0.671, "e2": 0.680, "e3": 0.720}  # the original authors' accuracies on RACE's test split, not ours
 ALBERT = "README of google-research/albert; by its authors (issue 30) single run dev set results with early stopping"
@@ -95,6 +95,7 @@ def lineage_table(checkpoints: list, names: list[str]) -> pd.DataFrame:
             "checkpoint": checkpoint.name,
             "base": checkpoint.base,
             "learning_rate": checkpoint.learning_rate,
+            "schedule": schedule(checkpoint.lineage["recipe"]) if "recipe" in checkpoint.lineage else None,
             "epochs": epochs_trained(checkpoint),
             "chosen_epoch": checkpoint.epoch,
             "val_loss": checkpoint.val_loss,

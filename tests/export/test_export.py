@@ -222,9 +222,9 @@ def test_card_says_what_the_model_is_and_is_not(cache, chain, tmp_path):
     card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results is None and "Not scored" in card.text
     assert card.data.get("datasets") is None and card.data.get("license") is None and "not RACE" in card.text
-    assert f"| e1 | `demo` | `{chain[0].name}` | 1e-2 | 0 |" in card.text
-    assert f"| e2 | `{chain[0].name}` | `{chain[1].name}` | 1e-2 | 0 |" in card.text
-    for word in ("## Limits", "## Lineage and recipe", "constant learning rate", "export.json"):
+    assert f"| e1 | `demo` | `{chain[0].name}` | 1e-2, constant | 0 |" in card.text
+    assert f"| e2 | `{chain[0].name}` | `{chain[1].name}` | 1e-2, constant | 0 |" in card.text
+    for word in ("## Limits", "## Lineage and recipe", "weight decay 0.0", "export.json"):
         assert (word in card.text) == (word != "export.json")
 
 
