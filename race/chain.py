@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         for recipe in options.recipes:
             notebooks = plan(options, recipe, split, seed)
             folder = notebooks[0][1]["RUN_DIR"]
-            write_json(ROOT / folder / "recipe.json", dataclasses.asdict(recipe))
+            write_json(ROOT / folder / "recipe.json", recipe.record())
             again = options.fresh or not (options.seeds or len(options.recipes) > 1)
             runs[folder] = notebooks if again else unfinished(notebooks)
     failed = run_all(runs, options.jobs)
@@ -63,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if len(options.recipes) == 1:
         failed |= report(options, runs, failed)
     if failed:
-        print("\n".join(["", "not finished; the same command resumes them:", *failed.values()]), file=sys.stderr)
+        print("\n".join(["", "not finished:", *failed.values()]), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -74,7 +73,7 @@ def report(options: argparse.Namespace, runs: dict, failed: dict[str, str]) -> d
         if options.limit_questions is not None:
             print("a trial run: each seed has its own sample of questions, which adds to the spread")
         done = [str(ROOT / folder) for folder in runs if folder not in failed]
-        if done and report_over_seeds([*done, "--out", str(out)]):
+        if done and report_over_seeds([*done, *(["--out", str(out)] if len(runs) > 1 else [])]):
             return {"over seeds": "the results over seeds cannot be reported (above)"}
     elif not failed:
         ((folder, notebooks),) = runs.items()
@@ -99,7 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", help="base model of 'race' (default albert-base-v2)")
     add("--limit-questions", type=int, metavar="N", help="trial run on N random questions of each split")
     named = "chain (the default), constant, resets, step, linear, cosine, or a TOML file; several are compared"
-    add("--recipe", nargs="+", default=[BASELINE], metavar="NAME", dest="recipes", help=named)
+    add("--recipe", nargs="+", action="extend", metavar="NAME", dest="recipes", help=named)
     add("--stages", nargs="*", choices=CHAIN, default=list(CHAIN), help="only these; none: the evaluations only")
     add("--base-checkpoint", help="checkpoint from which the first of --stages starts (e2 or e3)")
     add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished runs")
@@ -115,14 +114,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         for stage in CHAIN:
             read(parse_set(options.pairs, stage))
         named = parse_set(options.pairs)
-        options.recipes = named_recipes(options.recipes, options.name)
+        options.recipes = named_recipes(options.recipes or [BASELINE], options.name)
     except RaceError as error:
         parser.error(str(error))
     if options.name == "demo" and "CACHE_DIR" in named:
         parser.error("--set CACHE_DIR: the demo makes a cache of its own")
     several = options.seeds or len(options.recipes) > 1
-    if several and (taken := {"CHECKPOINT_DIR", "RUN_DIR", "SEED"} & named.keys()):
+    if several and (taken := {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"} & named.keys()):
         parser.error(f"--set {', '.join(sorted(taken))}: --seeds and several recipes set it for each run")
+    own = {name for recipe in options.recipes for given in recipe.stages.values() for name in given}
+    taken = own & {pair.partition("=")[0].rpartition(".")[2] for pair in options.pairs}
+    if len(options.recipes) > 1 and taken:
+        parser.error(f"--set {', '.join(sorted(taken))}: the recipes set it; write recipes of your own in a TOML file")
     if len(options.recipes) > 1 and (options.stages != list(CHAIN) or options.base_checkpoint):
         parser.error("--stages and --base-checkpoint go with one recipe")
     for recipe in options.recipes if options.stages != list(CHAIN) else ():
@@ -188,13 +191,14 @@ def _given(options: argparse.Namespace, notebook: str, stage: str | None) -> dic
 
 def comparison(options: argparse.Namespace, split: str) -> tuple[str, dict]:
     """The notebook that compares all recipes of the command, with its parameters."""
-    name = _name(options)
+    name, recipes = _name(options), [recipe.name for recipe in options.recipes]
+    compared = "-".join([*recipes, f"{len(options.seeds)}-seeds"] if options.seeds else recipes)
     parameters = {
         "CACHE_DIR": f"cache/{options.name}",
         "CHECKPOINT_DIR": f"checkpoints/{name}",
         "RUNS": f"runs/{name}",
-        "RUN_DIR": f"runs/{name}-recipes",
-        "RECIPES": [recipe.name for recipe in options.recipes],
+        "RUN_DIR": f"runs/{name}-recipes/{compared}",
+        "RECIPES": recipes,
         "SEEDS": options.seeds,
         "LIMIT_QUESTIONS": options.limit_questions,
         "SPLIT": split,
@@ -230,8 +234,9 @@ def run_all(runs: dict[str, list[tuple[str, dict]]], jobs: int = 1) -> dict[str,
     received: list[int] = []
     told: set[int] = set()
     handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
-    if jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, psutil.cpu_count(logical=False) // jobs)))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if jobs > 1 and threads is None:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     try:
         with contextlib.chdir(ROOT), ThreadPoolExecutor(jobs) as pool:
             futures = {pool.submit(_run_one, run, runs[run], received, jobs == 1): run for run in runs}
@@ -243,6 +248,8 @@ def run_all(runs: dict[str, list[tuple[str, dict]]], jobs: int = 1) -> dict[str,
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if threads is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
     if received:
         print("── stopped: run this again to resume", flush=True)
         return None
@@ -255,10 +262,11 @@ def _run_one(run: str, notebooks: list[tuple[str, dict]], received: list[int], s
         for notebook, parameters in notebooks:
             if not received:
                 run_notebook(notebook, parameters, shown)
-    except RaceError as error:
+    except Exception as error:  # a kernel that does not start, a full disk
+        problem = str(error) if isinstance(error, RaceError) else repr(error)
         if not received:
-            print(f"error: {error}", file=sys.stderr)
-        return f"{run}: {error}"
+            print(f"error: {problem}", file=sys.stderr)
+        return problem if problem.startswith(run) else f"{run}: {problem}"
 
 
 def _pass_on(told: set[int]) -> None:

@@ -1,17 +1,19 @@
 """Recipes as data: named ways to train, each of one or more stages with the parameters of their notebooks."""
 
 import dataclasses
+import math
 import re
 import tomllib
 from pathlib import Path
 
-from race import CHAIN, RaceError
+from race import CHAIN, RaceError, check_least
 from race.schedule import check_schedule
 from race.settings import OF_MODULE, ROOT, read
 
 FILES = {"race": ROOT / "race" / "recipes.toml", "demo": ROOT / "race" / "demo" / "recipes.toml"}
 PARAMETERS = (*OF_MODULE, "MAX_EPOCHS", "BATCH_SIZE", "MONITOR", "EARLY_STOPPING")  # what a recipe may set
 ABOUT = {"about": str, "learning_rates_tried": int}
+COUNTS = ("MAX_EPOCHS", "BATCH_SIZE", "EARLY_STOPPING", "TOKEN_BUDGET")  # from 1
 SCHEDULE = {"SCHEDULE": "constant", "WARMUP": 0, "MAX_GRAD_NORM": None}  # where nothing is given
 BASELINE = "chain"
 
@@ -27,6 +29,14 @@ class Recipe:
     stages: dict[str, dict]
     about: str = ""
     learning_rates_tried: int = 1
+
+    def record(self) -> dict:
+        """It as JSON, which knows no infinite number."""
+        stages = {
+            stage: {name: str(value) if value == math.inf else value for name, value in given.items()}
+            for stage, given in self.stages.items()
+        }
+        return dataclasses.asdict(self) | {"stages": stages}
 
 
 def run_name(name: str, recipe: str = BASELINE, seed: int | str | None = None) -> str:
@@ -82,6 +92,8 @@ def _problems(name: str, table) -> list[str]:
     problems = [
         f"{key}: expected {kind.__name__}" for key, kind in ABOUT.items() if type(table.get(key, kind())) is not kind
     ]
+    if type(tried := table.get("learning_rates_tried", 1)) is int and tried < 1:
+        problems.append(f"learning_rates_tried is {tried}, expected 1 or more")
     if unknown := sorted(table.keys() - CHAIN.keys() - ABOUT.keys()):
         problems.append(f"{', '.join(unknown)}: expected {', '.join(CHAIN)}, {' or '.join(ABOUT)}")
     stages = [stage for stage in CHAIN if stage in table]
@@ -93,9 +105,27 @@ def _problems(name: str, table) -> list[str]:
         elif unknown := sorted(table[stage].keys() - set(PARAMETERS)):
             problems.append(f"{stage}: {', '.join(unknown)} cannot be set by a recipe; {', '.join(PARAMETERS)} can")
         else:
-            try:
-                given = read(table[stage])
-                check_schedule(*(given.get(key, default) for key, default in SCHEDULE.items()))
-            except RaceError as error:
-                problems.append(f"{stage}: {error}")
+            problems += [f"{stage}: {problem}" for problem in _wrong_values(table[stage])]
+    return problems
+
+
+def _wrong_values(given: dict) -> list[str]:
+    """What is wrong with the values of a stage's parameters."""
+    values, problems = {}, []
+    for name, value in given.items():
+        try:
+            values |= read({name: value})
+        except RaceError as error:
+            problems.append(str(error))
+    for check in (
+        lambda: check_schedule(*(values.get(name, default) for name, default in SCHEDULE.items())),
+        lambda: check_least(**{name: (values.get(name), 1) for name in COUNTS}),
+    ):
+        try:
+            check()
+        except RaceError as error:
+            problems.append(str(error))
+    for name, below in (("LEARNING_RATE", math.inf), ("ATTENTION_DROPOUT", 1)):
+        if values.get(name) is not None and not 0 <= values[name] < below:
+            problems.append(f"{name} is {values[name]}, expected 0 or more, and less than {below}")
     return problems

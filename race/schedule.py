@@ -39,7 +39,7 @@ def rate_factor(schedule: str, step: int, steps: int, warmup: int) -> float:
 def check_schedule(schedule: str, warmup: float, max_grad_norm: float | None) -> None:
     """Raise RaceError with everything that is not a schedule."""
     problems = [] if is_schedule(schedule) else [f"SCHEDULE is {schedule!r}, expected {NAMES}"]
-    if not (0 <= warmup < 1 or (warmup >= 1 and warmup == int(warmup))):
+    if not (0 <= warmup < 1 or (1 <= warmup < math.inf and warmup == int(warmup))):
         problems.append(f"WARMUP is {warmup}, expected a number of steps, or a share of them below 1")
     if max_grad_norm is not None and not max_grad_norm > 0:
         problems.append(f"MAX_GRAD_NORM is {max_grad_norm}, expected a number above 0, or None")

@@ -81,7 +81,7 @@ def read(given: dict) -> dict:
         kind, expected = KINDS[name]
         try:
             values[name] = kind(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             problems.append(f"{name} is {value!r}, expected {expected}")
     if problems:
         raise RaceError("; ".join(problems))

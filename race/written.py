@@ -41,7 +41,7 @@ def schedule(recipe: dict) -> str:
     """The schedule of a stage's recipe as "constant", or "linear, warm-up 1000, clipped at 1"."""
     words = [recipe.get("schedule", "constant")]
     words += [f"warm-up {recipe['warmup']:g}"] if recipe.get("warmup") else []
-    words += [f"clipped at {recipe['max_grad_norm']:g}"] if recipe.get("max_grad_norm") is not None else []
+    words += [f"clipped at {recipe['max_grad_norm']:g}"] if np.isfinite(recipe.get("max_grad_norm") or np.inf) else []
     return ", ".join(words)
 
 

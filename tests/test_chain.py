@@ -180,7 +180,7 @@ def test_several_recipes_run_their_stages_and_are_then_compared(run):
     chain_runs = [(name, f"runs/race-trial-seed{seed}") for seed in (1, 2) for name in ("ex01", "ex02", "ex03")]
     linear_runs = [("ex01", f"runs/race-trial-linear-seed{seed}") for seed in (1, 2)]
     assert ran[:4] == [*chain_runs[:3], linear_runs[0]] and ran[4:8] == [*chain_runs[3:], linear_runs[1]]
-    assert ran[8:] == [("compare_recipes", "runs/race-trial-recipes")]
+    assert ran[8:] == [("compare_recipes", "runs/race-trial-recipes/chain-linear-2-seeds")]
     assert notebooks[3][1]["SCHEDULE"] == "linear" and notebooks[3][1]["CHECKPOINT_DIR"].endswith("-linear-seed1")
     compared = notebooks[8][1]
     assert (compared["RECIPES"], compared["SEEDS"]) == (["chain", "linear"], [1, 2])
@@ -216,6 +216,17 @@ def test_runs_side_by_side(run, monkeypatch):
     assert not [name for _, name in ran if name == "compare_recipes"]
 
 
+def test_whatever_a_run_raises_the_others_go_on_and_it_is_named(run, monkeypatch, capsys):
+    def run_notebook(name: str, parameters: dict, shown: bool) -> None:
+        if parameters["RUN_DIR"] == "runs/race-seed1":
+            raise RuntimeError("Kernel didn't respond in 60 seconds")
+
+    monkeypatch.setattr(chain, "run_notebook", run_notebook)
+    monkeypatch.setattr(chain, "report_over_seeds", lambda arguments: 0)
+    assert run("race", "--seeds", "1", "2")[0] == 1
+    assert 'runs/race-seed1: RuntimeError("Kernel didn' in capsys.readouterr().err.split("not finished:")[1]
+
+
 def test_a_comparison_that_is_stopped_is_not_done(run, monkeypatch):
     def run_notebook(name: str, parameters: dict, shown: bool) -> None:
         if name == "compare_recipes":
@@ -239,6 +250,10 @@ def test_how_many_seeds_a_difference_takes_is_said_before_anything_runs(run, cap
         (["--recipe", "chain", "linear", "--stages", "e1"], "--stages and --base-checkpoint go with one recipe"),
         (["--recipe", "chain", "linear", "--set", "RUN_DIR=x"], "--set RUN_DIR: --seeds and several recipes"),
         (["--recipe", "linear", "--stages", "e2"], "--stages e2: recipe linear has e1 only"),
+        (
+            ["--recipe", "chain", "--recipe", "linear", "--set", "e1.MAX_EPOCHS=1"],
+            "--set MAX_EPOCHS: the recipes set it",
+        ),
         (["--jobs", "0"], "--jobs 0: expected 1 or more"),
         (["--difference", "-1"], "expected points of accuracy above 0"),
     ],

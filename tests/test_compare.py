@@ -1,7 +1,7 @@
 """Recipes compared, from small runs on disk to the executed notebook; its verdict is recomputed from predictions."""
 
 import json
-import re
+import shutil
 
 import nbformat
 import numpy as np
@@ -88,7 +88,8 @@ def test_what_each_recipe_had(found, cache):
 
 
 def test_the_course_over_the_questions_seen(found, cache):
-    validated, rates = courses(found, str(cache))
+    validated, rates, notes = courses(found, str(cache))
+    assert not notes
     assert validated.groupby(["recipe", "seed"])["questions"].apply(list).map(lambda it: it == [48, 96, 144]).all()
     linear = rates[(rates["recipe"] == "linear") & (rates["seed"] == 1)]
     assert linear["questions"].tolist() == [16 * step for step in range(1, 10)]
@@ -156,7 +157,7 @@ def test_the_executed_notebook(executed):
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert not [it for it in outputs if it["output_type"] == "error"]
     text = json.dumps(outputs, ensure_ascii=False)
-    assert "A true difference of 2.0 points" in text and "Each recipe was trained on 144 questions" in text
+    assert "A true difference of 2 points" in text and "Each recipe was trained on 144 questions" in text
     figures = {path.name for path in (executed / "figures").iterdir()}
     assert {"recipes-courses.png", "recipes-test-differences.svg"} <= figures
 
@@ -173,7 +174,7 @@ def test_one_seed_of_each_is_shown_and_refused_an_interval(executed, trained, ca
     shown = tables.recipes_style(table).to_html() + tables.accuracies_style(accuracies(correct)).to_html()
     assert "–" in shown and "nan" not in shown.lower() and "1e-2, 1e-2, 1e-3" in tables.budgets_style(had).to_html()
     differences_figure(table[:1], title(table[:1]))
-    courses_figure(*courses(found, str(cache)))
+    courses_figure(*courses(found, str(cache))[:2])
     assert "nan" not in tables.planning_table(1.0, 60, 1).to_html().lower()
 
 
@@ -182,8 +183,35 @@ def test_all_that_cannot_be_compared_is_told_at_once(trained, tmp_path):
     with pytest.raises(RaceError) as caught:
         find_runs(*places, ["chain", "cosine", "chain"], [1, 3])
     lines = str(caught.value).splitlines()
-    assert len(lines) == 4 and "small-seed3 (chain, seed 3)" in lines[0] and "has no checkpoints" in lines[0]
-    assert "small-cosine-seed1 (cosine, seed 1)" in lines[1] and "each once" in lines[3]
+    assert len(lines) == 4 and "name two or more, each once" in lines[0]
+    assert lines[1].endswith("small-seed3 has no checkpoints: run python -m race.chain with --recipe chain --seeds 3")
+    assert "small-cosine-seed1 has no checkpoints" in lines[2]
+    with pytest.raises(RaceError, match=r"SEEDS is \[1, 1\]: name one or more, each once"):
+        find_runs(*places, ["chain", "linear"], [1, 1])
+
+
+def test_runs_that_are_not_what_they_are_taken_for_are_refused(trained, tmp_path):
+    """A copy as another seed, another learning rate, a stage too many, a damaged file, an unfinished stage."""
+    for part in ("checkpoints", "runs"):
+        shutil.copytree(trained / part, tmp_path / part)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "small-linear-seed1", folder / "small-linear-seed3")
+    shutil.copytree(folder / "small-seed1", folder / "small-other-seed1")
+    shutil.copytree(folder / "small-linear-seed2", folder / "small-other-seed2")
+    for checkpoint in (folder / "small-resets-seed1").glob("e1-*.ckpt"):
+        shutil.copy(checkpoint, folder / "small-linear-seed2" / f"e2-{checkpoint.name}")
+        checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
+    last = next((folder / "small-resets-seed2").glob("e3-*.ckpt"))
+    content = torch.load(last, weights_only=True)
+    torch.save(content | {"race": content["race"] | {"stage": "e1"}}, folder / "small-linear-seed2" / "e9.ckpt")
+    with pytest.raises(RaceError) as caught:
+        find_runs(f"{folder}/small", f"{tmp_path}/runs/small", ["chain", "linear", "resets", "other"], [1, 2, 3])
+    told = str(caught.value)
+    assert "small-linear-seed3: was trained with seed 1, not 3" in told
+    assert "small-resets-seed1: " in told and "cut off or damaged" in told
+    with pytest.raises(RaceError) as caught:
+        find_runs(f"{folder}/small", f"{tmp_path}/runs/small", ["chain", "other"], [1, 2])
+    assert "small-other-seed2: differs from " in str(caught.value) and " in stages, e1 " in str(caught.value)
 
 
 def row(**changed) -> pd.Series:
@@ -193,7 +221,7 @@ def row(**changed) -> pd.Series:
     return pd.Series(values | changed)
 
 
-HAD = pd.DataFrame({"recipe": ["chain", "cosine"], "epochs": 23, "monitor": "val_loss_epoch"})
+HAD = pd.DataFrame({"recipe": ["chain", "cosine"], "epochs": 23, "fewest_epochs": 23, "monitor": "val_loss_epoch"})
 
 
 def test_the_sentence_says_what_was_found_and_no_more():
@@ -202,29 +230,30 @@ def test_the_sentence_says_what_was_found_and_no_more():
         "−0.2 to +1.0, over seeds and questions; Holm p = 0.40): not significant; a difference beyond 1.0 points is "
         "unlikely. Standard deviation over seeds: 0.4 and 0.5 points."
     )
-    assert "cosine is as good as chain within 1.0 points (90 % interval)" in difference(row(), HAD, 1.0)
+    assert "cosine is as good as chain within 1 point (90 % interval)" in difference(row(), HAD, 1.0)
     assert "cosine is better than chain" in difference(row(p_holm=0.03, ci_low=0.001), HAD, 0.5)
     assert "cosine is worse than chain" in difference(row(p_holm=0.03, difference=-0.01), HAD, 0.5)
     one = difference(row(seeds_first=1, seeds_second=1, p=np.nan), HAD, 1.0)
     assert "interval" not in one and "significant" not in one and "One seed cannot say" in one
     assert "Over 10 and 9 seeds, seed by seed" in difference(row(seeds_second=9, same_base=True), HAD, 1.0)
-    assert "there is no variation to test" in difference(row(p=np.nan), HAD, 1.0)
+    assert "not tested: the same answers in all runs, or" in difference(row(p=np.nan), HAD, 1.0)
+    assert "; the difference is below 1 point (90 % interval)" in difference(row(p_holm=0.03), HAD, 1)
+    assert "as good as chain within 0.95 points" in difference(row(), HAD, 0.95)
+    assert ", 20 to 23 epochs, " in difference(row(), HAD.assign(fewest_epochs=20), 1.0)
 
 
 def test_titles():
     table = pd.DataFrame([row(), row(second="linear", p_holm=0.01), row(second="step", p_holm=0.02, difference=-0.02)])
     table.index = range(3)
     assert title(table) == (
-        "Linear is better than chain; step is worse than chain; no significant difference to chain: cosine"
+        "linear is better than chain; step is worse than chain; no significant difference to chain: cosine"
     )
     assert title(table.assign(p=np.nan)) == "Differences to chain; nothing could be tested"
 
 
 def test_planning_and_scope():
     text = planning(1.0, 4934, 3, 4)
-    assert re.match(
-        r"A true difference of 1.0 points is found in 80 of 100 comparisons, after Holm's adjustment for 4, on", text
-    )
+    assert text.startswith("A true difference of 1 point is found in at least 80 of 100 comparisons, after Holm's")
     assert "on 1,000 questions with no number of seeds up to 100" in text and "With 3 seeds on 4,934 questions" in text
     assert "With 1 seed" not in planning(1.0, 4934, 1, 1)
     assert scope("demo", "validation").endswith("all accuracies are optimistic.") and scope("ehovy/race", "test") == ""

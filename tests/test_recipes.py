@@ -64,6 +64,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     path.write_text(
         "[Big]\ne1 = {}\n[trial]\ne1 = {}\n[gap]\ne1 = {}\ne3 = {}\n[none]\nabout = 3\n[odd]\ne4 = {}\ne1 = 3\n"
         '[folder]\ne1 = { RUN_DIR = "x", SEED = 1 }\n[wrong]\ne1 = { MAX_EPOCHS = 1.5 }\ne2 = { WARMUP = 1.5 }\n'
+        "[values]\nlearning_rates_tried = 0\n"
+        "e1 = { LEARNING_RATE = nan, MAX_EPOCHS = 0, WARMUP = inf, SCHEDULE = 'step' }\n"
     )
     with pytest.raises(RaceError) as caught:
         named_recipes(["nothing", str(path), str(tmp_path / "missing.toml")], "demo")
@@ -77,10 +79,19 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         "odd": "e4: expected e1, e2, e3, about or learning_rates_tried",
         "folder": "e1: RUN_DIR, SEED cannot be set by a recipe",
         "wrong": "e1: MAX_EPOCHS is 1.5, expected a whole number",
+        "values": "e1: LEARNING_RATE is nan, expected 0 or more",
     }.items():
         assert any(f"recipe {place}: " in line and problem in line for line in lines), (place, lines)
     assert any("e2: WARMUP is 1.5, expected a number of steps" in line for line in lines)
+    told = "\n".join(line for line in lines if "recipe values: " in line)
+    for name in ("learning_rates_tried is 0", "MAX_EPOCHS is 0", "WARMUP is inf", "SCHEDULE is 'step'"):
+        assert name in told
     assert "missing.toml: cannot be read as TOML" in lines[-1]
+
+
+def test_a_record_is_json_whatever_is_in_it(tmp_path):
+    (tmp_path / "x.toml").write_text("[x]\ne1 = { MAX_GRAD_NORM = inf }\n")
+    assert read_recipes(tmp_path / "x.toml")["x"].record()["stages"] == {"e1": {"MAX_GRAD_NORM": "inf"}}
 
 
 def test_no_pattern_of_one_recipes_folders_matches_anothers():

@@ -154,7 +154,8 @@ def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
         beside(axes, place, f"{signed(middle)}{counts}")
     axes.axvline(0, color=GREY, linewidth=1)
     better = "right of 0: the one named first is more accurate"
-    axes.set_xlabel(f"difference of accuracy (percentage points), 95 % interval\n{better}")
+    interval = ", 95 % interval" if pairs["ci_low"].notna().any() else ""
+    axes.set_xlabel(f"difference of accuracy (percentage points){interval}\n{better}")
     reach = 110 * np.nanmax(pairs[["difference", "ci_low", "ci_high"]].abs().to_numpy()) or 1
     axes.set_xlim(-reach, reach)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.6g}".replace("-", "−") if value else "0")

@@ -11,7 +11,7 @@ FEW = 1000  # questions, as an example of a smaller test
 
 def planning(difference: float, questions: int, seeds: int, contrasts: int) -> str:
     """How many seeds and questions a true difference (in points) takes, and what these will see of it."""
-    words = f"A true difference of {difference:.1f} points is found in {100 * POWER:.0f} of 100 comparisons"
+    words = f"A true difference of {_points(difference)} is found in at least {100 * POWER:.0f} of 100 comparisons"
     text = f"{words}, after Holm's adjustment for {contrasts}, " if contrasts > 1 else f"{words} "
     for number, count in enumerate(dict.fromkeys([questions, FEW])):
         wanted = seeds_needed(difference / 100, count, contrasts)
@@ -30,19 +30,29 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
     )
 
 
+def _points(value: float) -> str:
+    return f"{value:g} point{'' if value == 1 else 's'}"
+
+
 def budget(table: pd.DataFrame) -> str:
     """Whether all recipes had the same (runs.budgets): the budget, the choice, the rule, the learning rates tried."""
-    row, told = table.iloc[0], []
+    row, told, uneven = table.iloc[0], [], table[table["fewest_epochs"] < table["epochs"]]
     if (table["questions"] == row["questions"]).all():
         told.append(f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs).")
     else:
         told.append(f"**The budgets differ**: {_each(table, 'questions', '{:,}')} questions were trained on.")
+    if len(uneven):
+        told.append(f"Some seeds of {listed(uneven['recipe'])} had fewer epochs than others.")
+    for name in table["also"].iloc[0]:
+        if len({str(also[name]) for also in table["also"]}) > 1:
+            each = listed([f"{it['recipe']} {str(it['also'][name])[:12]}" for _, it in table.iterrows()])
+            told.append(f"**They were trained with different {name.replace('_', ' ')}**: {each}.")
     if table["checkpoints"].nunique() > 1:
         told.append(f"They chose among different numbers of checkpoints: {_each(table, 'checkpoints')}.")
     if table["monitor"].nunique() > 1:
         told.append(f"They chose by different rules: {_each(table.replace({'monitor': RULES}), 'monitor')}.")
     if table["learning_rates_tried"].nunique(dropna=False) > 1:
-        told.append(f"Learning rates tried: {_each(table.fillna('unknown'), 'learning_rates_tried')}.")
+        told.append(f"Learning rates tried: {_each(table.astype(object).fillna('unknown'), 'learning_rates_tried')}.")
     return " ".join(told)
 
 
@@ -64,7 +74,10 @@ def difference(row: pd.Series, had: pd.DataFrame, margin: float) -> str:
     own = had.set_index("recipe").loc[[first, second]]
     counts = row["seeds_first"], row["seeds_second"]
     seeds = f"{counts[0]} seeds each" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]} seeds"
-    epochs = " and ".join(str(it) for it in dict.fromkeys(own["epochs"]))
+    ends = zip(own["fewest_epochs"], own["epochs"], strict=True)
+    epochs = " and ".join(
+        dict.fromkeys(f"{most}" if most == fewest else f"{fewest} to {most}" for fewest, most in ends)
+    )
     rules = " and ".join(dict.fromkeys(RULES[it] for it in own["monitor"]))
     found = f"{second} − {first} = {signed(100 * row['difference'])} points"
     if min(counts) < 2:
@@ -76,7 +89,7 @@ def difference(row: pd.Series, had: pd.DataFrame, margin: float) -> str:
     paired = ", seed by seed from the same weights" if row["same_base"] else ""
     text = f"Over {seeds}{paired}, {epochs} epochs, checkpoints by {rules}: {found}"
     if pd.isna(row["p"]):
-        return f"{text}; there is no variation to test it against."
+        return f"{text}; not tested: the same answers in all runs, or questions of one passage only."
     low, high = (signed(100 * row[name]) for name in ("ci_low", "ci_high"))
     text += f" (95 % interval {low} to {high}, over seeds and questions; Holm {p_value(row['p_holm'])}): "
     if row["p_holm"] < SIGNIFICANT:
@@ -85,7 +98,8 @@ def difference(row: pd.Series, had: pd.DataFrame, margin: float) -> str:
         beyond = 100 * max(abs(row["ci_low"]), abs(row["ci_high"]))
         text += f"not significant; a difference beyond {beyond:.1f} points is unlikely"
     if max(abs(row["low_90"]), abs(row["high_90"])) <= margin / 100:
-        text += f". {second} is as good as {first} within {margin:.1f} points (90 % interval)"
+        alike = f"{second} is as good as {first} within" if row["p_holm"] >= SIGNIFICANT else "the difference is below"
+        text += f"; {alike} {_points(margin)} (90 % interval)"
     spread = " and ".join(f"{100 * row[name]:.1f}" for name in ("sd_first", "sd_second"))
     return f"{text}. Standard deviation over seeds: {spread} points."
 
@@ -104,4 +118,4 @@ def title(table: pd.DataFrame) -> str:
         others = table.loc[~table.index.isin(sure.index), "second"]
         parts.append(f"no significant difference to {first}: {listed(others)}")
     text = "; ".join(parts)
-    return text[0].upper() + text[1:]
+    return f"N{text[1:]}" if text.startswith("no significant") else text

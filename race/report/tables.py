@@ -3,13 +3,13 @@
 import numpy as np
 import pandas as pd
 
-from race import LEVELS, MONITORS, RACE_QUESTIONS
+from race import CHAIN, LEVELS, RACE_QUESTIONS
 from race.report.recipes import RULES
 from race.report.sentences import interval
 from race.score.recipes import CHOICES, power
 from race.score.results import PASSAGE_COLUMNS, RESULT_COLUMNS
 from race.score.statistics import SEEN_COLUMNS
-from race.train.stages import epochs_trained
+from race.train.stages import Stage, epochs_trained
 from race.written import p_number, p_value, percent, rate, schedule, signed
 
 REPORTED = {"e1": 0.671, "e2": 0.680, "e3": 0.720}  # the original authors' accuracies on RACE's test split, not ours
@@ -110,7 +110,8 @@ def stages_behind(checkpoints: list) -> dict[str, str]:
     """The stages that these checkpoints have gone through, as they remember them, each with its rule of selection."""
     named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
     rules = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}
-    return {stage: rules.get(stage, MONITORS[0]) for stage in sorted(named - {None, "unknown"})}
+    beside = checkpoints[-1].path.parent  # where those lie that are not named
+    return {stage: rules.get(stage) or Stage(stage, beside).rule for stage in sorted(named & CHAIN.keys())}
 
 
 def comparison_table(tables: list[pd.DataFrame], checkpoints: list, names: list[str]) -> pd.DataFrame:
@@ -183,6 +184,7 @@ def budgets_style(table: pd.DataFrame):
     )
     names = {"learning_rate": "highest rate of each stage", "questions": "questions trained on"}
     names |= {"checkpoints": "checkpoints to choose from", "monitor": "chosen by"}
+    shown = shown.drop(columns=["fewest_epochs", "also"])
     shown["questions"] = shown["questions"].map("{:,}".format)
     return styled(shown.rename(columns=names))
 

@@ -157,9 +157,11 @@ def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
     figure, (loss, accuracy, schedule) = plt.subplots(3, 1, **shape)
     keys, seeds = [], max(1, validated["seed"].nunique())
     for number, (recipe, part) in enumerate(validated.groupby("recipe", sort=False)):
-        color, marker, line = LOOKS[number % len(LOOKS)]
+        color, marker, _ = LOOKS[number % len(LOOKS)]
+        line = LOOKS[(number + number // len(LOOKS)) % len(LOOKS)][2]
         for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
-            over = part.groupby("questions")[name].agg(["mean", "min", "max"])
+            over = part.groupby("questions")[name].agg(["mean", "min", "max", "size"])
+            over = over[over["size"] == part["seed"].nunique(dropna=False)]  # where all seeds have been
             axes.plot(over.index, over["mean"], color=color, marker=marker, linestyle=line, markersize=4.5)
             axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.13, linewidth=0)
         own = rates[rates["recipe"] == recipe]

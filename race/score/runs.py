@@ -35,11 +35,16 @@ class Run:
 
     @property
     def record(self) -> dict:
-        """The recipe as it was when the run was begun; empty if that is not known."""
+        """The recipe as race.chain was last started with it; empty if that is not known."""
         try:
             return json.loads((Path(self.run_dir) / "recipe.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+
+    @property
+    def settings(self) -> dict:
+        """What each stage was trained with, as its checkpoints remember it, but the seed."""
+        return {stage.name: _settings(stage.saved()[0]) for stage in self.stages}
 
     def checkpoints(self) -> dict[str, Checkpoint]:
         """Those of its last stage that are scored, by CHOICES: the other rule's may be the same."""
@@ -50,21 +55,35 @@ class Run:
 
     def problems(self) -> list[str]:
         """Why it cannot be compared."""
-        what = f"{self.run_dir} ({self.recipe}{'' if self.seed is None else f', seed {self.seed}'})"
+        named = f"--recipe {self.recipe}" + ("" if self.seed is None else f" --seeds {self.seed}")
+        again = f"run python -m race.chain with {named}"
+        if not list(Path(self.checkpoint_dir).glob("*.ckpt")):
+            return [f"{self.checkpoint_dir} has no checkpoints: {again}"]
         try:
-            stages = self.stages
-            asked = list(self.record.get("stages", {}))
-            if missing := [name for name in asked if name not in [stage.name for stage in stages]]:
-                return [f"{what}: {', '.join(missing)} not begun; run it again to go on"]
+            stages, problems = self.stages, []
+            begun, asked = [stage.name for stage in stages], list(self.record.get("stages", {}))
+            if asked and begun != asked:
+                have = f"has stages {', '.join(begun)}, its recipe {', '.join(asked)}"
+                problems.append(f"{have}: {again}, with --fresh if they are too many")
             for stage in stages:
+                problems += stage.damaged()
                 state = read_state(stage.state_path) if stage.state_path.exists() else {"finished": True}
                 if not state["finished"]:
                     where = f"epoch {state['epoch']}, batch {state['batches']}"
-                    return [f"{what}: {stage.name} ended at {where} before it was finished; run it again to go on"]
-            self.checkpoints()
+                    problems.append(f"{stage.name} ended at {where} before it was finished: {again}")
+            seed = self.checkpoints()[CHOICES[0]].lineage.get("recipe", {}).get("seed")
+            if None not in (seed, self.seed) and seed != self.seed:
+                problems.append(f"was trained with seed {seed}, not {self.seed}")
         except RaceError as error:
-            return [f"{what}: {error}"]
-        return []
+            problems = [str(error)]
+        return [f"{self.checkpoint_dir}: {problem}" for problem in problems]
+
+
+def _settings(checkpoint: Checkpoint) -> dict:
+    """The recipe of a checkpoint and its cache, without what does not change the training."""
+    recipe = checkpoint.lineage.get("recipe", {})
+    own = {name: value for name, value in recipe.items() if name not in ("seed", "token_budget")}
+    return own | {"cache": (checkpoint.lineage.get("cache") or {}).get("source_sha256")}
 
 
 def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list[int] | None) -> dict[str, list[Run]]:
@@ -72,6 +91,11 @@ def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list
 
     seeds: None: the one run of each recipe without a seed in its name.
     """
+    problems = []
+    if len(recipes) < 2 or len(set(recipes)) < len(recipes):
+        problems.append(f"RECIPES is {recipes}: name two or more, each once; the others are compared with the first")
+    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+        problems.append(f"SEEDS is {seeds}: name one or more, each once")
     found = {
         recipe: [
             Run(recipe, seed, run_name(checkpoint_dir, recipe, seed), run_name(run_dir, recipe, seed))
@@ -79,36 +103,49 @@ def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list
         ]
         for recipe in recipes
     }
-    problems = [problem for runs in found.values() for run in runs for problem in run.problems()]
     for recipe, runs in found.items():
-        if len({json.dumps(run.record, sort_keys=True) for run in runs if run.record}) > 1:
-            problems.append(
-                f"{recipe}: its runs were begun with different parameters: {', '.join(it.run_dir for it in runs)}"
-            )
-    if len(recipes) < 2 or len(set(recipes)) < len(recipes):
-        problems.append(
-            f"RECIPES is {recipes}: name two or more, each once; the first is what the others are compared with"
-        )
+        own = [problem for run in runs for problem in run.problems()]
+        problems += own or _unlike(recipe, runs)
     if problems:
-        raise RaceError("\n".join(problems))
+        raise RaceError("\n".join(dict.fromkeys(problems)))
     return found
+
+
+def _unlike(recipe: str, runs: list[Run]) -> list[str]:
+    """A problem for the runs of one recipe that differ in more than the seed, or not even in that."""
+    problems, first = [], runs[0].settings
+    for run in runs[1:]:
+        own = run.settings
+        differ = [] if own.keys() == first.keys() else ["stages"]
+        for stage in first.keys() & own.keys():
+            names = sorted(first[stage].keys() | own[stage].keys())
+            differ += [f"{stage} {name}" for name in names if first[stage].get(name) != own[stage].get(name)]
+        if differ:
+            told = f"differs from {runs[0].checkpoint_dir} in {', '.join(differ)}"
+            problems.append(f"{run.checkpoint_dir}: {told}: runs of one recipe differ in their seed only")
+    hashes = [run.checkpoints()[CHOICES[0]].sha256 for run in runs]
+    if len(set(hashes)) < len(hashes):
+        problems.append(f"{recipe}: two of its runs have the same checkpoint: that is one seed, not several")
+    return problems
 
 
 def budgets(found: dict[str, list[Run]], cache_dir: str) -> pd.DataFrame:
     """What each recipe had, a row each; of numbers that differ between its seeds, the largest.
 
     Columns: recipe, stages (how many), learning_rate (the highest of each stage), epochs, questions (trained on),
-    checkpoints (to choose from), seeds, monitor (the rule of selection), learning_rates_tried (as the recipe says).
+    checkpoints (to choose from), seeds, monitor (the rule of selection), learning_rates_tried (as the recipe says),
+    fewest_epochs (of its seeds), also (dict: settings that should be the same for all recipes).
     """
     rows = []
     for recipe, runs in found.items():
         each = [_budget(run, cache_dir) for run in runs]
         row = {name: max(it[name] for it in each) for name in ("stages", "epochs", "questions", "checkpoints")}
-        row |= {"learning_rate": each[0]["learning_rate"], "monitor": each[0]["monitor"], "seeds": len(runs)}
-        row["learning_rates_tried"] = runs[0].record.get("learning_rates_tried")
-        rows.append({"recipe": recipe} | row)
+        row |= {name: each[0][name] for name in ("learning_rate", "monitor", "also")} | {"seeds": len(runs)}
+        row |= {"learning_rates_tried": runs[0].record.get("learning_rates_tried")}
+        rows.append({"recipe": recipe, "fewest_epochs": min(it["epochs"] for it in each)} | row)
     columns = ["recipe", "stages", "learning_rate", "epochs", "questions", "checkpoints", "seeds", "monitor"]
-    return pd.DataFrame(rows, columns=[*columns, "learning_rates_tried"])
+    table = pd.DataFrame(rows, columns=[*columns, "learning_rates_tried", "fewest_epochs", "also"])
+    return table.astype({"learning_rates_tried": "Int64"})
 
 
 def _budget(run: Run, cache_dir: str) -> dict:
@@ -120,7 +157,8 @@ def _budget(run: Run, cache_dir: str) -> dict:
         questions += done * _training_questions(saved[0], cache_dir)
         rates.append(saved[0].learning_rate)
     row = {"stages": len(rates), "epochs": epochs, "questions": questions, "checkpoints": checkpoints}
-    return row | {"learning_rate": rates, "monitor": saved[0].monitor}
+    also = {name: _settings(saved[0]).get(name) for name in ("batch_size", "max_len", "precision", "cache")}
+    return row | {"learning_rate": rates, "monitor": saved[0].monitor, "also": also}
 
 
 def _training_questions(checkpoint: Checkpoint, cache_dir: str) -> int:
@@ -130,27 +168,34 @@ def _training_questions(checkpoint: Checkpoint, cache_dir: str) -> int:
     return len(RaceDataModule(cache_dir, seed=recipe.get("seed") or 0, **sample).dataset("train"))
 
 
-def courses(found: dict[str, list[Run]], cache_dir: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(validation after each epoch, the learning rate at each logged step), both over the questions trained on.
+def courses(found: dict[str, list[Run]], cache_dir: str) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """(validation after each epoch, the learning rate at each logged step, notes on logs that are missing).
 
-    Columns: recipe, seed, questions, and val_loss_epoch and val_acc, or learning_rate and stage.
+    Columns: recipe, seed, questions (trained on by then), and val_loss_epoch and val_acc, or learning_rate and stage.
     """
-    validated, rates = [], []
-    for recipe, runs in found.items():
-        for run in runs:
-            before = 0
-            for stage in run.stages:
-                log, an_epoch = read_log(run.run_dir, stage.name), _training_questions(stage.saved()[0], cache_dir)
-                epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last")
-                steps = (epochs["step"].max() + 1) / len(epochs)  # of an epoch
-                names = {"recipe": recipe, "seed": run.seed}
-                at_end = before + (epochs["epoch"] + 1) * an_epoch
-                validated.append(epochs[["val_loss_epoch", "val_acc"]].assign(questions=at_end, **names))
+    columns = ["recipe", "seed", "questions"]
+    validated = [pd.DataFrame(columns=[*columns, "val_loss_epoch", "val_acc"])]
+    rates, notes = [pd.DataFrame(columns=[*columns, "learning_rate", "stage"])], []
+    for recipe, run in ((recipe, run) for recipe, runs in found.items() for run in runs):
+        before = 0
+        for stage in run.stages:
+            try:
+                log = read_log(run.run_dir, stage.name)
                 logged = log.dropna(subset="learning_rate")
-                at_step = before + (logged["step"] + 1) / steps * an_epoch
-                rates.append(logged[["learning_rate"]].assign(questions=at_step, stage=stage.name, **names))
-                before = at_end.max()
-    return pd.concat(validated, ignore_index=True), pd.concat(rates, ignore_index=True)
+                epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last")
+            except (RaceError, KeyError) as error:
+                notes.append(f"{run.run_dir}, {stage.name}: no log to draw ({error})")
+                break
+            an_epoch = _training_questions(stage.saved()[0], cache_dir)
+            steps = (epochs["step"].max() + 1) / len(epochs)  # of an epoch
+            names = {"recipe": recipe, "seed": run.seed}
+            at_end = before + (epochs["epoch"] + 1) * an_epoch
+            validated.append(epochs[["val_loss_epoch", "val_acc"]].assign(questions=at_end, **names))
+            at_step = before + (logged["step"] + 1) / steps * an_epoch
+            rates.append(logged[["learning_rate"]].assign(questions=at_step, stage=stage.name, **names))
+            before = at_end.max()
+    tables = [pd.concat(parts[1:] or parts, ignore_index=True) for parts in (validated, rates)]
+    return *tables, notes
 
 
 def answers(found: dict[str, list[Run]], **scoring) -> tuple[dict[str, dict[str, np.ndarray]], pd.DataFrame]:
@@ -178,7 +223,7 @@ def same_base(found: dict[str, list[Run]]) -> set[str]:
 
     def bases(runs: list[Run]) -> list[str | None]:
         best = [run.checkpoints()["chosen"] for run in runs]
-        return [checkpoint.base_sha256 if checkpoint.chain else None for checkpoint in best]
+        return [checkpoint.lineage.get("weights_start") if checkpoint.chain else None for checkpoint in best]
 
     (_, baseline), *others = found.items()
     wanted = bases(baseline)

@@ -39,8 +39,9 @@ class StartInForce(pl.Callback):
 
     def _compare(self, trainer: pl.Trainer, expected: float) -> None:
         rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        step = trainer.global_step
         if rates != {expected}:
-            raise RaceError(f"learning rate in force: {rates}; the stage's at step {trainer.global_step} is {expected}")
+            raise RaceError(f"learning rate in force: {rates}; at step {max(0, step - 1)} it should be {expected}")
 
 
 class EarlierRun(pl.Callback):

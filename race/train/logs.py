@@ -14,16 +14,16 @@ def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: 
     """The loggers of these names, each with its arguments; nothing is imported that is not asked for.
 
     A name is one of pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
-    save_dir is `run_dir`/logs and name is the stage. Raises RaceError with all that cannot be made.
+    save_dir is `run_dir`/loggers and name is the stage. Raises RaceError with all that cannot be made.
     """
-    made, problems, defaults = [], [], {"save_dir": str(Path(run_dir) / "logs"), "name": stage}
+    made, problems, defaults = [], [], {"save_dir": str(Path(run_dir) / "loggers"), "name": stage}
     for name, given in (wanted or {}).items():
         module, _, kind = name.rpartition(".")
         try:
             make = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), kind)
             taken = inspect.signature(make).parameters
             made.append(make(**({key: it for key, it in defaults.items() if key in taken} | given)))
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever its package raises: not installed, not logged in, unknown argument
             problems.append(f"LOGGERS, {name}: {error}")
     if problems:
         raise RaceError("; ".join(problems))

@@ -73,6 +73,15 @@ class Stage:
             print(f"skipped: {problem}")
         return found
 
+    def damaged(self) -> list[str]:
+        """What is wrong with files that may be its checkpoints."""
+        return [problem for _, _, problem in self._read()[1]]
+
+    @property
+    def rule(self) -> str:
+        """Which of MONITORS picks its best checkpoint."""
+        return self._rule(self._read()[0])
+
     def checkpoints(self) -> pd.DataFrame:
         """Its checkpoints, best first: path, epoch, val_loss_epoch (exact), val_acc; damaged ones are printed."""
         rows = [(it.path, it.epoch, it.val_loss, it.val_acc) for it in self.saved()]

@@ -24,7 +24,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from race import RaceError
+from race import MONITORS, RaceError
 from race.device import random_state, set_random_state
 from race.files import atomic_write, locked, read_archive, remove_unfinished
 
@@ -250,7 +250,7 @@ def _gathered(value: object, processes: int) -> list:
     return values
 
 
-def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule) -> dict:
+def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule, monitor: str = MONITORS[0]) -> dict:
     """What must be unchanged to resume a stage, by the names of the notebooks' parameters."""
     base = {"the base": "base", "the base's sha256": "base_sha256", "the cache": "cache"}
     recipe = ["LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "weight_decay", "adam_epsilon"]
@@ -259,12 +259,13 @@ def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule) -> 
     identity |= {name: getattr(module, name.lower()) for name in recipe}
     if module.schedule != "constant" or 0 < module.warmup < 1:
         identity["steps of the schedule (MAX_EPOCHS)"] = module.total_steps
+    identity["MONITOR"] = monitor
     return identity | {name: value for name, value in data.made_with.items() if name != "CACHE_DIR"}
 
 
 def changed_settings(state: dict, identity: dict) -> list[str]:
     """What differs from the run that a state is of, in words."""
-    old = {"SCHEDULE": "constant", "WARMUP": 0} | state["identity"]  # as before version 1.5
+    old = {"SCHEDULE": "constant", "WARMUP": 0, "MONITOR": MONITORS[0]} | state["identity"]  # as before version 1.5
     return [f"{name} was {old.get(name)!r}, is {new!r}" for name, new in identity.items() if old.get(name) != new]
 
 

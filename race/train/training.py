@@ -156,8 +156,10 @@ def train_stage(
     precision = precision or default_precision(accelerator)
     check_precision(precision)
     further = further_loggers(loggers, stage.run_dir, stage.name)
-    module.total_steps = max_epochs * data.batches_per_epoch()
-    identity = stage_identity(module, data)
+    module.total_steps = steps = max_epochs * data.batches_per_epoch()
+    if module.warmup >= max(1, steps):
+        raise RaceError(f"WARMUP is {module.warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
+    identity = stage_identity(module, data, monitor)
     state = _state_of(stage, int(fresh), identity)
     keeper = KeepState(stage, save_minutes, int(fresh) if state is None else state.get("fresh", 0))
     callbacks = [StartInForce(), EarlierRun(stage), keeper, LossWatch(), StageReport(), *callbacks]

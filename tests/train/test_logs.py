@@ -91,7 +91,7 @@ def test_a_logger_of_the_users_is_given_all_metrics_and_changes_nothing(cache, t
     Kept.kept.clear()
     train_e1(tmp_path / "with", cache, epochs=1, loggers={f"{__name__}.Kept": {"project": "race"}})
     (where,) = {where for where, _, _ in Kept.kept}
-    assert where == (str(tmp_path / "with" / "run" / "logs"), "race")
+    assert where == (str(tmp_path / "with" / "run" / "loggers"), "race")
     names = {name for _, _, metrics in Kept.kept for name in metrics}
     assert {"train_loss_step", "learning_rate", "val_loss_epoch", "val_acc"} <= names
     files = [next((tmp_path / it / "checkpoints").glob("*.ckpt")).read_bytes() for it in ("with", "without")]

@@ -1,5 +1,6 @@
 """Stages chain: each starts from the best weights of the one before, at its own learning rate, and says what it did."""
 
+import dataclasses
 import os
 import warnings
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from race.train.callbacks import StageReport, StartInForce
 from race.train.checkpoints import weights_hash
 from race.train.logs import read_log
 from race.train.stages import Stage, best_checkpoints, by_the_other_rule, latest_checkpoint
+from race.train.state import changed_settings, stage_identity
 from race.train.training import decoded_question, start_stage, train_stage
 from race_module import RaceModule
 
@@ -236,7 +238,7 @@ def test_every_step_has_its_own_rate_and_another_stops_it(cache, tmp_path):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             optimizer.param_groups[0]["lr"] = 0.5 if trainer.global_step == 3 else optimizer.param_groups[0]["lr"]
 
-    with pytest.raises(RaceError, match="the stage's at step 4 is 0.00025"):
+    with pytest.raises(RaceError, match="at step 3 it should be 0.00025"):
         train_e1(tmp_path / "other", cache, Other(), learning_rate=1e-3, schedule="cosine", warmup=0.75)
 
 
@@ -296,6 +298,23 @@ def test_a_schedule_that_changes_is_not_resumed(cache, tmp_path):
     changed = "SCHEDULE was 'linear', is 'cosine'; MAX_GRAD_NORM was None, is 1.0; .*MAX_EPOCHS.* was 8, is 16"
     with pytest.raises(RaceError, match=changed):
         train_e1(tmp_path, cache, epochs=2, schedule="cosine", warmup=2, max_grad_norm=1.0)
+
+
+def test_a_rule_that_changes_is_not_resumed(cache, tmp_path):
+    """The checkpoints say by which rule they were made; states of before have the loss."""
+    stage = Stage("e1", tmp_path / "checkpoints", tmp_path / "run")
+    train("e1", cache, tmp_path, 1e-3)
+    module = start_stage(stage, cache, learning_rate=1e-3)
+    data = RaceDataModule(cache, batch_size=16, limit_questions=48)
+    assert "MONITOR" in (identity := stage_identity(module, data))
+    assert not changed_settings({"identity": {k: v for k, v in identity.items() if k != "MONITOR"}}, identity)
+    with pytest.raises(RaceError, match="MONITOR was 'val_loss_epoch', is 'val_acc'"):
+        train_stage(dataclasses.replace(stage, monitor="val_acc"), module, data, 2)
+
+
+def test_a_warm_up_longer_than_the_stage_is_refused(cache, tmp_path):
+    with pytest.raises(RaceError, match="WARMUP is 16 steps, the stage has 16: give fewer, or a share such as 0.1"):
+        train_e1(tmp_path, cache, schedule="linear", warmup=16)
 
 
 def test_a_fresh_run_of_a_stage_overwrites_nothing(cache, tmp_path, capsys):

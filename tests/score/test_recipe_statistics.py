@@ -121,4 +121,7 @@ def test_seeds_that_a_difference_needs():
     """On RACE's test split about ten seeds see one point; on a thousand questions no number does."""
     assert 7 <= seeds_needed(0.01, 4934) <= 10 and seeds_needed(0.01, 4934, contrasts=3) > seeds_needed(0.01, 4934)
     assert seeds_needed(0.01, 1000) is None and seeds_needed(0.05, 1000) <= 3
+    for questions in (150, 1000, 4934):
+        grows = [power(points / 100, 2, questions)["power"] for points in range(100)]
+        assert np.all(np.diff(grows) >= 0) and grows[0] == pytest.approx(0.05, abs=0.002) and grows[-1] > 0.9
     assert power(0.01, 10, 4934)["half_width"] == pytest.approx(0.0064, abs=0.0003)
