@@ -18,7 +18,7 @@ from race.data import RaceDataModule
 from race.files import file_hash
 from race.report import tables
 from race.report.figures import differences_figure
-from race.report.recipes import budget, difference, planning, scope, title
+from race.report.recipes import budget, difference, observed, planning, scope, title
 from race.report.training_figures import courses_figure
 from race.score.runs import accuracies, answers, budgets, compare, courses, find_runs, same_base
 from race.train.stages import Stage
@@ -249,6 +249,15 @@ def test_titles():
         "linear is better than chain; step is worse than chain; no significant difference to chain: cosine"
     )
     assert title(table.assign(p=np.nan)) == "Differences to chain; nothing could be tested"
+
+
+def test_what_was_observed_in_words():
+    words = observed({"sd": 0.0042, "runs_differ": 0.16, "recipes_differ": 0.18})
+    assert (
+        "by 0.4 points (standard deviation), two seeds differ on 16 % of the questions, two recipes on 18 %." in words
+    )
+    alone = {"sd": np.nan, "runs_differ": np.nan, "recipes_differ": 0.2}
+    assert observed(alone) == "In these runs two recipes differ on 20 %."
 
 
 def test_planning_and_scope():

@@ -30,6 +30,17 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
     )
 
 
+def observed(found: dict) -> str:
+    """What the planning assumes, as it was in these runs (race.score.recipes.observed)."""
+    text = "In these runs "
+    if pd.notna(found["sd"]):
+        text += (
+            f"seeds alone spread a recipe's accuracy by {100 * found['sd']:.1f} points (standard deviation), two seeds "
+        )
+        text += f"differ on {100 * found['runs_differ']:.0f} % of the questions, and "
+    return f"{text}two recipes differ on {100 * found['recipes_differ']:.0f} %."
+
+
 def _points(value: float) -> str:
     return f"{value:g} point{'' if value == 1 else 's'}"
 

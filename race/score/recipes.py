@@ -1,5 +1,7 @@
 """Recipes compared over seeds and questions: is one better, and how many seeds would it take to tell? Numbers only."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 from scipy.stats import chi2, norm, t
@@ -94,6 +96,21 @@ def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame, same_b
     ]
     table = pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
     return table.assign(p_holm=holm(table["p"]))
+
+
+def observed(correct: dict[str, np.ndarray]) -> dict:
+    """What `power` assumes, as it was in these runs (as against_baseline): sd, runs_differ, recipes_differ.
+
+    Means over the recipes, or over every two; NaN where there is one seed.
+    """
+    runs = [np.asarray(values, float) for values in correct.values()]
+    several = [values for values in runs if len(values) > 1]
+    variances = [max(0.0, len(values) * np.subtract(*_variance_of_runs(values)[:2])) for values in several]
+    within = [np.abs(a - b).mean() for values in several for a, b in itertools.combinations(values, 2)]
+    between = [np.abs(a - b).mean() for one, two in itertools.combinations(runs, 2) for a in one for b in two]
+    found = {"sd": np.sqrt(np.mean(variances)) if several else np.nan}
+    found |= {"runs_differ": np.mean(within) if several else np.nan, "recipes_differ": np.mean(between)}
+    return {name: float(value) for name, value in found.items()}
 
 
 def power(

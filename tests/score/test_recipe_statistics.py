@@ -7,7 +7,7 @@ from helpers import recipes_by_hand
 from scipy.stats import norm, t
 
 from race import RaceError
-from race.score.recipes import against_baseline, power, recipe_difference, seeds_needed
+from race.score.recipes import against_baseline, observed, power, recipe_difference, seeds_needed
 
 ACCURACY = norm.ppf(0.7)  # two seeds of a recipe differ on 16 % of the questions, two recipes on 18 %
 OF_PASSAGE, OF_QUESTION, OF_RECIPE, OF_SEED = 0.15, 0.645, 0.042, 0.163  # variances of what decides an answer; sum 1
@@ -38,6 +38,17 @@ def test_simulated_runs_differ_as_runs_on_race_do():
     assert correct.mean() == pytest.approx(0.7, abs=0.01)
     assert (correct[0, 0] != correct[0, 1]).mean() == pytest.approx(0.16, abs=0.01)
     assert (correct[0, 0] != correct[1, 0]).mean() == pytest.approx(0.18, abs=0.01)
+
+
+def test_what_planning_assumes_can_be_observed():
+    """Recovered from simulated runs whose spread is known; of single runs only the last one."""
+    rng = np.random.default_rng(8)
+    found = [observed(dict(enumerate(simulate(rng, 4, sd=0.06)[0]))) for _ in range(100)]
+    assert np.mean([it["runs_differ"] for it in found]) == pytest.approx(0.16, abs=0.01)
+    assert np.mean([it["recipes_differ"] for it in found]) == pytest.approx(0.18, abs=0.01)
+    assert np.mean([it["sd"] for it in found]) == pytest.approx(0.06 * norm.pdf(ACCURACY), rel=0.15)
+    alone = observed({"a": np.array([[1, 0, 1, 1]]), "b": np.array([[1, 1, 1, 1]])})
+    assert np.isnan(alone["sd"]) and np.isnan(alone["runs_differ"]) and alone["recipes_differ"] == 0.25
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
