@@ -16,6 +16,8 @@ ABOUT = {"about": str, "learning_rates_tried": int}
 COUNTS = ("MAX_EPOCHS", "BATCH_SIZE", "EARLY_STOPPING", "TOKEN_BUDGET")  # from 1
 SCHEDULE = {"SCHEDULE": "constant", "WARMUP": 0, "MAX_GRAD_NORM": None}  # where nothing is given
 BASELINE = "chain"
+NAME = r"(?!(trial|recipes|seed\d*)$)[a-z][a-z0-9_]*"  # folders are named after it
+NAME_IN_WORDS = "a name has small letters, digits and _, and is not trial, recipes or seed1: folders are named after it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +87,8 @@ def _problems(name: str, table) -> list[str]:
     """What is wrong with one recipe."""
     if not isinstance(table, dict):
         return [f"expected a table, [{name}]"]
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or re.fullmatch(r"trial|recipes|seed\d*", name):
-        return [
-            "a name has small letters, digits and _, and is not trial, recipes or seed1: folders are named after it"
-        ]
-    problems = [
-        f"{key}: expected {kind.__name__}" for key, kind in ABOUT.items() if type(table.get(key, kind())) is not kind
-    ]
+    problems = [] if re.fullmatch(NAME, name) else [NAME_IN_WORDS]
+    problems += [f"{key}: expected {it.__name__}" for key, it in ABOUT.items() if type(table.get(key, it())) is not it]
     if type(tried := table.get("learning_rates_tried", 1)) is int and tried < 1:
         problems.append(f"learning_rates_tried is {tried}, expected 1 or more")
     if unknown := sorted(table.keys() - CHAIN.keys() - ABOUT.keys()):

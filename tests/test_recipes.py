@@ -62,7 +62,7 @@ def test_a_users_file(tmp_path):
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text(
-        "[Big]\ne1 = {}\n[trial]\ne1 = {}\n[gap]\ne1 = {}\ne3 = {}\n[none]\nabout = 3\n[odd]\ne4 = {}\ne1 = 3\n"
+        "[Big]\ne1 = { SEED = 1 }\n[trial]\ne1 = {}\n[gap]\ne1 = {}\ne3 = {}\n[none]\nabout = 3\n[odd]\ne4 = {}\ne1 = 3\n"
         '[folder]\ne1 = { RUN_DIR = "x", SEED = 1 }\n[wrong]\ne1 = { MAX_EPOCHS = 1.5 }\ne2 = { WARMUP = 1.5 }\n'
         "[values]\nlearning_rates_tried = 0\n"
         "e1 = { LEARNING_RATE = nan, MAX_EPOCHS = 0, WARMUP = inf, SCHEDULE = 'step' }\n"
@@ -83,6 +83,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     }.items():
         assert any(f"recipe {place}: " in line and problem in line for line in lines), (place, lines)
     assert any("e2: WARMUP is 1.5, expected a number of steps" in line for line in lines)
+    assert any("recipe Big: e1: SEED cannot be set" in line for line in lines)
     told = "\n".join(line for line in lines if "recipe values: " in line)
     for name in ("learning_rates_tried is 0", "MAX_EPOCHS is 0", "WARMUP is inf", "SCHEDULE is 'step'"):
         assert name in told
