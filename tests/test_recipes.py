@@ -62,7 +62,8 @@ def test_a_users_file(tmp_path):
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text(
-        "[Big]\ne1 = { SEED = 1 }\n[trial]\ne1 = {}\n[gap]\ne1 = {}\ne3 = {}\n[none]\nabout = 3\n[odd]\ne4 = {}\ne1 = 3\n"
+        "[Big]\ne1 = { SEED = 1 }\n[trial]\ne1 = {}\n"
+        "[gap]\ne1 = {}\ne3 = {}\n[none]\nabout = 3\n[odd]\ne4 = {}\ne1 = 3\n"
         '[folder]\ne1 = { RUN_DIR = "x", SEED = 1 }\n[wrong]\ne1 = { MAX_EPOCHS = 1.5 }\ne2 = { WARMUP = 1.5 }\n'
         "[values]\nlearning_rates_tried = 0\n"
         "e1 = { LEARNING_RATE = nan, MAX_EPOCHS = 0, WARMUP = inf, SCHEDULE = 'step' }\n"
