@@ -15,13 +15,13 @@ from race.data.sources import Passage, read_source
 from race.files import atomic_write
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.part", description=__doc__.split("\n", 1)[0])
     parser.add_argument("source")
     parser.add_argument("out", type=Path)
     parser.add_argument("--longest", type=int, default=200, help="words of a passage")
     parser.add_argument("--questions", type=int, nargs=3, default=(2000, 400, 1000), help="train, validation, test")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     passages, _ = read_source(options.source)
     every = [it._replace(example_id=f"{split}-{it.example_id}") for split, found in passages.items() for it in found]
     short = [it for it in every if len(it.article.split()) <= options.longest]

@@ -13,9 +13,24 @@ import pytest
 import torch
 from helpers import ROOT, padded
 
-from bench import carried, common, evaluate, families, gpu_day, loader, memory, scaling, startup, tables, train_step
+from bench import (
+    carried,
+    common,
+    evaluate,
+    families,
+    gpu_day,
+    loader,
+    memory,
+    part,
+    scaling,
+    startup,
+    tables,
+    train_step,
+)
+from race import SPLITS
 from race.data import collate
 from race.data.cache import verify_cache
+from race.data.sources import read_source
 
 
 @pytest.fixture
@@ -381,3 +396,16 @@ def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
     assert gpu_day.main(["chain", "--carried", str(tmp_path)]) == 1
     message = capsys.readouterr().err
     assert "pandas is not installed" in message and "prepare" in message
+
+
+def test_a_part_of_a_source_is_short_and_in_three_splits_that_share_nothing(corpus, tmp_path):
+    part.main([str(corpus), str(tmp_path / "part"), "--longest", "60", "--questions", "20", "8", "12"])
+    passages, _ = read_source(str(tmp_path / "part"))
+    assert [
+        sum(len(it.questions) for it in passages[split]) >= least
+        for split, least in zip(SPLITS, (20, 8, 12), strict=False)
+    ] == [True] * 3
+    every = [it for found in passages.values() for it in found]
+    assert max(len(it.article.split()) for it in every) <= 60 and len({it.example_id for it in every}) == len(every)
+    whole = {it.article: it for found in read_source(str(corpus))[0].values() for it in found}
+    assert all(whole[it.article].questions == it.questions and whole[it.article].labels == it.labels for it in every)
