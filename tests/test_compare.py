@@ -235,7 +235,7 @@ def test_the_sentence_says_what_was_found_and_no_more():
     assert "cosine is worse than chain" in difference(row(p_holm=0.03, difference=-0.01), HAD, 0.5)
     one = difference(row(seeds_first=1, seeds_second=1, p=np.nan), HAD, 1.0)
     assert "interval" not in one and "significant" not in one and "One seed cannot say" in one
-    assert "Over 10 and 9 seeds, seed by seed" in difference(row(seeds_second=9, same_base=True), HAD, 1.0)
+    assert "Over 10 and 9 seeds, compared seed by seed" in difference(row(seeds_second=9, same_base=True), HAD, 1.0)
     assert "not tested: the same answers in all runs, or" in difference(row(p=np.nan), HAD, 1.0)
     assert "; the difference is below 1 point (90 % interval)" in difference(row(p_holm=0.03), HAD, 1)
     assert "as good as chain within 0.95 points" in difference(row(), HAD, 0.95)

@@ -23,22 +23,22 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
             f". With {seeds} seeds on {questions:,} questions it is found in {100 * found['power_holm']:.0f} of 100, "
             f"and an interval reaches about {100 * found['half_width']:.1f} points to either side"
         )
-    return (
-        f"{text}. This assumes that seeds alone spread a recipe's accuracy by {100 * SD:.1f} points (standard "
-        f"deviation), that two seeds differ on {100 * RUNS_DIFFER:.0f} % of the questions, and two recipes on "
-        f"{100 * RECIPES_DIFFER:.0f} %."
-    )
+    text += ". This assumes that accuracies of a recipe's runs spread by "
+    text += _spread({"sd": SD, "runs_differ": RUNS_DIFFER})
+    return f"{text}two recipes on {100 * RECIPES_DIFFER:.0f} %."
 
 
 def observed(found: dict) -> str:
     """What the planning assumes, as it was in these runs (race.score.recipes.observed)."""
-    text = "In these runs "
-    if pd.notna(found["sd"]):
-        text += (
-            f"seeds alone spread a recipe's accuracy by {100 * found['sd']:.1f} points (standard deviation), two seeds "
-        )
-        text += f"differ on {100 * found['runs_differ']:.0f} % of the questions, and "
-    return f"{text}two recipes differ on {100 * found['recipes_differ']:.0f} %."
+    told = "" if pd.isna(found["sd"]) else f"accuracies of a recipe's runs spread by {_spread(found)}"
+    return f"In these runs {told}two recipes differ on {100 * found['recipes_differ']:.0f} %."
+
+
+def _spread(found: dict) -> str:
+    return (
+        f"{100 * found['sd']:.1f} points (standard deviation) beyond what single answers do by chance, two seeds differ on "
+        f"{100 * found['runs_differ']:.0f} % of the questions, and "
+    )
 
 
 def _points(value: float) -> str:
@@ -97,7 +97,7 @@ def difference(row: pd.Series, had: pd.DataFrame, margin: float) -> str:
             "is about these checkpoints. One seed cannot say how far another seed would be away, so it says nothing "
             "of the recipes."
         )
-    paired = ", seed by seed from the same weights" if row["same_base"] else ""
+    paired = ", compared seed by seed (both go on from the same weights)" if row["same_base"] else ""
     text = f"Over {seeds}{paired}, {epochs} epochs, checkpoints by {rules}: {found}"
     if pd.isna(row["p"]):
         return f"{text}; not tested: the same answers in all runs, or questions of one passage only."
