@@ -35,10 +35,8 @@ def observed(found: dict) -> str:
 
 
 def _spread(found: dict) -> str:
-    return (
-        f"{100 * found['sd']:.1f} points (standard deviation) beyond what single answers do by chance, two seeds differ "
-        f"on {100 * found['runs_differ']:.0f} % of the questions, and "
-    )
+    text = f"{100 * found['sd']:.1f} points (standard deviation) beyond what single answers do by chance, "
+    return f"{text}two seeds differ on {100 * found['runs_differ']:.0f} % of the questions, and "
 
 
 def _points(value: float) -> str:
