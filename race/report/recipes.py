@@ -13,7 +13,7 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
     """How many seeds and questions a true difference (in points) takes, and what these will see of it."""
     words = f"A true difference of {_points(difference)} is found in at least {100 * POWER:.0f} of 100 comparisons"
     text = f"{words}, after Holm's adjustment for {contrasts}, " if contrasts > 1 else f"{words} "
-    for number, count in enumerate(dict.fromkeys([questions, FEW])):
+    for number, count in enumerate([questions, FEW] if questions > 2 * FEW else [questions]):
         wanted = seeds_needed(difference / 100, count, contrasts)
         many = f"with {wanted} seeds a recipe" if wanted else "with no number of seeds up to 100"
         text += f"{'; ' if number else ''}on {count:,} questions {many}"

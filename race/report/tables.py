@@ -10,7 +10,7 @@ from race.score.recipes import CHOICES, power
 from race.score.results import PASSAGE_COLUMNS, RESULT_COLUMNS
 from race.score.statistics import SEEN_COLUMNS
 from race.train.stages import Stage, epochs_trained
-from race.written import p_number, p_value, percent, rate, schedule, signed
+from race.written import p_number, percent, rate, schedule, signed
 
 REPORTED = {"e1": 0.671, "e2": 0.680, "e3": 0.720}  # the original authors' accuracies on RACE's test split, not ours
 ALBERT = "README of google-research/albert; by its authors (issue 30) single run dev set results with early stopping"
@@ -207,7 +207,7 @@ def recipes_style(table: pd.DataFrame):
     for name, ends in (("95 % interval", ("ci_low", "ci_high")), ("90 % interval", ("low_90", "high_90"))):
         pairs = zip(*(100 * table[end] for end in ends), strict=True)
         shown[name] = ["–" if np.isnan(low) else f"{signed(low)} to {signed(high)}" for low, high in pairs]
-    shown["p"] = ["–" if np.isnan(p) else p_value(p) for p in table["p"]]
+    shown["p"] = table["p"].map(p_number)
     shown["Holm p"] = table["p_holm"]
     shown["degrees of freedom"] = ["–" if np.isnan(it) else f"{it:.0f}" for it in table["freedom"]]
     return styled(shown)
