@@ -88,7 +88,7 @@ class KeepState(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock, and take the signals over from Lightning, whose handlers may save within a step."""
-        self._identity = stage_identity(module, trainer.datamodule)
+        self._identity = stage_identity(module, trainer.datamodule, self.stage.monitor or MONITORS[0])
         if self._weights is not None:  # with '64-true', Lightning loads them before the module becomes double
             module.load_state_dict(self._weights)
             self._weights = None
@@ -250,7 +250,7 @@ def _gathered(value: object, processes: int) -> list:
     return values
 
 
-def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule, monitor: str = MONITORS[0]) -> dict:
+def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule, monitor: str) -> dict:
     """What must be unchanged to resume a stage, by the names of the notebooks' parameters."""
     base = {"the base": "base", "the base's sha256": "base_sha256", "the cache": "cache"}
     recipe = ["LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "weight_decay", "adam_epsilon"]

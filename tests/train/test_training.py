@@ -306,7 +306,7 @@ def test_a_rule_that_changes_is_not_resumed(cache, tmp_path):
     train("e1", cache, tmp_path, 1e-3)
     module = start_stage(stage, cache, learning_rate=1e-3)
     data = RaceDataModule(cache, batch_size=16, limit_questions=48)
-    assert "MONITOR" in (identity := stage_identity(module, data))
+    assert "MONITOR" in (identity := stage_identity(module, data, "val_loss_epoch"))
     assert not changed_settings({"identity": {k: v for k, v in identity.items() if k != "MONITOR"}}, identity)
     with pytest.raises(RaceError, match="MONITOR was 'val_loss_epoch', is 'val_acc'"):
         train_stage(dataclasses.replace(stage, monitor="val_acc"), module, data, 2)
