@@ -17,6 +17,7 @@ import psutil
 from generate_race_cache import main as generate_race_cache
 from race import CHAIN, RACE_QUESTIONS, RaceError
 from race.data.cache import read_manifest, splits_of
+from race.files import atomic_write
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.recipes import planning
 from race.score.results import RESULT_COLUMNS, write_json
@@ -213,12 +214,12 @@ def _name(options: argparse.Namespace, recipe: Recipe | None = None, seed: int |
 
 
 def unfinished(notebooks: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """The notebooks from the first one on that was not finished with its parameters, as papermill noted in it."""
+    """The notebooks from the first one on that was not finished with its parameters, as run_notebook noted in it."""
     for number, (notebook, parameters) in enumerate(notebooks):
         try:
             path = ROOT / parameters["RUN_DIR"] / f"{notebook}.ipynb"
             noted = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
-            if noted["exception"] is not None or noted["end_time"] is None or noted["parameters"] != parameters:
+            if not noted["finished"] or noted["parameters"] != parameters:
                 return notebooks[number:]
         except (FileNotFoundError, ValueError, KeyError):
             return notebooks[number:]
@@ -280,6 +281,7 @@ def _pass_on(told: set[int]) -> None:
 
 def run_notebook(notebook: str, parameters: dict, shown: bool = True) -> None:
     """Execute one notebook; shown: print what it prints, at once. Raises RaceError if a cell fails, or it is ended."""
+    import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -289,7 +291,7 @@ def run_notebook(notebook: str, parameters: dict, shown: bool = True) -> None:
     print(f"\n{what}" if shown else what, flush=True)
     started = time.perf_counter()
     try:
-        papermill.execute_notebook(
+        done = papermill.execute_notebook(
             ROOT / f"{notebook}.ipynb",
             executed,
             parameters,
@@ -304,6 +306,8 @@ def run_notebook(notebook: str, parameters: dict, shown: bool = True) -> None:
         raise RaceError(f"{place}: {error.ename}: {error.evalue}\nthe executed cells are in {executed}") from None
     except DeadKernelError:
         raise RaceError(f"{notebook}: its process died (out of memory?); see {executed}") from None
+    done.metadata.papermill["finished"] = True  # papermill's own notes are the same where a process was killed
+    atomic_write(executed, lambda file: nbformat.write(done, file))
     print(f"{what} done in {time.perf_counter() - started:.0f} s", flush=True)
 
 

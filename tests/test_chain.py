@@ -163,12 +163,14 @@ def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, t
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == chain.STOPPED
+    assert chain.unfinished([("ex01", parameters)])  # although papermill notes its end, and no exception
     state = read_state(Stage("e1", tmp_path / "checkpoints").state_path)
     assert not state["finished"]
     parameters["MAX_EPOCHS"] = state["epoch"] + 1
     process = in_a_process(lambda: os._exit(run_all()))
     process.join(200)
     assert process.exitcode == 0 and read_state(Stage("e1", tmp_path / "checkpoints").state_path)["finished"]
+    assert not chain.unfinished([("ex01", parameters)])
     assert "e1 resumes from epoch" in (tmp_path / "run" / "ex01.ipynb").read_text()
 
 

@@ -28,7 +28,7 @@ def chain(monkeypatch, tmp_path):
         fails = (name, parameters["SEED"]) == run.failing
         run_dir = tmp_path / parameters["RUN_DIR"]
         run_dir.mkdir(parents=True, exist_ok=True)
-        noted = {"exception": True if fails else None, "end_time": "2026-01-01", "parameters": parameters}
+        noted = {"end_time": "2026-01-01", "parameters": parameters} | ({} if fails else {"finished": True})
         (run_dir / f"{name}.ipynb").write_text(json.dumps({"metadata": {"papermill": noted}}))
         if fails:
             raise RaceError(name)
