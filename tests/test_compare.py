@@ -255,10 +255,10 @@ def test_what_was_observed_in_words():
     words = observed({"sd": 0.0042, "runs_differ": 0.16, "recipes_differ": 0.18})
     assert (
         "spread by 0.4 points (standard deviation) beyond what" in words
-        and "chance, two seeds differ on 16 % of the questions, and two recipes differ on 18 %." in words
+        and "chance, two seeds differ on 16 % and two recipes differ on 18 % of the questions." in words
     )
     alone = {"sd": np.nan, "runs_differ": np.nan, "recipes_differ": 0.2}
-    assert observed(alone) == "In these runs two recipes differ on 20 %."
+    assert observed(alone) == "In these runs two recipes differ on 20 % of the questions."
 
 
 def test_planning_and_scope():

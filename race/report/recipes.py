@@ -25,18 +25,18 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
         )
     text += ". This assumes that accuracies of a recipe's runs spread by "
     text += _spread({"sd": SD, "runs_differ": RUNS_DIFFER})
-    return f"{text}two recipes on {100 * RECIPES_DIFFER:.0f} %."
+    return f"{text}two recipes on {100 * RECIPES_DIFFER:.0f} % of the questions."
 
 
 def observed(found: dict) -> str:
     """What the planning assumes, as it was in these runs (race.score.recipes.observed)."""
     told = "" if pd.isna(found["sd"]) else f"accuracies of a recipe's runs spread by {_spread(found)}"
-    return f"In these runs {told}two recipes differ on {100 * found['recipes_differ']:.0f} %."
+    return f"In these runs {told}two recipes differ on {100 * found['recipes_differ']:.0f} % of the questions."
 
 
 def _spread(found: dict) -> str:
     text = f"{100 * found['sd']:.1f} points (standard deviation) beyond what single answers do by chance, "
-    return f"{text}two seeds differ on {100 * found['runs_differ']:.0f} % of the questions, and "
+    return f"{text}two seeds differ on {100 * found['runs_differ']:.0f} % and "
 
 
 def _points(value: float) -> str:
