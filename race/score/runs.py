@@ -1,6 +1,7 @@
 """The runs of several recipes, one for each seed: what they had, their checkpoints, their course, their answers."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -21,17 +22,18 @@ from race.train.state import read_state
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One recipe trained with one seed: its folders, and the stages that it has been through."""
+    """One recipe trained with one seed: its folders, and the stages that it has been through; files are read once."""
 
     recipe: str
     seed: int | None
     checkpoint_dir: str
     run_dir: str
 
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages that have checkpoints, in order; raises RaceError if none has."""
-        return [dataclasses.replace(stage, run_dir=self.run_dir) for stage in begun_stages(self.checkpoint_dir)]
+    @functools.cached_property
+    def stages(self) -> dict[Stage, list[Checkpoint]]:
+        """The stages in order, each with its checkpoints, best first; raises RaceError if there is none."""
+        begun = begun_stages(self.checkpoint_dir)
+        return {dataclasses.replace(stage, run_dir=self.run_dir): stage.saved() for stage in begun}
 
     @property
     def record(self) -> dict:
@@ -44,13 +46,14 @@ class Run:
     @property
     def settings(self) -> dict:
         """What each stage was trained with, as its checkpoints remember it, but the seed."""
-        return {stage.name: _settings(stage.saved()[0]) for stage in self.stages}
+        return {stage.name: _settings(saved[0]) for stage, saved in self.stages.items()}
 
+    @functools.cached_property
     def checkpoints(self) -> dict[str, Checkpoint]:
         """Those of its last stage that are scored, by CHOICES: the other rule's may be the same."""
-        last = self.stages[-1]
+        last, saved = list(self.stages.items())[-1]
         best = last.best()
-        found = [best, by_the_other_rule(best), max(last.saved(), key=lambda it: it.epoch)]
+        found = [best, by_the_other_rule(best), max(saved, key=lambda it: it.epoch)]
         return dict(zip(CHOICES, found, strict=True))
 
     def problems(self) -> list[str]:
@@ -71,7 +74,7 @@ class Run:
                 if not state["finished"]:
                     where = f"epoch {state['epoch']}, batch {state['batches']}"
                     problems.append(f"{stage.name} ended at {where} before it was finished: {again}")
-            seed = self.checkpoints()[CHOICES[0]].lineage.get("recipe", {}).get("seed")
+            seed = self.checkpoints[CHOICES[0]].lineage.get("recipe", {}).get("seed")
             if None not in (seed, self.seed) and seed != self.seed:
                 problems.append(f"was trained with seed {seed}, not {self.seed}")
         except RaceError as error:
@@ -123,7 +126,7 @@ def _unlike(recipe: str, runs: list[Run]) -> list[str]:
         if differ:
             told = f"differs from {runs[0].checkpoint_dir} in {', '.join(differ)}"
             problems.append(f"{run.checkpoint_dir}: {told}: runs of one recipe differ in their seed only")
-    hashes = [run.checkpoints()[CHOICES[0]].sha256 for run in runs]
+    hashes = [run.checkpoints[CHOICES[0]].sha256 for run in runs]
     if len(set(hashes)) < len(hashes):
         problems.append(f"{recipe}: two of its runs have the same checkpoint: that is one seed, not several")
     return problems
@@ -150,8 +153,7 @@ def budgets(found: dict[str, list[Run]], cache_dir: str) -> pd.DataFrame:
 
 def _budget(run: Run, cache_dir: str) -> dict:
     epochs, questions, checkpoints, rates = 0, 0, 0, []
-    for stage in run.stages:
-        saved = stage.saved()
+    for saved in run.stages.values():
         done = 1 + max(checkpoint.epoch for checkpoint in saved)
         epochs, checkpoints = epochs + done, checkpoints + len(saved)
         questions += done * _training_questions(saved[0], cache_dir)
@@ -178,7 +180,7 @@ def courses(found: dict[str, list[Run]], cache_dir: str) -> tuple[pd.DataFrame, 
     rates, notes = [pd.DataFrame(columns=[*columns, "learning_rate", "stage"])], []
     for recipe, run in ((recipe, run) for recipe, runs in found.items() for run in runs):
         before = 0
-        for stage in run.stages:
+        for stage, saved in run.stages.items():
             try:
                 log = read_log(run.run_dir, stage.name)
                 logged = log.dropna(subset="learning_rate")
@@ -186,7 +188,7 @@ def courses(found: dict[str, list[Run]], cache_dir: str) -> tuple[pd.DataFrame, 
             except (RaceError, KeyError) as error:
                 notes.append(f"{run.run_dir}, {stage.name}: no log to draw ({error})")
                 break
-            an_epoch = _training_questions(stage.saved()[0], cache_dir)
+            an_epoch = _training_questions(saved[0], cache_dir)
             steps = (epochs["step"].max() + 1) / len(epochs)  # of an epoch
             names = {"recipe": recipe, "seed": run.seed}
             at_end = before + (epochs["epoch"] + 1) * an_epoch
@@ -208,7 +210,7 @@ def answers(found: dict[str, list[Run]], **scoring) -> tuple[dict[str, dict[str,
     scored: dict[str, pd.DataFrame] = {}
     for recipe, runs in found.items():
         for run in runs:
-            for choice, checkpoint in run.checkpoints().items():
+            for choice, checkpoint in run.checkpoints.items():
                 if checkpoint.sha256 not in scored:
                     scored[checkpoint.sha256] = predict.score(checkpoint, **scoring)[0]
                     if mostly_trained_on(scored[checkpoint.sha256]):
@@ -222,7 +224,7 @@ def same_base(found: dict[str, list[Run]]) -> set[str]:
     """The recipes whose last stage starts from the very weights of the first recipe's, seed by seed."""
 
     def bases(runs: list[Run]) -> list[str | None]:
-        best = [run.checkpoints()["chosen"] for run in runs]
+        best = [run.checkpoints[CHOICES[0]] for run in runs]
         return [checkpoint.lineage.get("weights_start") if checkpoint.chain else None for checkpoint in best]
 
     (_, baseline), *others = found.items()
