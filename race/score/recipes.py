@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.stats import chi2, norm, t
 
 from race import RaceError
-from race.score.statistics import holm
+from race.score.statistics import holm, passages_within_levels
 
 DIFFERENCE_COLUMNS = ["first", "second", "questions", "seeds_first", "seeds_second", "difference", "ci_low", "ci_high"]
 DIFFERENCE_COLUMNS += ["low_90", "high_90", "p", "p_holm", "freedom", "sd_first", "sd_second", "same_base"]
@@ -62,16 +62,12 @@ def _spread(correct: np.ndarray) -> float:
 
 def _variance_of_questions(each: np.ndarray, passages: np.ndarray, levels: np.ndarray) -> tuple[float, int]:
     """Variance of the mean of [questions] values with passages as clusters within levels, and its freedom."""
-    level = pd.factorize(np.asarray(levels))[0]
-    passage = pd.factorize(pd.MultiIndex.from_arrays([level, np.asarray(passages)]))[0]
-    of_passage = level[np.unique(passage, return_index=True)[1]]
-    if (np.bincount(of_passage) < 2).any():  # a level of one passage says nothing of passages: all together
-        level, of_passage = np.zeros_like(level), np.zeros_like(of_passage)
-    clusters = np.bincount(of_passage)
-    mean = np.bincount(level, each) / np.bincount(level)
-    sums = np.bincount(passage, each - mean[level])
+    passage, level = passages_within_levels(levels, passages)
+    clusters, of_question = np.bincount(level), level[passage]
+    mean = np.bincount(of_question, each) / np.bincount(of_question)
+    sums = np.bincount(passage, each - mean[of_question])
     weights = np.divide(clusters, clusters - 1, out=np.zeros(len(clusters)), where=clusters > 1)
-    return float((weights[of_passage] * sums**2).sum() / len(each) ** 2), len(sums) - len(clusters)
+    return float((weights[level] * sums**2).sum() / len(each) ** 2), len(sums) - len(clusters)
 
 
 def _variance_of_runs(values: np.ndarray) -> tuple[float, float, int]:

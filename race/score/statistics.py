@@ -92,14 +92,9 @@ def by_passage(predictions: pd.DataFrame) -> dict:
     few passages, and where all answers are correct, or all wrong.
     """
     correct, count = is_correct(predictions), len(predictions)
-    levels, rate = predictions["level"].to_numpy(), correct.mean()
-    keys = pd.MultiIndex.from_arrays([levels, predictions["example_id"]])
-    passage = pd.factorize(keys)[0]
+    rate, (passage, level) = correct.mean(), passages_within_levels(predictions["level"], predictions["example_id"])
     sizes, rights = np.bincount(passage), np.bincount(passage, correct)
-    level = pd.factorize(levels)[0][np.unique(passage, return_index=True)[1]]  # of each passage
     clusters, asked = np.bincount(level), np.bincount(level, sizes)
-    if (clusters < 2).any():  # a level of one passage says nothing of passages: all together
-        level, clusters, asked = np.zeros_like(level), np.array([len(sizes)]), np.array([count])
     found, freedom = {"passages": len(sizes)}, len(sizes) - len(clusters)
     if freedom < 1 or rate in (0, 1):
         return found | dict.fromkeys(["icc", "design_effect", "passage_low", "passage_high"], np.nan)
@@ -113,6 +108,16 @@ def by_passage(predictions: pd.DataFrame) -> dict:
     low, high = wilson(correct.sum() / effect, count / effect, 2 * norm.sf(t.ppf(0.975, freedom)))
     found |= {"icc": float((between - within) / total) if total else np.nan, "design_effect": effect}
     return found | {"passage_low": float(low), "passage_high": float(high)}
+
+
+def passages_within_levels(levels, example_ids) -> tuple[np.ndarray, np.ndarray]:
+    """([N] the passage of each question, [passages] the level of each), as numbers from 0.
+
+    All are of one level if a level has a single passage, which says nothing of how passages differ.
+    """
+    passage = pd.factorize(pd.MultiIndex.from_arrays([np.asarray(levels), np.asarray(example_ids)]))[0]
+    level = pd.factorize(np.asarray(levels))[0][np.unique(passage, return_index=True)[1]]
+    return passage, np.zeros_like(level) if (np.bincount(level) < 2).any() else level
 
 
 def mostly_trained_on(predictions: pd.DataFrame) -> bool:
