@@ -27,25 +27,6 @@ def cells(notebook: str) -> list:
     return nbformat.read(ROOT / f"{notebook}.ipynb", 4).cells
 
 
-@pytest.fixture(scope="module")
-def chain(cache, tmp_path_factory):
-    """The whole chain on a small demo, with a learning rate at which something happens in a few steps."""
-    folder = tmp_path_factory.mktemp("notebooks")
-    places = {
-        "CACHE_DIR": str(cache),
-        "CHECKPOINT_DIR": str(folder / "checkpoints"),
-        "RUN_DIR": str(folder / "run"),
-        "LIMIT_QUESTIONS": 48,
-    }
-    asked = "article,question,A,B,C,D\nTom has a dog.,Tom has a ____ .,cat,dog,hen,cow\n"
-    (folder / "asked.csv").write_text(asked)
-    for notebook, rate in zip(NOTEBOOKS, (1e-2, 1e-2, 1e-3, None, None), strict=True):
-        training = {"LEARNING_RATE": str(rate), "MAX_EPOCHS": 1} if rate else {}  # text, as YAML gives 1e-2
-        more = {"QUESTIONS": str(folder / "asked.csv")} if notebook == "eval_test_dataset_race" else {}
-        run_notebook(notebook, places | training | more)
-    return folder
-
-
 def test_the_chain_runs_and_leaves_its_results(chain):
     results = pd.read_csv(chain / "run" / "results.csv")
     assert set(results["stage"]) == {"e1", "e2", "e3"} and set(results["level"]) == {"all", "middle", "high"}
