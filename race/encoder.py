@@ -22,7 +22,6 @@ from race.families import (
     LAST_AT_CLS,
     PACKED,
     attention_dropout,
-    check_family,
     first_position,
     intermediate_size,
     is_packed,
@@ -30,7 +29,7 @@ from race.families import (
     pads_left,
     takes_segments,
 )
-from race.model_files import load_config, not_loaded, tensorflow_file, weights_problem, wrong_transformers
+from race.models import check_family, load_config, not_loaded, weights_problem, wrong_transformers
 
 ATTENTION_MAPS = 6  # [tokens, tokens] of each head that padded families keep: scores, softmax, dropout, positions
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
@@ -52,16 +51,13 @@ def load_pretrained(model: str | Path, dropout: float | None = None) -> nn.Modul
     settings = _own_settings(load_config(model), dropout)
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        others = f", only those of TensorFlow ({name})" if (name := tensorflow_file(folder)) else ""
-        raise RaceError(
-            f"{model} has no weights (model.safetensors){others}; name a model that has, or give config= instead"
-        )
+        raise RaceError(f"{model} has no weights (model.safetensors); name a model that has, or give config= instead")
     settings |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
         loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
     except Exception as error:  # damaged files make the libraries raise anything
         if not folder.is_dir():
-            raise not_loaded(model, "weights", error, "") from error
+            raise not_loaded(model, "weights", error) from error
         raise RaceError(f"{model}: cannot be loaded safely: its weights: {weights_problem(error)}") from error
     encoder = f"{loaded.base_model_prefix}."
     missing = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and ".pooler." not in name)

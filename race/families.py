@@ -8,8 +8,6 @@ import functools
 import inspect
 from collections.abc import Callable
 
-from race import RaceError
-
 # -------------------------------------------------------------------------------------------------- heads
 
 
@@ -40,39 +38,6 @@ LIKE_BERT += ("xlm-roberta", "xlm-roberta-xl")
 LAST_AT_CLS = (*(family for family in LIKE_BERT if family not in ("roberta-prelayernorm", "xlm-roberta-xl")), "electra")
 PACKED: dict[str, Callable] = dict.fromkeys(LIKE_BERT, _with_pooler)
 PACKED |= {"albert": _albert, "distilbert": _distilbert, "electra": _electra, "modernbert": _modernbert}
-
-DEPENDS = "its answer to a question depends on the padding, and so on the questions beside it"
-REFUSED = {
-    "canine": "it reads characters, and 512 of them hold no article of RACE",
-    "convbert": DEPENDS,
-    "fnet": DEPENDS,
-    "funnel": DEPENDS,
-    "luke": "its tokenizer puts no special tokens around texts without entities",
-    "mobilebert": DEPENDS,
-    "mra": DEPENDS,
-    "nystromformer": DEPENDS,
-    "roc_bert": "it reads the shape and the sound of each character, which a cache does not hold",
-    "xmod": "its adapters fail in half precision",
-    "yoso": DEPENDS,
-}
-
-
-def check_family(config, model=None) -> None:
-    """Raise RaceError unless a configuration is that of an encoder with a multiple-choice head that runs here."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as HEADS
-
-    family, name = config.model_type, "" if model is None else f"{model}: "
-    if family in REFUSED:
-        raise RaceError(f"{name}a model of type {family!r} is not run: {REFUSED[family]}; docs/models.md lists others")
-    if getattr(config, "is_decoder", False) or getattr(config, "attn_type", "bi") == "uni":
-        raise RaceError(f"{name}its config.json makes a decoder of it (is_decoder, attn_type); an encoder is expected")
-    if getattr(config, "rotary_value", False):
-        raise RaceError(f"{name}its config.json says rotary_value: {DEPENDS}")
-    if family not in HEADS:
-        known = ", ".join(sorted(HEADS.keys() - REFUSED))
-        raise RaceError(
-            f"{name}a model of type {family!r} has no multiple-choice head in transformers; expected one of {known}"
-        )
 
 
 def is_packed(config) -> bool:

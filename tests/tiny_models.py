@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
-from race.families import PACKED, REFUSED
+from race.families import PACKED
+from race.models import REFUSED
 
 PADDED = sorted(MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.keys() - PACKED.keys() - REFUSED.keys())
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

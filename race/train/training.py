@@ -20,7 +20,7 @@ from race.data.cache import cache_identity, check_files, check_tokenizer, read_m
 from race.data.seen import seen_articles
 from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
-from race.model_files import load_config
+from race.models import load_config
 from race.settings import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
