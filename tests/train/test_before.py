@@ -1,11 +1,11 @@
 """Files of earlier versions still work: a cache, a checkpoint, a state in mid-epoch, and predictions.
 
 tests/before: made by the code of commit 1cf8842 (version 0), a tiny ALBERT. tests/before_1_5: by that of fd20cb7
-(version 1.5.0), a tiny ALBERT (the demo's tokenizer), BERT (cosine schedule, warm-up, clipping) and DeBERTa-v2 (padded),
-their tokenizers as of tests/tiny_models.py. All have dropout, and `write_corpus(train=12, dev=4, test=4)` as source. e1
-was trained on one thread with the settings below, and interrupted before step 9, in its second epoch. expected.json:
-the log and the checkpoints of the same stage uninterrupted, and the first checkpoint's probabilities on test, by that
-same code.
+(version 1.5.0), a tiny ALBERT (the demo's tokenizer), BERT (cosine schedule, warm-up, clipping) and DeBERTa-v2, their
+tokenizers as of tests/tiny_models.py. All have dropout, and `write_corpus(train=12, dev=4, test=4)` as source. e1 was
+trained on one thread with the settings below, and interrupted before step 9, in its second epoch. expected.json: the
+log and the checkpoints of the same stage uninterrupted, and the first checkpoint's probabilities on test, by that same
+code.
 """
 
 import io
