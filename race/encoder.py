@@ -57,7 +57,7 @@ def load_pretrained(model: str | Path, dropout: float | None = None) -> nn.Modul
         loaded, info = AutoModelForMultipleChoice.from_pretrained(model, **settings)
     except Exception as error:  # damaged files make the libraries raise anything
         if not folder.is_dir():
-            raise not_loaded(model, "weights", error) from error
+            raise not_loaded(model, "weights", error, "fetch them again") from error
         raise RaceError(f"{model}: cannot be loaded safely: its weights: {weights_problem(error)}") from error
     encoder = f"{loaded.base_model_prefix}."
     missing = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and ".pooler." not in name)

@@ -1,94 +1,63 @@
 """A pretrained model, in a folder or on the hub: its files, its tokenizer, its family."""
 
+import functools
 import hashlib
 import json
 import pickle
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import version
 from pathlib import Path
+
+import huggingface_hub
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Regex, Tokenizer, normalizers
 
 from race import HUB_ID, RaceError
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "pytorch_model*.bin"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 LINE = "“Ada’s” CAFÉ -- ``naïve'' … it's £1,234.50, 2,5 or 30, in 2010, (well-known: 3.14–2.71; “Don't!”) \"Über\" _ ."
-DEPENDS = "its answer to a question depends on the padding, and so on the questions beside it"
-REFUSED = {
-    "canine": "it reads characters, and 512 of them hold no article of RACE",
-    "convbert": DEPENDS,
-    "flaubert": "its tokenizer needs a package that is not installed here",
-    "fnet": DEPENDS,
-    "funnel": DEPENDS,
-    "luke": "its tokenizer puts no special tokens around texts without entities",
-    "mobilebert": DEPENDS,
-    "mra": DEPENDS,
-    "nystromformer": DEPENDS,
-    "roc_bert": "it reads the shape and the sound of each character, which a cache does not hold",
-    "roformer": "its tokenizer needs a package that is not installed here",
-    "xlm": "its tokenizer needs a package that is not installed here",
-    "xmod": "its adapters fail in half precision",
-    "yoso": DEPENDS,
-}
-NUMBER_FIRST = ("albert", "xlnet")  # pieces such as "2010," come last: the number and the comma are two pieces
+NUMBER_FIRST = ("albert", "xlnet")  # pieces such as "2010," come last: the number and its comma are two pieces
 OTHER_IDS = ("camembert", "xlm-roberta", "xlm-roberta-xl")  # the ids of pieces are not those of the SentencePiece model
 CASED = 0.05  # of the pieces in a vocabulary with capital letters; vocabularies without have next to none
 
-# ----------------------------------------------------------------------------------------------------- files
+DEPENDS = "its answer to a question depends on the padding, and so on the questions beside it"
+PACKAGE = "its tokenizer needs a package that is not installed here"
+REFUSED = dict.fromkeys(("convbert", "fnet", "funnel", "mobilebert", "mra", "nystromformer", "yoso"), DEPENDS)
+REFUSED |= dict.fromkeys(("flaubert", "roformer", "xlm"), PACKAGE)
+REFUSED |= {
+    "canine": "it reads characters, and 512 of them hold no article of RACE",
+    "luke": "its tokenizer puts no special tokens around texts without entities",
+    "roc_bert": "it reads the shape and the sound of each character, which a cache does not hold",
+    "xmod": "its adapters fail in half precision",
+}
 
 
-def check_place(model: str | Path) -> None:
-    """Raise RaceError unless `model` is a folder with a config.json, or may be a name on the hub."""
-    place = Path(model)
-    if place.is_dir():
-        if not (place / "config.json").is_file():
-            raise RaceError(
-                f"{model} has no config.json: expected a Hugging Face folder (config.json, tokenizer, "
-                "model.safetensors), or the model's name on the hub; a TensorFlow checkpoint is not read"
-            )
-    elif place.exists() or str(model).startswith(".") or not HUB_ID.fullmatch(str(model)):
-        raise RaceError(f"{model}: no such folder; expected that of a model, or its name on the hub")
+@functools.cache  # the hub is asked once
+def local_copy(model: str | Path) -> Path:
+    """The folder of a model: `model` itself, or a whole copy of what has that name on the hub; raises RaceError."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.exists() or str(model).startswith(".") or not HUB_ID.fullmatch(str(model)):
+            raise RaceError(f"{model}: no such folder; expected that of a model, or its name on the hub")
+        try:
+            folder = Path(huggingface_hub.snapshot_download(str(model), allow_patterns=MODEL_FILES))
+            if not any(folder.glob("*.safetensors")):  # the same weights are often there in both formats
+                huggingface_hub.snapshot_download(str(model), allow_patterns=[*MODEL_FILES, "pytorch_model*.bin"])
+        except (OSError, ValueError) as error:
+            raise not_loaded(model, "files", error, "no such folder here, and the hub does not give them") from error
+    if not (folder / "config.json").is_file():
+        raise RaceError(f"{model} has no config.json: expected a Hugging Face folder (not TensorFlow's), or a hub name")
+    return folder
 
 
-def model_file(model: str | Path, name: str) -> Path | None:
-    """A file of a model, fetched if it is on the hub; None if there is none, or the hub cannot be reached."""
-    from huggingface_hub import try_to_load_from_cache
-    from transformers.utils import cached_file
-
-    if Path(model).is_dir():
-        return path if (path := Path(model) / name).is_file() else None
-    quiet = [f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")]
-    try:
-        found = try_to_load_from_cache(str(model), name)  # as it was just loaded: a hub out of reach is not asked again
-        if found is None:
-            found = cached_file(str(model), name, **dict.fromkeys(quiet, False))
-    except (OSError, ValueError):
-        return None
-    return Path(found) if isinstance(found, str) else None  # or a mark that the hub has no such file
-
-
-def spiece_file(model: str | Path) -> Path | None:
-    """The SentencePiece model of a model: spiece.model, spm.model (DeBERTa), or in a folder its only *.model."""
-    if found := model_file(model, "spiece.model") or model_file(model, "spm.model"):
-        return found
-    others = [*Path(model).glob("*.model")] if Path(model).is_dir() else []
-    return others[0] if len(others) == 1 else None
-
-
-def local_copy(name: str) -> Path:
-    """The folder of a whole model of the hub, downloaded or as it was kept before; raises RaceError."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        *first, older = MODEL_FILES
-        folder = Path(snapshot_download(name, allow_patterns=first))
-        if not any(folder.glob("*.safetensors")):  # the same weights are often there in both formats
-            folder = Path(snapshot_download(name, allow_patterns=[*first, older]))
-        return folder
-    except (OSError, ValueError) as error:
-        raise not_loaded(name, "files", error) from error
+def spiece_file(folder: Path) -> Path | None:
+    """The SentencePiece model in a folder: spiece.model, spm.model (DeBERTa), or its only *.model."""
+    found = sorted(folder.glob("*.model"))
+    named = [path for path in found if path.name in ("spiece.model", "spm.model")]
+    return next(iter(named or found), None) if named or len(found) == 1 else None
 
 
 def keep_model(model: str, folder: Path):
@@ -106,11 +75,11 @@ def keep_model(model: str, folder: Path):
 
 def _keep_weights(model: str, folder: Path) -> bool:
     """Copy the weights as safetensors; a model that has only an older format is converted."""
-    local = Path(model) if Path(model).is_dir() else local_copy(model)
-    weights = [*local.glob("model*.safetensors"), *local.glob("model.safetensors.index.json")]
+    own = local_copy(model)
+    weights = [*own.glob("model*.safetensors"), *own.glob("model.safetensors.index.json")]
     for path in weights:
         shutil.copyfile(path, folder / path.name)
-    older = sorted(local.glob("pytorch_model*.bin"))
+    older = sorted(own.glob("pytorch_model*.bin"))
     if weights or not older:
         return bool(weights)
     from safetensors.torch import save_file
@@ -125,94 +94,86 @@ def _keep_weights(model: str, folder: Path) -> bool:
     return True
 
 
-def not_loaded(model: str | Path, part: str, error: Exception, advice: str = "") -> RaceError:
-    """What to say when a part of a model cannot be loaded: the library's first sentence, and advice for a folder."""
-    reason = re.split(r"(?<=[.!?])\s", " ".join(str(error).split()))[0].rstrip(".") or type(error).__name__
-    if Path(model).is_dir():
-        return RaceError(f"{model}: its {part} cannot be loaded ({reason}); {advice}")
-    return RaceError(f"{model}: no such folder, and from the hub its {part} cannot be loaded ({reason})")
+def not_loaded(model: str | Path, part: str, error: Exception, advice: str) -> RaceError:
+    """What to say when a part of a model cannot be loaded; the reason is the library's own first sentence."""
+    return RaceError(f"{model}: its {part} cannot be loaded ({_first_sentence(error)}); {advice}")
 
 
 def weights_problem(error: Exception) -> str:
-    """Why weights in a folder cannot be loaded."""
-    if isinstance(error, MemoryError) or "memory" in str(error):
-        return "the memory is not enough for them"
+    """Why weights cannot be loaded."""
     if isinstance(error, pickle.UnpicklingError):
         return "they hold more than tensors, and code in them is never run; save them as model.safetensors"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})"
-    return "they are damaged, or not those of its config.json; fetch them again"
+    return f"not the weights of its config.json, damaged, or too large for the memory ({_first_sentence(error)})"
 
 
-# ----------------------------------------------------------------------------------------------------- tokenizer
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"(?<=[.!?])\s", " ".join(str(error).split()))[0].rstrip(".") or type(error).__name__
 
 
 def load_tokenizer(model: str | Path):
     """The tokenizer of a hub name or folder; raises RaceError if there is none, or its files do not suffice."""
     from transformers import AlbertTokenizer, AutoTokenizer, DebertaV2Tokenizer
 
+    folder = local_copy(model)
+    spiece, file = spiece_file(folder), folder / "tokenizer.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        file, spiece = model_file(model, "tokenizer.json"), spiece_file(model)
-        if isinstance(tokenizer, DebertaV2Tokenizer) and (file or spiece):
-            tokenizer = _rebuilt(tokenizer, _of_file(file) if file else _of_pieces(tokenizer, spiece, "deberta-v2"))
-        elif isinstance(tokenizer, AlbertTokenizer) and spiece and not file:
-            tokenizer = _rebuilt(tokenizer, _of_pieces(tokenizer, spiece, "albert"))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if file.is_file():  # followed to the letter: transformers has normalisers of its own for some families
+            backend = Tokenizer.from_file(str(file))
+            backend.no_padding()
+            ids = tokenizer(LINE, add_special_tokens=False)["input_ids"]
+            if backend.encode(LINE, add_special_tokens=False).ids != ids:
+                tokenizer = _with_backend(tokenizer, backend)
+        elif spiece and isinstance(tokenizer, AlbertTokenizer):
+            tokenizer = _albert_tokenizer(tokenizer, spiece)
+        elif spiece and isinstance(tokenizer, DebertaV2Tokenizer):
+            tokenizer = _deberta_tokenizer(tokenizer, spiece)
     except Exception as error:  # damaged files make the libraries raise anything
         raise not_loaded(model, "tokenizer", error, "add the tokenizer.json of the model") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    words = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}
+    if not words:
         raise RaceError(f"{model} has no tokenizer that transformers reads; add the tokenizer.json of the model")
-    words = None if file or not getattr(tokenizer, "do_lower_case", False) else model_file(model, "vocab.txt")
-    if words and has_capitals(words.read_text(encoding="utf-8").split()):
-        raise RaceError(f"{model}: vocab.txt has capital letters, its tokenizer none; add its tokenizer_config.json")
+    capitals = sum(word != word.lower() for word in words)
+    if getattr(tokenizer, "do_lower_case", False) and capitals > CASED * len(words):
+        raise RaceError(f"{model}: its tokenizer lower-cases, its vocabulary does not; add its tokenizer_config.json")
+    tokenizer.name_or_path = str(model)
     return tokenizer
 
 
-def _of_file(file: Path):
-    """tokenizer.json as it stands: what transformers makes of it may have another normaliser."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(file))
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _of_pieces(loaded, spiece: Path, family: str):
-    """The pieces of spiece.model or spm.model, split as SentencePiece does.
-
-    transformers takes quotes and full stops for special tokens, and a normaliser of its own for DeBERTa.
-    """
-    from tokenizers import Regex, Tokenizer, models, normalizers
-
-    proto, theirs = spiece_proto(spiece, family), loaded.backend_tokenizer
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    backend = Tokenizer(models.Unigram(pieces, unk_id=proto.trainer_spec.unk_id))
-    backend.normalizer, backend.pre_tokenizer = theirs.normalizer, theirs.pre_tokenizer
-    backend.post_processor, backend.decoder = theirs.post_processor, theirs.decoder
-    if family == "deberta-v2":
-        table = proto.normalizer_spec.precompiled_charsmap
-        steps = [normalizers.Lowercase()] if loaded.do_lower_case else []
-        steps += [normalizers.Precompiled(table)] if table else []
-        spaces = normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")
-        backend.normalizer = normalizers.Sequence([*steps, spaces, normalizers.Strip()])
-    known = {piece for piece, _ in pieces}
-    backend.add_tokens([token for _, token in sorted(loaded.added_tokens_decoder.items()) if str(token) not in known])
-    return backend
+def _albert_tokenizer(loaded, spiece: Path):
+    """From spiece.model alone: transformers takes quotes and full stops in it for special tokens."""
+    proto = spiece_proto(spiece, "albert")
+    pieces = {piece.piece: piece.score for piece in proto.pieces}
+    built = type(loaded)(
+        vocab=[*pieces.items()],
+        _spm_precompiled_charsmap=proto.normalizer_spec.precompiled_charsmap or None,
+        **{name: getattr(loaded, name) for name in ("do_lower_case", "keep_accents", "model_max_length", *SPECIAL)},
+    )
+    built.add_tokens([token for _, token in sorted(loaded.added_tokens_decoder.items()) if str(token) not in pieces])
+    return built
 
 
-def _rebuilt(loaded, backend):
-    """A tokenizer with another backend and the settings of the one that was loaded."""
+def _deberta_tokenizer(loaded, spiece: Path):
+    """From spm.model alone: transformers leaves its normaliser out."""
+    table = spiece_proto(spiece, "deberta-v2").normalizer_spec.precompiled_charsmap
+    steps = [normalizers.Lowercase()] if loaded.do_lower_case else []
+    steps += [normalizers.Precompiled(table)] if table else []
+    spaces = normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")
+    loaded.backend_tokenizer.normalizer = normalizers.Sequence([*steps, spaces, normalizers.Strip()])
+    return _with_backend(loaded, loaded.backend_tokenizer)
+
+
+def _with_backend(loaded, backend):
+    """A tokenizer of a class that leaves its backend as it is, with the settings of the one that was loaded."""
     from transformers import PreTrainedTokenizerFast
 
     names = {name: getattr(loaded, name) for name in ("model_max_length", "model_input_names", *SPECIAL)}
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    made.name_or_path = loaded.name_or_path
-    return made
+    side = {"padding_side": "left"} if loaded.padding_side == "left" else {}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **side)
 
 
 def spiece_proto(path: Path, family: str):
-    """A SentencePiece model; for some families pieces such as "2010," come last, as in their tokenizer.json."""
+    """A SentencePiece model with the scores of the family's tokenizer.json."""
     from transformers.convert_slow_tokenizer import SentencePieceExtractor, check_number_comma
 
     proto = SentencePieceExtractor(str(path)).proto
@@ -223,102 +184,69 @@ def spiece_proto(path: Path, family: str):
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """sha256 of what decides the ids: the tokenizer's whole description, or its vocabulary if it has none."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    description = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    """sha256 of what decides the ids: the tokenizer's whole description."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # set by earlier calls
         description.pop(state, None)
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def has_capitals(pieces: list[str]) -> bool:
-    """Whether a vocabulary tells capital letters from small ones."""
-    return sum(piece != piece.lower() and piece[0] != "[" for piece in pieces) > CASED * len(pieces)
-
-
 def check_tokenizer_of_source(model: str | Path, tokenizer, texts: list[str]) -> None:
-    """Compare ids of texts with those of tokenizer.json as it stands and of SentencePiece itself; raises RaceError.
+    """Raise RaceError if a model brings a SentencePiece model that gives texts of the source other ids."""
+    spiece = None if model == "demo" else spiece_file(local_copy(model))
+    if spiece is None or (family := load_config(model).model_type) in OTHER_IDS:
+        return
+    proto, normalizer = spiece_proto(spiece, family), tokenizer.backend_tokenizer.normalizer
+    pieces = SentencePieceProcessor(model_proto=proto.SerializeToString())
 
-    Texts with tokens that were added to the tokenizer are left out.
-    """
-    for file, encode, own in _references(model, tokenizer):
+    def differs(text: str) -> bool:
+        theirs = pieces.encode(normalizer.normalize_str(text) if normalizer else text)
+        return theirs != tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-        def differs(text: str, encode: Callable = encode) -> bool:
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != encode(text)
-
-        added = [token.lower() for token in tokenizer.get_added_vocab().keys() - own if token]
-        for text in (plain(text) for text in (LINE, *texts)):
-            if not any(token in text.lower() for token in added) and differs(text):
-                word = next(filter(differs, text.split()), text[:60])
-                advice = "add or fetch again the tokenizer.json of the model"
-                advice += f", or remove {file} if the model was trained without it"
-                if file == "tokenizer.json":
-                    advice = "add the tokenizer_config.json of the model"
-                split = " ".join(tokenizer.tokenize(word))
-                raise RaceError(f"{model}: its tokenizer splits {word!r} into {split}, not as {file} does; {advice}")
-
-
-def _references(model: str | Path, tokenizer) -> list[tuple[str, Callable[[str], list[int]], set[str]]]:
-    """(file, text → ids by this file alone, tokens that it looks for before all others) of a model's files."""
-    from sentencepiece import SentencePieceProcessor
-
-    found = []
-    if file := None if model == "demo" else model_file(model, "tokenizer.json"):
-        backend = _of_file(file)
-        known = {token.content for token in backend.get_added_tokens_decoder().values()}
-        found.append((file.name, lambda text: backend.encode(text, add_special_tokens=False).ids, known))
-    spiece = None if model == "demo" else spiece_file(model)
-    if spiece and (family := load_config(model).model_type) not in OTHER_IDS:
-        proto, normalizer = spiece_proto(spiece, family), tokenizer.backend_tokenizer.normalizer
-        pieces = SentencePieceProcessor(model_proto=proto.SerializeToString())
-        known = {piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED}
-        found.append((spiece.name, lambda text: pieces.encode(normalizer.normalize_str(text)), known))
-    return found
+    looked_for = {piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED}  # by SentencePiece too
+    added = [token.lower() for token in tokenizer.get_added_vocab().keys() - looked_for]
+    for text in map(plain, (LINE, *texts)):
+        if not any(token in text.lower() for token in added) and differs(text):
+            word = next(filter(differs, text.split()), text[:60])
+            raise RaceError(
+                f"{model}: its tokenizer splits {word!r} into {' '.join(tokenizer.tokenize(word))}, unlike "
+                f"{spiece.name}; add or fetch its tokenizer.json, or remove {spiece.name} if it is not the model's"
+            )
 
 
 def plain(text: str) -> str:
     """A text without combining marks and control characters: there, libraries and Unicode versions differ."""
-    return "".join(" " if unicodedata.category(c)[0] in "CM" else c for c in unicodedata.normalize("NFC", text))
-
-
-# ----------------------------------------------------------------------------------------------------- family
+    return "".join(" " if unicodedata.category(c)[0] in "CM" else c for c in unicodedata.normalize("NFC", text)).strip()
 
 
 def load_config(model: str | Path):
     """The configuration of a hub name or folder; raises RaceError if its family is not run here."""
     from transformers import AutoConfig
 
-    check_place(model)
+    folder = local_copy(model)
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration may hold anything
         raise not_loaded(model, "configuration", error, "fetch its config.json again") from error
     check_family(config, model)
     return config
 
 
-def check_family(config, model=None) -> None:
+def check_family(config, model: str | Path = "this model") -> None:
     """Raise RaceError unless a configuration is that of an encoder with a multiple-choice head that runs here."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as HEADS
 
-    family, name = config.model_type, "" if model is None else f"{model}: "
+    family = config.model_type
     if family in REFUSED:
-        raise RaceError(f"{name}a model of type {family!r} is not run: {REFUSED[family]}; docs/models.md lists others")
+        raise RaceError(f"{model}: the type {family!r} is not run: {REFUSED[family]}; docs/models.md lists others")
     if getattr(config, "is_decoder", False) or getattr(config, "attn_type", "bi") == "uni":
-        raise RaceError(f"{name}its config.json makes a decoder of it (is_decoder, attn_type); an encoder is expected")
+        raise RaceError(f"{model}: its config.json makes a decoder of it (is_decoder, attn_type), expected an encoder")
     if family not in HEADS:
         known = ", ".join(sorted(HEADS.keys() - REFUSED))
-        raise RaceError(
-            f"{name}a model of type {family!r} has no multiple-choice head in transformers; expected one of {known}"
-        )
+        raise RaceError(f"{model}: the type {family!r} has no multiple-choice head in transformers; those are {known}")
 
 
 def wrong_transformers() -> RaceError:
     """What to say when the installed transformers cannot run packed sequences."""
-    try:
-        pins = requires("albert-race") or []
-    except PackageNotFoundError:
-        pins = []
-    pinned = next((pin.removeprefix("transformers==") for pin in pins if pin.startswith("transformers==")), None)
-    wanted = f"transformers {pinned}" if pinned else "the version in requirements.txt"
-    return RaceError(f"transformers {version('transformers')} does not run packed sequences; install {wanted}")
+    found = version("transformers")
+    return RaceError(f"transformers {found} does not run packed sequences; install the version in requirements.txt")
