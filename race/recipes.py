@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 from race import CHAIN, RaceError, check_least
-from race.schedule import check_schedule
+from race.parameters import check as check_values
 from race.settings import OF_MODULE, ROOT, read
 
 FILES = {"race": ROOT / "race" / "recipes.toml", "demo": ROOT / "race" / "demo" / "recipes.toml"}
@@ -115,7 +115,7 @@ def _wrong_values(given: dict) -> list[str]:
         except RaceError as error:
             problems.append(str(error))
     for check in (
-        lambda: check_schedule(*(values.get(name, default) for name, default in SCHEDULE.items())),
+        lambda: check_values(**{name.lower(): values.get(name, default) for name, default in SCHEDULE.items()}),
         lambda: check_least(**{name: (values.get(name), 1) for name in COUNTS}),
     ):
         try:
