@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError, check_least
 from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
 from race.data.encoding import Template, check_encoding, keep_last, question_option
-from race.data.reference import LINE, check_reference
 from race.data.passages import Passage, read_source, record_problems
+from race.data.reference import LINE, check_reference
 from race.data.tokenizing import WordTokenizer
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
 

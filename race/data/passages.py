@@ -1,15 +1,12 @@
 """RACE as passages: records are checked, and what is wrong is said with its place; each question is counted once."""
 
-from collections import Counter
 from typing import Any, NamedTuple
 
 from race import LETTERS, OPTIONS, SPLITS, RaceError
-from race.data.sources import is_missing, read_records
+from race.data.sources import attempt, is_missing, read_records
 
 LABELS = {letter: label for label, letter in enumerate(LETTERS)}
 LISTS = ("questions", "options", "answers")  # of a record
-TEXT = "expected text that is not empty, without NUL and half surrogate pairs"
-SHOWN = 20  # problems that a message lists
 
 
 class Passage(NamedTuple):
@@ -33,22 +30,19 @@ def read_source(
     Raises RaceError with all problems at once; with `skip_bad`, bad questions, and passages that are bad as a whole,
     are left out instead. With `answers=False` answers may be missing, and a source that names no split is "test".
     """
-    problems: list[str] = []
+    found = attempt(read_records, source, answers)
+    if isinstance(found, RaceError):
+        raise RaceError(f"{source}: {found}") from found
+    records, problems, lines = found
     passages: dict[str, list[Passage]] = {}
-    try:
-        records, lines = read_records(source, answers)
-        for split in SPLITS:
-            if found := _checked(split, records.get(split, []), answers, problems, lines):
-                passages[split] = found
-    except RaceError as error:
-        problems.append(str(error))
+    for split in SPLITS:
+        if checked := _checked(split, records.get(split, []), answers, problems, lines):
+            passages[split] = checked
     if not passages and (skip_bad or not problems):
         problems.append("no questions found")
     if problems and not (skip_bad and passages):
-        more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        advice = ["(--skip-bad leaves out what is bad, and lists it)"] if len(problems) > 1 else []
-        head = f"{source}: {len(problems)} problem(s), nothing was written"
-        raise RaceError("\n  ".join([head, *problems[:SHOWN], *more, *advice]))
+        lines = [f"{source}: {len(problems)} problem(s), nothing was written", *problems[:20]]
+        raise RaceError("\n  ".join([*lines, "(--skip-bad leaves out what is bad, and lists all of it)"]))
     return passages, [*lines, *(f"{problem}; left out" for problem in problems)]
 
 
@@ -60,7 +54,6 @@ def _checked(split: str, records: list, answers: bool, problems: list[str], line
     passages: dict[tuple, Passage] = {}
     ids: dict[tuple, tuple[str, str]] = {}  # (id, level) → article and place of the first record that has them
     firsts: dict[tuple, tuple[str, int]] = {}  # (article, question, *options) → place and label of the first
-    numbers: Counter = Counter()  # of the questions of a passage so far, bad ones too
     repeats = 0
     for place, record in records:
         wrong = record_problems(record, answers)
@@ -71,14 +64,14 @@ def _checked(split: str, records: list, answers: bool, problems: list[str], line
         if not record["questions"]:
             lines.append(f"{place}: a passage without questions, left out")
         passage, kept = (record["id"], record["level"], record["article"]), []
+        start = passages[passage].places[-1] + 1 if passage in passages else 0
         for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
-            number, here, label = numbers[passage], _place(place, record, i), LABELS.get(answer, -1)
-            numbers[passage] += 1
             if i in bad:
                 continue
+            here, label = _place(place, record, i), LABELS.get(answer, -1)
             first, first_label = firsts.setdefault((record["article"], question, *options), (here, label))
             if here == first:
-                kept.append((question, options, label, number))
+                kept.append((question, options, label, start + i))
             elif label == first_label or -1 in (label, first_label):
                 repeats += 1
             else:
@@ -102,23 +95,18 @@ def _place(place: str, record: Any, question: int | None) -> str:
     return place if question is None or len(record["questions"]) == 1 else f"{place}, question {question}"
 
 
-def record_problems(record: Any, answers: bool = True) -> list[tuple[int | None, str]]:
+def record_problems(record: dict, answers: bool = True) -> list[tuple[int | None, str]]:
     """What is wrong with a RACE record (article, questions, options, answers, id): (question from 0 or None, text).
 
     Without `answers`, some may be missing.
     """
-    if isinstance(record, RaceError):
-        return [(None, str(record))]
-    if not isinstance(record, dict):
-        return [(None, f"expected a JSON object, found {type(record).__name__}")]
-    found = {key: type(value).__name__ for key, value in record.items()}
-    found |= {key: f"list of {len(record[key])}" for key in LISTS if found.get(key) == "list"}
-    is_whole = found.get("article") == found.get("id") == "str" and {*found} <= {"article", "id", *LISTS, "level"}
-    if not is_whole or len({found.get(key) for key in LISTS}) > 1 or found["questions"][:4] != "list":
-        listed = ", ".join(f"{key!r} ({kind})" for key, kind in found.items())[:300]
-        return [(None, f"expected article and id (str), and {', '.join(LISTS)} (lists of one length); found: {listed}")]
+    sizes = {len(record[key]) if isinstance(record.get(key), list) else None for key in LISTS}
+    if len(sizes) > 1 or None in sizes or not {*record} <= {"article", "id", "level", *LISTS}:
+        found = (f"{key!r} of {len(value)}" if isinstance(value, list) else repr(key) for key, value in record.items())
+        expected = "article, id, and lists of one length: questions, options, answers"
+        return [(None, f"expected {expected}; found: {', '.join(found)[:300]}")]
     problems: list[tuple[int | None, str]] = []
-    texts = [(None, key, record[key]) for key in ("article", "id")]
+    texts = [(None, key, record.get(key)) for key in ("article", "id")]
     for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
         texts.append((i, "question", question))
         if isinstance(options, list) and len(options) == OPTIONS:
@@ -127,10 +115,10 @@ def record_problems(record: Any, answers: bool = True) -> list[tuple[int | None,
             problems.append((i, f"expected a list of {OPTIONS} options, found {options!r:.60}"))
         if answer not in LETTERS and (answers or not is_missing(answer)):
             problems.append((i, f"the answer is {answer!r:.60}, not one of {', '.join(LETTERS)}"))
-    return problems + [(i, f"{key}: {TEXT}, found {text!r:.60}") for i, key, text in texts if not _is_text(text)]
+    expected = "expected text that is not empty, without NUL and half surrogate pairs"
+    return problems + [(i, f"{key}: {expected}, found {text!r:.60}") for i, key, text in texts if not _is_text(text)]
 
 
 def _is_text(text: Any) -> bool:
-    if not isinstance(text, str) or not text.strip() or "\0" in text:
-        return False
-    return text.isascii() or text == text.encode(errors="replace").decode()
+    is_whole = isinstance(text, str) and text == text.encode(errors="replace").decode()
+    return is_whole and "\0" not in text and not is_missing(text)

@@ -1,10 +1,6 @@
-"""Sources of questions: folders, archives, files, saved data sets and the hub become records with their places.
-
-Names of files say which are questions of which split. Whether a record is good is judged in passages.py.
-"""
+"""Sources of questions: folders, archives, files, saved data sets and the hub become records with their places."""
 
 import ast
-import contextlib
 import csv
 import functools
 import io
@@ -12,7 +8,6 @@ import json
 import operator
 import os
 import re
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -29,6 +24,8 @@ from race.demo.corpus import write_corpus
 
 SPLIT_OF = {split: split for split in SPLITS} | {"dev": "validation", "val": "validation"}
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+DIGITS = re.compile(r"(\d+)")  # 9.txt comes before 10.txt
+HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX(/|$))")  # what editors and macOS leave in folders and archives is no data
 WANTED = ("article", "question", "options", "answer")  # columns of a table
 OPTION = re.compile(r"(?:option)?([a-h])|option(\d)")  # or a column for each option: A, option_b, Option1
 LEVEL = re.compile(rf"({'|'.join(LEVELS)})(?![a-z])", re.IGNORECASE)  # with which a level or an id begins: high12.txt
@@ -36,40 +33,40 @@ Files = list[tuple[str, Any]]  # name, and what it holds: bytes, a Path to read,
 Values = list[tuple[str, Any]]  # place, and what stands there: a record, a row, something else, or a RaceError
 
 
-def read_records(source: str, answers: bool) -> tuple[dict[str, Values], list[str]]:
-    """(place, record) of each split, in a fixed order, and a line for what is left out.
+def read_records(source: str, answers: bool) -> tuple[dict[str, Values], list[str], list[str]]:
+    """(place, record) of each split, in a fixed order; problems with their places; a line for what is left out.
 
-    A record has RACE's layout and a level; a row of a table is one with one question. In place of a record may stand
-    anything else, or a RaceError met on reading. Raises RaceError if it is no source.
+    A record has RACE's layout and a level, and is not checked yet; a row of a table is one of a single question.
     """
     if source == "demo":
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(Path(folder))
             return read_records(folder, answers)
-    files = _attempt(_files, source)
-    if isinstance(files, RaceError):
-        raise files
-    chosen, notes = _one_data_set(files, answers)
+    chosen, notes = _one_data_set(_files(source), answers)
     records: dict[str, Values] = {}
+    problems: list[str] = []
     names: dict[tuple, str] = {}  # of passages without id: the place where the article is met first
     for split, level, name, file in tqdm(chosen, desc="reading", unit=" files", delay=2, leave=False):
-        values = _attempt(_values, name, file, answers)
+        values = attempt(_values, name, file, answers)
         for place, value in [(name, values)] if isinstance(values, RaceError) else values:
-            record = _attempt(_record, value, level, answers)
-            if isinstance(record, dict) and record.get("id") is None:
+            record = attempt(_record, value, level, answers)
+            if isinstance(record, RaceError):
+                problems.append(f"{place}: {record}")
+                continue
+            if record.get("id") is None:
                 record["id"] = names.setdefault((split, level, str(record.get("article"))), place)
             records.setdefault(split, []).append((place, record))
-    return records, notes
+    return records, problems, notes
 
 
-def _attempt(read: Callable, *arguments: Any) -> Any:
+def attempt(read: Callable, *arguments: Any) -> Any:
     """What `read` returns; or a RaceError, whatever a parser raises at what is damaged, cut off or of another kind."""
     try:
         return read(*arguments)
     except RaceError as error:
         return error
     except Exception as error:
-        return RaceError(f"cannot be read ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})")
+        return RaceError(f"cannot be read ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})").with_traceback(error.__traceback__)
 
 
 def _files(source: str) -> Files:
@@ -79,13 +76,7 @@ def _files(source: str) -> Files:
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         return [(path.name, path)]
     found = _folder_files(path) if path.is_dir() else _archive_files(path)
-    shown = [(name, file) for name, file in found if not any(map(_is_hidden, name.split("/")))]
-    return [(name, file) for name, file in shown if name.lower().endswith(SUFFIXES)]
-
-
-def _is_hidden(part: str) -> bool:
-    """Of a name: hidden files and folders, and what macOS adds to archives, are never data."""
-    return part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
+    return [(name, file) for name, file in found if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name)]
 
 
 def _folder_files(folder: Path, above: str = "") -> Files:
@@ -93,7 +84,7 @@ def _folder_files(folder: Path, above: str = "") -> Files:
         raise RaceError(f"{above}: more than 20 folders deep; is one a link to a folder above?")
     found = []
     for entry in os.scandir(folder):
-        if entry.is_dir() and not _is_hidden(entry.name):
+        if entry.is_dir() and not HIDDEN.match(entry.name):
             found += _folder_files(folder / entry.name, f"{above}{entry.name}/")
         elif not entry.is_dir():
             found.append((above + entry.name, folder / entry.name))
@@ -104,16 +95,14 @@ def _archive_files(path: Path) -> Files:
     """Members are read in memory, never unpacked: a path in them cannot lead out of a folder."""
     if not tarfile.is_tarfile(path):
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if any(b"PK\1\2" in member.comment + member.extra for member in members):
+            if any(b"PK\1\2" in member.comment + member.extra for member in archive.infolist()):
                 raise zipfile.BadZipFile("a damaged length took in the entries that follow it")
-            return [(member.filename.replace("\\", "/"), archive.read(member)) for member in members]
+            return [(member.filename.replace("\\", "/"), archive.read(member)) for member in archive.infolist()]
     with tarfile.open(path) as tar:
         opened = ((member.name, tar.extractfile(member)) for member in tar)
         files = [(name, file.read()) for name, file in opened if file]  # None: a folder or device
         tar.fileobj.seek(tar.offset)  # tarfile takes a damaged or missing header for the end, which is of zeros
-        end = tar.fileobj.read()
-        if not end or end.strip(b"\0"):
+        if not (end := tar.fileobj.read()) or end.strip(b"\0"):
             raise tarfile.ReadError("no end of the archive where one should be")
     return files
 
@@ -141,17 +130,14 @@ def _tables(source: str) -> Files:
 
 def _one_data_set(files: Files, answers: bool) -> tuple[list[tuple[str, str, str, Any]], list[str]]:
     """(split, level, name, file) of the questions of one data set, and a line if others are left out."""
-    files = sorted(files, key=_natural)
+    files = sorted(files, key=lambda file: [int(part) if part.isdecimal() else part for part in DIGITS.split(file[0])])
     names = [name.encode("utf-8", "backslashreplace").decode() for name, _ in files]  # other bytes become \udcXX
     marked = [(*_marks(name), name, file) for name, (_, file) in zip(names, files, strict=True)]
     data_sets = sorted({data_set for data_set, split, *_ in marked if split})
     if marked and not data_sets and not answers:  # questions that somebody wants answered: of no split
         return [("test", *file[2:]) for file in marked], []
     if not data_sets:
-        raise RaceError(
-            f"no questions found: expected files ({', '.join(SUFFIXES)}) that are named after a split, or lie in a "
-            "folder that is: train, dev (or validation, val), test"
-        )
+        raise RaceError("no questions found: expected files or folders that are named train, dev (or val) and test")
     if len(data_sets) > 1:  # such as all/, high/ and middle/ of the hub's repository: a question must not count twice
         listed = ", ".join(data_set or "the top folder" for data_set in data_sets)
         data_sets = [data_set for data_set in data_sets if data_set.rpartition("/")[2] == "all"]
@@ -161,11 +147,6 @@ def _one_data_set(files: Files, answers: bool) -> tuple[list[tuple[str, str, str
     others = [file[3] for file in marked if not (file[1] and file[0] == data_sets[0])]
     note = f"{len(others)} file(s) of no split or of another data set are left out: {', '.join(others[:3])}"
     return kept, [note] if others else []
-
-
-def _natural(file: tuple[str, Any]) -> list:
-    """Sort key that puts 9.txt before 10.txt."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file[0])]
 
 
 def _marks(name: str) -> tuple[str, str | None, str]:
@@ -195,14 +176,14 @@ def _values(name: str, file: Any, answers: bool) -> Values:
 
 def _json_values(name: str, content: bytes) -> Values:
     """A record, a list of records, or a record a line."""
-    value = _attempt(json.loads, content)
+    value = attempt(json.loads, content)
     if isinstance(value, list) and value:
         return [(f"{name}, item {number}", item) for number, item in enumerate(value, 1)]
     if isinstance(value, dict):
         value.setdefault("id", name.rpartition("/")[2])
     if isinstance(value, RaceError):
         lines = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-        values = [(f"{name}, line {number}", _attempt(json.loads, line)) for number, line in lines]
+        values = [(f"{name}, line {number}", attempt(json.loads, line)) for number, line in lines]
         if any(isinstance(line, dict) for _, line in values):
             return values
     return [(name, value)]
@@ -210,7 +191,7 @@ def _json_values(name: str, content: bytes) -> Values:
 
 def _csv_rows(name: str, text: str, answers: bool) -> Values:
     """Rows are counted as a spreadsheet shows them: the header is row 1. Commas, semicolons or tabs."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)
     mark = max(",;\t", key=text.split("\n", 1)[0].count)
     header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     _columns(tuple(header), answers)
@@ -224,11 +205,8 @@ def _csv_rows(name: str, text: str, answers: bool) -> Values:
 
 @functools.lru_cache
 def _columns(names: tuple[str, ...], answers: bool) -> dict[str, Callable[[dict], Any]]:
-    """What gives the article, question, options, answer, level and id of a row with these columns.
-
-    Case and punctuation in names count for nothing. Raises RaceError if one of them is missing.
-    """
-    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in names}
+    """What takes the article, question, options, answer, level and id out of a row with these columns, or RaceError."""
+    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in names}  # without case and punctuation
     columns = {key: [plain[key]] for key in (*WANTED, "level", "id") if key in plain}
     if "exampleid" in plain:
         columns["id"] = [plain["exampleid"]]
@@ -241,10 +219,10 @@ def _columns(names: tuple[str, ...], answers: bool) -> dict[str, Callable[[dict]
     return {key: operator.itemgetter(*names) for key, names in columns.items()}
 
 
-def _record(value: Any, level: str, answers: bool) -> Any:
-    """A row, or a record of RACE's, as a record with a level: the one of the folder, or else its own, or that of its id."""
+def _record(value: Any, level: str, answers: bool) -> dict:
+    """A row or record as a record with a level: that of the folder, or else its own, or that of its id."""
     if not isinstance(value, dict):
-        return value
+        raise value if isinstance(value, RaceError) else RaceError(f"expected an object, found {type(value).__name__}")
     if "questions" not in value:
         row = {key: cell(value) for key, cell in _columns(tuple(value), answers=False).items()}
         lists = {"questions": [row["question"]], "options": [_listed(row["options"])], "answers": [row.get("answer")]}
@@ -259,10 +237,9 @@ def _record(value: Any, level: str, answers: bool) -> Any:
 
 def _listed(options: Any) -> Any:
     """The cells of several columns, or a list that a cell holds as text, JSON or Python; anything else as it is."""
-    for parse in (json.loads, ast.literal_eval) if isinstance(options, str) else ():
-        with contextlib.suppress(Exception):
-            options = parse(options)
-    return list(options) if isinstance(options, tuple) else options
+    parsers = (json.loads, ast.literal_eval) if isinstance(options, str) else ()
+    found = [options, *(attempt(parse, options) for parse in parsers)]
+    return next((list(one) for one in found if isinstance(one, list | tuple)), options)
 
 
 def is_missing(value: object) -> bool:
