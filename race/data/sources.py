@@ -66,7 +66,8 @@ def attempt(read: Callable, *arguments: Any) -> Any:
     except RaceError as error:
         return error
     except Exception as error:
-        return RaceError(f"cannot be read ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})").with_traceback(error.__traceback__)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return RaceError(f"cannot be read ({reason})").with_traceback(error.__traceback__)
 
 
 def _files(source: str) -> Files:
