@@ -1,5 +1,6 @@
 """RACE as passages: records are checked, and what is wrong is said with its place; each question is counted once."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from race import LETTERS, OPTIONS, SPLITS, RaceError
@@ -32,12 +33,11 @@ def read_source(
     """
     found = attempt(read_records, source, answers)
     if isinstance(found, RaceError):
-        raise RaceError(f"{source}: {found}") from found
+        here = "" if Path(source).exists() else "no such folder or file, and from the hub: "
+        raise RaceError(f"{source}: {here}{found}") from found
     records, problems, lines = found
-    passages: dict[str, list[Passage]] = {}
-    for split in SPLITS:
-        if checked := _checked(split, records.get(split, []), answers, problems, lines):
-            passages[split] = checked
+    checked = {split: _checked(split, records.get(split, []), answers, problems, lines) for split in SPLITS}
+    passages = {split: passages for split, passages in checked.items() if passages}
     if not passages and (skip_bad or not problems):
         problems.append("no questions found")
     if problems and not (skip_bad and passages):

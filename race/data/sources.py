@@ -34,10 +34,7 @@ Values = list[tuple[str, Any]]  # place, and what stands there: a record, a row,
 
 
 def read_records(source: str, answers: bool) -> tuple[dict[str, Values], list[str], list[str]]:
-    """(place, record) of each split, in a fixed order; problems with their places; a line for what is left out.
-
-    A record has RACE's layout and a level, and is not checked yet; a row of a table is one of a single question.
-    """
+    """(place, record) per split, in a fixed order, not checked; problems with places; a line if files are left out."""
     if source == "demo":
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(Path(folder))
@@ -94,7 +91,7 @@ def _folder_files(folder: Path, above: str = "") -> Files:
 
 def _archive_files(path: Path) -> Files:
     """Members are read in memory, never unpacked: a path in them cannot lead out of a folder."""
-    if not tarfile.is_tarfile(path):
+    if path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             if any(b"PK\1\2" in member.comment + member.extra for member in archive.infolist()):
                 raise zipfile.BadZipFile("a damaged length took in the entries that follow it")
@@ -109,10 +106,9 @@ def _archive_files(path: Path) -> Files:
 
 
 def _tables(source: str) -> Files:
-    """Splits of a folder of save_to_disk, or of the hub: of the configuration "all", or the only one.
+    """Splits of a folder of save_to_disk, or of the hub: of the configuration "all", or else of the only one.
 
-    "all" is asked for first: so it is found in the local cache offline, and no part there stands for the whole.
-    """
+    "all" is asked for by name: offline, no other part in the local cache stands for the whole."""
     from datasets import Dataset, get_dataset_config_names, load_dataset, load_from_disk
 
     if Path(source).exists():
@@ -125,7 +121,7 @@ def _tables(source: str) -> Files:
     except ValueError:
         names = get_dataset_config_names(source)
         if len(names) > 1:
-            raise RaceError(f"none of its configurations ({', '.join(names)}) is named all: name a folder") from None
+            raise RaceError(f"no configuration is named all ({', '.join(names)}): name a folder with one") from None
         return list(load_dataset(source, *names).items())
 
 
@@ -221,7 +217,7 @@ def _columns(names: tuple[str, ...], answers: bool) -> dict[str, Callable[[dict]
 
 
 def _record(value: Any, level: str, answers: bool) -> dict:
-    """A row or record as a record with a level: that of the folder, or else its own, or that of its id."""
+    """A record or a row (a record of one question) with a level: that of the folder, or else its own, or its id's."""
     if not isinstance(value, dict):
         raise value if isinstance(value, RaceError) else RaceError(f"expected an object, found {type(value).__name__}")
     if "questions" not in value:
