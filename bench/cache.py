@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_files(folder: Path, passages: int) -> int:
     """The first passages of the source as files, one a passage, as both sides read them; returns the questions."""
-    from race.data.sources import read_source
+    from race.data.passages import read_source
 
     (folder / "train").mkdir()
     chosen = read_source(source())[0]["train"][:passages]

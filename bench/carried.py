@@ -47,7 +47,7 @@ def prepare(out: Path, small: bool = False) -> str:
 
 def write_splits(folder: Path, passages: dict[str, int | None]) -> None:
     """The source as files of three splits: two drawn from its training split, and its validation split as test."""
-    from race.data.sources import read_source
+    from race.data.passages import read_source
 
     read = read_source(source())[0]
     drawn = [read["train"][i] for i in np.random.default_rng(0).permutation(len(read["train"]))]

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 from race import LETTERS, SPLITS
-from race.data.sources import Passage, read_source
+from race.data.passages import Passage, read_source
 from race.files import atomic_write
 
 

@@ -30,7 +30,7 @@ from bench import (
 from race import SPLITS
 from race.data import collate
 from race.data.cache import verify_cache
-from race.data.sources import read_source
+from race.data.passages import read_source
 
 
 @pytest.fixture
