@@ -73,6 +73,7 @@ class RaceModule(pl.LightningModule):
         self.sums: dict[str, torch.Tensor] = {}
         self.tokens: torch.Tensor | None = None  # of the last training step, of all processes
         self.step_start: dict | None = None  # within a training step: the random states before it
+        self.stop = None  # called before each micro-batch of a training step; may raise
         self.automatic_optimization = False  # one optimizer step over several micro-batches
         self.save_hyperparameters({"config": self.model.config.to_dict()} | recipe)
 
@@ -145,7 +146,8 @@ class RaceModule(pl.LightningModule):
             parts = list(batch.micro_batches(self.token_budget, self.padded))
             try:
                 for part in parts:
-                    self.between_parts()
+                    if split == "train" and self.stop is not None:
+                        self.stop()
                     sums.append(self._part_step(part, split, all_questions, part is parts[-1]))
                 break
             except torch.OutOfMemoryError as error:
@@ -191,9 +193,6 @@ class RaceModule(pl.LightningModule):
         if self.device.type == "cuda" and batch_idx % 16 == 15:
             if torch.cuda.memory_reserved(self.device) > 1.25 * torch.cuda.max_memory_allocated(self.device):
                 torch.cuda.empty_cache()
-
-    def between_parts(self) -> None:
-        """Called before each micro-batch; training may replace it, to end within a step."""
 
     def questions_of_all(self, batch, batch_idx: int) -> int:
         """How many questions a training batch has in all processes; known without asking them."""

@@ -1,4 +1,4 @@
-"""A checkpoint, of this repository or of other code: its file, what it remembers of where it comes from, its weights."""
+"""A checkpoint, of this repository or of other code: its file, where it comes from, and its weights."""
 
 import functools
 import hashlib

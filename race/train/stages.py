@@ -56,11 +56,12 @@ class Stage:
 
     @property
     def trained_again(self) -> str:
-        """What to do to train it once more from its start, in words."""
+        """What to do to train it again from its start: a sentence."""
         aside = f"{self.checkpoint_dir}/earlier/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         files = f"{self.checkpoint_dir}/{self.name}-*.ckpt"
         files += f" {self.state_path}" if self.state_path.exists() else ""
-        return f"set another CHECKPOINT_DIR, or move its files away: mkdir -p {aside} && mv {files} {aside}"
+        move = f"mkdir -p {aside} && mv {files} {aside}"
+        return f"To train it again, set another CHECKPOINT_DIR and RUN_DIR, or move its files away: {move}"
 
     @functools.cached_property
     def saved(self) -> list[Checkpoint]:
@@ -123,8 +124,9 @@ def stage_of(checkpoint: Checkpoint) -> Stage | None:
     """The stage of a checkpoint, with the files beside it; None for a folder, and for one of other code."""
     if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
         return None
-    beside = read_checkpoints(checkpoint.path.parent) if checkpoint.beside is None else checkpoint.beside
-    return Stage(checkpoint.stage, checkpoint.path.parent, None, found=beside)
+    if checkpoint.beside is None:
+        checkpoint.beside = read_checkpoints(checkpoint.path.parent)
+    return Stage(checkpoint.stage, checkpoint.path.parent, None, found=checkpoint.beside)
 
 
 def epochs_trained(checkpoint: Checkpoint) -> int | None:
