@@ -9,12 +9,12 @@ import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from race import CHANCE, MONITORS, RaceError
+from race import CHANCE, MONITORS
 from race.data.batches import part_ends
 from race.device import AUTOCAST, hardware
 from race.encoder import attention_kernel
 from race.train.checkpoints import Checkpoint
-from race.train.state import not_finite
+from race.train.state import check_finite
 
 CHANCE_LOSS = -math.log(CHANCE)
 STUCK = 5000  # questions
@@ -56,16 +56,14 @@ class LossWatch(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Before the epoch's checkpoint is written."""
-        if not np.isfinite(float(trainer.callback_metrics["val_loss_epoch"])):
-            raise RaceError(not_finite(trainer))
+        check_finite(trainer.callback_metrics["val_loss_epoch"].isfinite(), trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         """Look at the loss where it is logged anyway, which avoids another wait for the GPU."""
         if trainer.global_step % trainer.log_every_n_steps:
             return
         now, before = np.array(module.sum_over_processes(module.sums["train"]).tolist()), self._before
-        if not np.isfinite(now).all():
-            raise RaceError(not_finite(trainer))
+        check_finite(np.isfinite(now).all(), trainer)
         self._window += now - before if now[2] > before[2] else now  # the sums begin anew with each epoch
         self._before = now
         if self._window[2] < STUCK or self.warned:

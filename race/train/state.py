@@ -23,7 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from race import MONITORS, RaceError
 from race.device import random_state, set_random_state
-from race.files import atomic_write, locked, read_archive, remove_unfinished
+from race.files import atomic_write, read_archive, remove_unfinished
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -52,30 +52,13 @@ class KeepState(pl.Callback):
         self.position = (0, 0)  # epoch, batches done in it
         self.finished = False
         self._resumed: dict | None = None  # until the first step
-        self._weights: dict | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Start the clock, and take the signals over from Lightning, whose handlers may save within a step."""
-        if self._weights is not None:  # with '64-true', Lightning loads them before the module becomes double
-            module.load_state_dict(self._weights)
-            self._weights = None
+        """Start the clock; from now on a signal ends one process within a step, several between steps."""
         self._saved_at = time.monotonic()
-        if trainer.world_size == 1:  # several processes stop together, between steps
-            module.stop = lambda: self._end_within_step(trainer, module)
-        # Lightning asks the processes for a SIGTERM before each step, and waits for the device; `_wishes` asks instead
+        module.stop = (lambda: self._end_within_step(trainer, module)) if trainer.world_size == 1 else None
+        # Lightning asks for a SIGTERM before each step, and waits for the device; `_requests` asks instead
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
-            for number in SIGNALS:
-                signal.signal(number, self._on_signal)
-        if trainer.received_sigterm:
-            self.signal = signal.SIGTERM
-            trainer._signal_connector.received_sigterm = False  # or Lightning would end this process alone
-
-    def _on_signal(self, number: int, frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        os.write(2, f"{signal.Signals(number).name}: saving and ending\n".encode())  # print is not for handlers
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch, batch_idx: int) -> None:
         """Between two steps: all rows of the log are written, no gradient is half accumulated."""
@@ -127,8 +110,7 @@ class KeepState(pl.Callback):
         processes = _gathered(own, trainer.world_size)
         self._of_processes = {name: [each[name] for each in processes] for name in own}
         finite = torch.stack([parameter.isfinite().all() for parameter in module.parameters()]).all()
-        if not finite or not np.isfinite(self._of_processes["sums"]).all():
-            raise RaceError(not_finite(trainer))
+        check_finite(finite and np.isfinite(self._of_processes["sums"]).all(), trainer)
         trainer.save_checkpoint(self.stage.state_path)
         self._saved_at = time.monotonic()
 
@@ -151,7 +133,6 @@ class KeepState(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         """Restore position, counters, running sums and log; the random states follow right before the first step."""
         self._resumed = state = checkpoint["resume"]
-        self._weights = checkpoint["state_dict"]
         here = {key: module.lineage[key] for key in ("versions", "commit")}
         module.lineage = {key: value for key, value in checkpoint["race"].items() if key not in ("metrics", "epoch")}
         if here not in [{key: module.lineage[key] for key in here}, *module.lineage.get("went_on_with", [])]:
@@ -190,12 +171,13 @@ def _gathered(value: object, processes: int) -> list:
     return values
 
 
-def not_finite(trainer: pl.Trainer) -> str:
-    """The message for a loss or weights that became NaN or infinite."""
-    return (
-        f"the loss became NaN or infinite by step {trainer.global_step}; the last good state is kept. Train again in "
-        "another CHECKPOINT_DIR with a lower LEARNING_RATE, or resume with PRECISION = '32-true' if it was '16-mixed'"
-    )
+def check_finite(finite: bool, trainer: pl.Trainer) -> None:
+    """Raise RaceError if losses or weights are no longer finite."""
+    if not finite:
+        raise RaceError(
+            f"the loss became NaN or infinite by step {trainer.global_step}; the last good state is kept. Train again "
+            "in another CHECKPOINT_DIR with a lower LEARNING_RATE; a stage in '16-mixed' may resume in '32-true'"
+        )
 
 
 def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule, monitor: str) -> dict:
@@ -222,34 +204,26 @@ def check_identity(state: dict, identity: dict, stage) -> None:
 
 
 @contextlib.contextmanager
-def only_process(stage) -> Iterator[None]:
-    """Keep a second run away from the files of a stage, and remove what a killed one left half written."""
-    if rank_zero_only.rank != 0:
-        yield
-        return
-    path = stage.state_path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(path.with_suffix(".lock")))
-        except BlockingIOError as error:
-            raise RaceError(f"another process trains {stage.name} in {stage.checkpoint_dir}: wait for it") from error
-        remove_unfinished(path.parent, path.name)
-        remove_unfinished(Path(stage.checkpoint_dir), f"{stage.name}-")
-        yield
+def ended_by_signals(keeper: KeepState, trainer: pl.Trainer) -> Iterator[None]:
+    """Let signals save and end training; afterwards handlers are as before, and a signal has its usual effect."""
 
+    def remember(number: int, frame) -> None:
+        if keeper.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        keeper.signal = number
+        os.write(2, f"{signal.Signals(number).name}: saving and ending\n".encode())  # print is not for handlers
 
-@contextlib.contextmanager
-def signals_as_before(keeper: KeepState) -> Iterator[None]:
-    """Restore the signal handlers after training; a signal that ended it then has its usual effect."""
+    trainer._signal_connector.register_signal_handlers = lambda: (
+        None
+    )  # Lightning's may end a process without the others
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        with contextlib.suppress(StageStoppedError):
-            yield
+        _handle(dict.fromkeys(SIGNALS, remember))
+        yield
+    except StageStoppedError:
+        pass
     finally:
-        with contextlib.suppress(ValueError):
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        _handle(handlers)
     if keeper.finished and keeper.signal is None:
         return
     (epoch, batches), name = keeper.position, signal.Signals(keeper.signal).name if keeper.signal else "another process"
@@ -258,3 +232,9 @@ def signals_as_before(keeper: KeepState) -> Iterator[None]:
         raise KeyboardInterrupt("saved; run this cell again to resume")
     signal.signal(keeper.signal, signal.SIG_DFL)
     os.kill(os.getpid(), keeper.signal)
+
+
+def _handle(handlers: dict) -> None:
+    with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +23,7 @@ from race.data.cache import Cache, open_cache
 from race.data.seen import seen_articles
 from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
+from race.files import locked, remove_unfinished
 from race.model_files import load_config
 from race.settings import ROOT
 from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
@@ -32,10 +33,9 @@ from race.train.stages import Stage
 from race.train.state import (
     KeepState,
     check_identity,
-    only_process,
+    ended_by_signals,
     read_state,
     say,
-    signals_as_before,
     stage_identity,
 )
 from race_module import RaceModule
@@ -158,26 +158,23 @@ def train_stage(
     if early_stopping is not None:
         mode = "max" if monitor == "val_acc" else "min"
         watching.append(EarlyStopping(monitor, mode=mode, patience=early_stopping))
-    with _deterministic(deterministic):
-        of_loggers = {"logger": _loggers(stage, state, loggers), "log_every_n_steps": log_every}
-        watching += [_checkpoints(stage, module), ProgressBar(refresh_rate=10)]  # a refresh reads numbers from the GPU
-        trainer = _trainer(precision, accelerator, max_epochs=max_epochs, callbacks=watching, **of_loggers)
-        if state is None:
-            _begin(stage, module, data, precision, trainer.world_size)
-        else:
-            check_identity(state, keeper.identity, stage)
-            where = f"epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}"
-            if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):
-                say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train. {stage.trained_again}")
-                return trainer
-            say(f"{stage.name} resumes from {where}")
-        if compile:
-            compile_layers(module.model)
-        _fit(trainer, keeper, module, data, resume=state is not None)
+    of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "callbacks": watching}
+    trainer = _trainer(stage, module, state, precision, default_device(accelerator), loggers, of_run)
+    if state is None:
+        _begin(stage, module, data, trainer)
+    else:
+        check_identity(state, keeper.identity, stage)
+        if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):
+            say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train. {stage.trained_again}")
+            return trainer
+        say(f"{stage.name} resumes from epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}")
+    if compile:
+        compile_layers(module.model)
+    _fit(trainer, keeper, module, data, state is not None, deterministic)
     return trainer
 
 
-def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule, precision: str, world_size: int) -> None:
+def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule, trainer: pl.Trainer) -> None:
     """Check that a stage starts as its checkpoints will say, and note what these are to remember of its training."""
     if there := dataclasses.replace(stage, found=None).saved:
         names = ", ".join(checkpoint.name for checkpoint in there)
@@ -186,29 +183,9 @@ def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule, preci
     if module.lineage.get("weights_start") not in (None, weights_hash(module.model)):
         raise RaceError("the weights have been trained since the model was made: run the model's cell again first")
     recipe = {name.lower(): value for name, value in data.made_with.items() if name.lower() != "cache_dir"}
-    recipe |= {"precision": precision, "processes": world_size, "monitor": stage.monitor or MONITORS[0]}
+    recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": stage.monitor or MONITORS[0]}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
-
-
-def _checkpoints(stage: Stage, module: RaceModule) -> ModelCheckpoint:
-    """A checkpoint after each epoch, all of which are kept."""
-    return ModelCheckpoint(
-        stage.checkpoint_dir,
-        filename=f"{stage.name}-{module.model.config.model_type}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
-        monitor="val_loss_epoch",  # in the file name; Stage.best() chooses
-        save_top_k=-1,
-        save_weights_only=True,
-        enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
-    )
-
-
-def _loggers(stage: Stage, state: dict | None, further: dict[str, dict] | None) -> list:
-    """CSV and TensorBoard (of a resumed stage, those from before), then what the user adds."""
-    made, logs = further_loggers(further, stage.run_dir, stage.name), Path(stage.run_dir) / "logs"
-    csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
-    purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
-    return [csv, TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge), *made]
 
 
 class MixedPrecision(plugins.MixedPrecision):
@@ -222,14 +199,29 @@ class MixedPrecision(plugins.MixedPrecision):
         return torch.autocast(self.device, AUTOCAST[self.precision])
 
 
-def _trainer(precision: str, accelerator: str | None, **settings) -> pl.Trainer:
-    """Lightning's, on the device and the processes that there are."""
+def _trainer(
+    stage: Stage, module: RaceModule, state: dict | None, precision: str, device: torch.device, loggers, of_run: dict
+) -> pl.Trainer:
+    """A checkpoint after each epoch, CSV and TensorBoard logs (of a resumed stage, those from before), progress bar."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Lightning's hints do not fit: the loader needs few workers, and processes() says in its own words what runs where
     for hint in ("many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist", "srun"):
         warnings.filterwarnings("ignore", message=f".*{hint}.*")
-    device, (devices, nodes, environment) = default_device(accelerator), processes()
+    checkpoints = ModelCheckpoint(
+        stage.checkpoint_dir,
+        filename=f"{stage.name}-{module.model.config.model_type}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
+        monitor="val_loss_epoch",  # in the file name; Stage.best() chooses
+        save_top_k=-1,
+        save_weights_only=True,
+        enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
+    )
+    further, logs = further_loggers(loggers, stage.run_dir, stage.name), Path(stage.run_dir) / "logs"
+    csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
+    purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
+    board = TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)
+    of_run["callbacks"] += [checkpoints, ProgressBar(refresh_rate=10)]  # a refresh reads numbers from the GPU
     half = [MixedPrecision(precision, device.type)] if AUTOCAST.get(precision) else []
+    devices, nodes, environment = processes()
     return pl.Trainer(
         precision=None if half else precision,  # a plugin says its own
         accelerator=device.type,
@@ -237,41 +229,41 @@ def _trainer(precision: str, accelerator: str | None, **settings) -> pl.Trainer:
         num_nodes=nodes,
         strategy="auto" if devices * nodes == 1 else DDPStrategy(broadcast_buffers=False),
         plugins=[AtomicCheckpointIO(), *half, *environment],
-        num_sanity_val_steps=0,  # the cache is checked, and memory that is full is no error
+        logger=[csv, board, *further],
+        num_sanity_val_steps=0,  # a cache is checked when it is made, and a batch that does not fit is divided
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,  # the epoch in which a stage resumes has fewer batches than the others
         enable_model_summary=False,
-        **settings,
+        **of_run,
     )
 
 
-@contextlib.contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """Only algorithms that give the same bits again, if that is wanted; afterwards as the user has it."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def _fit(
-    trainer: pl.Trainer, keeper: KeepState, module: RaceModule, data: pl.LightningDataModule, resume: bool
+    trainer: pl.Trainer, keeper: KeepState, module: RaceModule, data: pl.LightningDataModule, resume: bool, exact: bool
 ) -> None:
+    """Train, alone in the files of the stage; exact: with deterministic algorithms only."""
+    path, first, before = keeper.stage.state_path, trainer.is_global_zero, torch.are_deterministic_algorithms_enabled()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.use_deterministic_algorithms(exact or before)
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
+    if trainer.precision == "64-true":
+        module.double()  # or Lightning would load the weights of a state before
     data.start_at(0, 0)
     data.longest_first = module.padded
     try:
-        with only_process(keeper.stage), signals_as_before(keeper):
-            path = keeper.stage.state_path if resume else None
-            trainer.fit(module, data, ckpt_path=path, weights_only=True)
+        lock = locked(path.with_suffix(".lock")) if first else contextlib.nullcontext()
+        with lock, ended_by_signals(keeper, trainer):
+            if first:  # clear away what a killed process has left
+                remove_unfinished(path.parent, path.name)
+                remove_unfinished(path.parent.parent, f"{keeper.stage.name}-")
+            trainer.fit(module, data, ckpt_path=path if resume else None, weights_only=True)
+    except BlockingIOError as error:
+        raise RaceError(f"another process trains {keeper.stage.name} here: wait for it ({error})") from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise RaceError(
-            f"the disk is full ({error}); make room and run this again to resume: nothing is lost"
-        ) from error
+        raise RaceError(f"the disk is full ({error}): make room and run this again to resume") from error
     finally:
+        torch.use_deterministic_algorithms(before)
         module.stop = None  # the signals of this run end nothing else
