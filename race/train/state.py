@@ -188,8 +188,8 @@ def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule, mon
     identity |= {name: getattr(module, name.lower()) for name in [*recipe, "ATTENTION_DROPOUT"]}
     if module.schedule != "constant" or 0 < module.warmup < 1:
         identity["steps of the schedule (MAX_EPOCHS)"] = module.total_steps
-    of_data = {name.upper(): value for name, value in data.made_with.items()}
-    return identity | {"MONITOR": monitor} | {name: of_data[name] for name in of_data if name != "CACHE_DIR"}
+    of_data = {name.upper(): value for name, value in data.made_with.items() if name != "cache_dir"}
+    return identity | {"MONITOR": monitor} | of_data
 
 
 def check_identity(state: dict, identity: dict, stage) -> None:

@@ -18,14 +18,14 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
 
-from race import LETTERS, MONITORS, RaceError, check_least
+from race import LETTERS, MONITORS, RaceError
 from race.data.cache import Cache, open_cache
 from race.data.seen import seen_articles
-from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
+from race.device import AUTOCAST, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
 from race.files import locked, remove_unfinished
 from race.model_files import load_config
-from race.settings import ROOT
+from race.parameters import ROOT, check
 from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
 from race.train.logs import further_loggers
@@ -147,9 +147,8 @@ def train_stage(
     SIGTERM, SIGUSR1 and an interrupt end training after the micro-batch, with the state saved: the signal then has its
     usual effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
     """
-    check_least(max_epochs=(max_epochs, 1), save_minutes=(save_minutes, 0), early_stopping=(early_stopping, 1))
+    check(max_epochs=max_epochs, early_stopping=early_stopping, save_minutes=save_minutes, precision=precision)
     precision, monitor = precision or default_precision(accelerator), stage.monitor or MONITORS[0]
-    check_precision(precision)
     module.total_steps = steps = max_epochs * data.batches_per_epoch()
     if module.warmup >= max(1, steps):
         raise RaceError(f"WARMUP is {module.warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
@@ -182,7 +181,7 @@ def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule, train
         raise RaceError(f"{lying}. {stage.trained_again}")
     if module.lineage.get("weights_start") not in (None, weights_hash(module.model)):
         raise RaceError("the weights have been trained since the model was made: run the model's cell again first")
-    recipe = {name.lower(): value for name, value in data.made_with.items() if name.lower() != "cache_dir"}
+    recipe = {name: value for name, value in data.made_with.items() if name != "cache_dir"}
     recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": stage.monitor or MONITORS[0]}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
