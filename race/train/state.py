@@ -86,17 +86,14 @@ class KeepState(pl.Callback):
         return tuple((wanted > 0).tolist())
 
     def _end_within_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """A signal between two micro-batches: save the state as it was before the step, which has changed nothing."""
-        if self.signal is not None:
+        """End between two micro-batches. Of a validation the state before the epoch's last step is on disk."""
+        if self.signal is None:
+            return
+        if module.step_start is not None:  # save the state as it was before the step, which has changed nothing
             set_random_state(module.step_start)
             module.step_start = None
             self.save(trainer, module)
-            raise StageStoppedError
-
-    def on_validation_batch_start(self, trainer: pl.Trainer, *_) -> None:
-        """A signal ends a validation of one process at once: the state before the epoch's last step is on disk."""
-        if self.signal is not None and trainer.world_size == 1:
-            raise StageStoppedError
+        raise StageStoppedError
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save that the stage is finished."""
@@ -184,10 +181,11 @@ def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule, mon
     """What must be unchanged to resume a stage, by the names of the notebooks' parameters."""
     base = {"the base": "base", "the base's sha256": "base_sha256", "the cache": "cache"}
     identity = {name: module.lineage.get(key) for name, key in base.items()}
-    recipe = ["LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "weight_decay", "adam_epsilon"]
-    identity |= {name: getattr(module, name.lower()) for name in [*recipe, "ATTENTION_DROPOUT"]}
-    if module.schedule != "constant" or 0 < module.warmup < 1:
-        identity["steps of the schedule (MAX_EPOCHS)"] = module.total_steps
+    recipe = ["LEARNING_RATE", "MAX_GRAD_NORM", "weight_decay", "adam_epsilon", "ATTENTION_DROPOUT"]
+    identity |= {name: getattr(module, name.lower()) for name in recipe}
+    identity |= {"SCHEDULE": module.schedule.name, "WARMUP": module.schedule.warmup}
+    if module.schedule.name != "constant" or 0 < module.schedule.warmup < 1:
+        identity["steps of the schedule (MAX_EPOCHS)"] = module.schedule.steps
     of_data = {name.upper(): value for name, value in data.made_with.items() if name != "cache_dir"}
     return identity | {"MONITOR": monitor} | of_data
 

@@ -24,7 +24,7 @@ from race.data.seen import seen_articles
 from race.device import AUTOCAST, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
 from race.files import locked, remove_unfinished
-from race.model_files import load_config
+from race.models import load_config
 from race.parameters import ROOT, check
 from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
@@ -149,9 +149,9 @@ def train_stage(
     """
     check(max_epochs=max_epochs, early_stopping=early_stopping, save_minutes=save_minutes, precision=precision)
     precision, monitor = precision or default_precision(accelerator), stage.monitor or MONITORS[0]
-    module.total_steps = steps = max_epochs * data.batches_per_epoch()
-    if module.warmup >= max(1, steps):
-        raise RaceError(f"WARMUP is {module.warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
+    module.schedule.steps = steps = max_epochs * data.batches_per_epoch()
+    if (warmup := module.schedule.warmup) >= max(1, steps):
+        raise RaceError(f"WARMUP is {warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
     state, keeper = read_state(stage.state_path), KeepState(stage, save_minutes, stage_identity(module, data, monitor))
     watching = [keeper, NewestOfEpoch(stage), LossWatch(), StageReport(), *callbacks]
     if early_stopping is not None:
