@@ -10,7 +10,6 @@ from kill import in_a_process
 
 from race import RaceError, chain
 from race.data.cache import FORMAT, write_manifest
-from race.score.predictions import RESULT_COLUMNS
 from race.train.stages import Stage
 from race.train.state import read_state
 
@@ -226,7 +225,8 @@ def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, t
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    assert process.exitcode == chain.STOPPED and not (state := read_state(path))["finished"]
+    state = read_state(path)
+    assert process.exitcode == chain.STOPPED and not state["finished"]
     assert not chain.finished(("ex01", parameters))  # although papermill notes its end, and no exception
     parameters["MAX_EPOCHS"] = state["epoch"] + 1
     process = in_a_process(run_all)
