@@ -22,7 +22,7 @@ from race.data.cache import Cache
 from race.files import atomic_write
 from race.parameters import ROOT, Settings, check, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
-from race.report.recipes import planning
+from race.report.sentences import planning
 from race.score.predictions import RESULT_COLUMNS, write_json
 from race.score.runs import Run, seeds_report
 

@@ -35,7 +35,7 @@ class Ran:
     def write_cache(self, name: str) -> None:
         manifest = {"format": FORMAT, "source": {"name": "ehovy/race"}, "model": {"name": "albert-base-v2"}}
         manifest |= {"splits": {split: {"questions": 9} for split in self.splits}}
-        manifest |= {"template": {"start": [2], "middle": [3], "end": [3]}}
+        manifest |= {"template": {"before": [2], "between": [3], "after": [3], "segments": [0, 0, 0, 1, 1]}}
         (self.root / "cache" / name).mkdir(parents=True, exist_ok=True)
         write_manifest(self.root / "cache" / name / "manifest.json", manifest)
 
