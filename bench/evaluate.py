@@ -88,11 +88,12 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def answers(options: argparse.Namespace, cache: str) -> dict:
     """How many answers bf16 changes, its largest effect on a probability, and how far an answer leads in fp32."""
+    from race.memory import fit_memory
     from race_module import RaceModule
 
     options.precision = "bf16-mixed"
     module, data = RaceModule.load_from_checkpoint(options.checkpoint, options.device).eval(), _data(cache, options)
-    module.fit_memory(module.device)
+    fit_memory(module, module.device)
     half, full = (np.array(_ours(module, data, side, options)) for side in (OURS, OURS_FP32))
     best = np.sort(full, 1)
     result = {
@@ -118,9 +119,11 @@ def _data(cache: str, options: argparse.Namespace):
 
 def setup(side: str, cache: str, options: argparse.Namespace) -> None:
     """Make a side's model, of the same weights on all sides."""
+    from race.memory import fit_memory
+
     model, device = side_model(side, options.shape, cache), torch.device(options.device)
     if side in (OURS, OURS_FP32):
-        model.fit_memory(device, half=side == OURS and options.precision != "32-true")
+        fit_memory(model, device, half=side == OURS and options.precision != "32-true")
     STATE.update(model=model.to(device).eval(), options=options, data=_data(cache, options))
 
 

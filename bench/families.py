@@ -84,14 +84,15 @@ def sides(family: str, items: list[dict], options: argparse.Namespace) -> dict:
     from transformers import AutoModelForMultipleChoice
 
     from race.data import collate
-    from race.families import takes_segments
+    from race.encoder import takes_segments
+    from race.memory import fit_memory
     from race_module import RaceModule
 
     vocabulary = max(30_522, *(int(ids.max()) + 1 for item in items for ids in item["input_ids"]))
     theirs = AutoModelForMultipleChoice.from_config(config_of(family, vocabulary)).train()
     module = RaceModule(config=config_of(family, vocabulary)).train()
     module.manual_backward, module.log = torch.Tensor.backward, lambda *_, **__: None
-    module.fit_memory(torch.device("cpu"))
+    fit_memory(module, torch.device("cpu"))
     one_segment = getattr(theirs.config, "type_vocab_size", 2) == 1
     items = [item | {"token_type_ids": [ids * (not one_segment) for ids in item["token_type_ids"]]} for item in items]
     # as in training: for a model that pads, the longest of a batch first

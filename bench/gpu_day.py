@@ -150,7 +150,7 @@ def _padded(family: str, items: list[dict], device: str, dtype: torch.dtype) -> 
     """Logits and gradients of Hugging Face's model, padded."""
     from transformers import AutoModelForMultipleChoice
 
-    from race.families import takes_segments
+    from race.encoder import takes_segments
 
     torch.manual_seed(0)
     model = AutoModelForMultipleChoice.from_config(small_config(family)).to(device).train()

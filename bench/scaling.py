@@ -129,6 +129,7 @@ def near_median(cache: str, questions: int) -> list[list[int]]:
 
 def setup(name: str, cache: str, shape: str, device: str, threads: int | None = None) -> None:
     """Make a model with random weights in this process."""
+    from race.memory import fit_memory
     from race_module import RaceModule
 
     if threads:
@@ -136,7 +137,7 @@ def setup(name: str, cache: str, shape: str, device: str, threads: int | None = 
     torch.manual_seed(0)
     module = RaceModule(config=albert_config(shape, Path(cache))).to(device).train()
     module.manual_backward, module.log = torch.Tensor.backward, lambda *_, **__: None
-    module.fit_memory(torch.device(device), half=device == "cuda")
+    fit_memory(module, torch.device(device), half=device == "cuda")
     STATE.update(module=module, device=device, budget=module.token_budget)
 
 

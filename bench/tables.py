@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from race.families import PACKED
+from race.encoder import PACKED
 
 PAGE = Path(__file__).with_name("README.md")
 RESULTS = PAGE.with_name("results")

@@ -136,11 +136,12 @@ def summary(options: argparse.Namespace, cache: str, seconds: dict, products: li
 def setup(side: str, cache: str, options: argparse.Namespace) -> None:
     """Make a side's model, optimizer and questions; all sides start from the same weights."""
     from race.encoder import compile_layers
+    from race.memory import fit_memory
 
     model = side_model(side, options.shape, cache)
     if side in (OURS, OURS_FP32):
         model.manual_backward, model.log = torch.Tensor.backward, lambda *_, **__: None
-        model.fit_memory(torch.device(options.device), half=side == OURS and options.precision != "32-true")
+        fit_memory(model, torch.device(options.device), half=side == OURS and options.precision != "32-true")
         if options.compile:
             compile_layers(model.model)
     model.to(options.device).train()

@@ -20,7 +20,7 @@ from race.data.cache import cache_identity, check_files, check_tokenizer, read_m
 from race.data.seen import seen_articles
 from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
-from race.model_files import load_config
+from race.models import load_config
 from race.parameters import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
@@ -155,9 +155,10 @@ def train_stage(
     precision = precision or default_precision(accelerator)
     check_precision(precision)
     further = further_loggers(loggers, stage.run_dir, stage.name)
-    module.total_steps = steps = max_epochs * data.batches_per_epoch()
-    if module.warmup >= max(1, steps):
-        raise RaceError(f"WARMUP is {module.warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
+    module.schedule.steps = steps = max_epochs * data.batches_per_epoch()
+    if module.schedule.warmup >= max(1, steps):
+        warmup = f"WARMUP is {module.schedule.warmup:g} steps"
+        raise RaceError(f"{warmup}, the stage has {steps}: give fewer, or a share such as 0.1")
     identity = stage_identity(module, data, monitor)
     state = _state_of(stage, int(fresh), identity)
     keeper = KeepState(stage, save_minutes, int(fresh) if state is None else state.get("fresh", 0))
@@ -275,7 +276,7 @@ def _fit(
             f"the disk is full ({error}): nothing that was finished is lost; make room and run this again to resume"
         ) from error
     finally:
-        module.__dict__.pop("between_parts", None)  # the signals of this run end nothing else
+        module.stop = None  # the signals of this run end nothing else
 
 
 def say(line: str) -> None:
