@@ -1,6 +1,5 @@
 """Predictions of checkpoints: made once, kept with what made them, and the results that follow from them."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +23,7 @@ from race.device import AUTOCAST, default_device, default_precision, device_name
 from race.files import atomic_write, file_hash, locked
 from race.score import statistics
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
-from race.settings import from_root
+from race.parameters import from_root
 from race.train.checkpoints import Checkpoint, short_names
 from race_module import RaceModule
 
@@ -32,8 +31,6 @@ FORMAT = 2  # of saved predictions
 RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 PASSAGE_COLUMNS = ["passages", "icc", "design_effect", "passage_low", "passage_high"]
 MACRO_COLUMNS = ["macro_accuracy", "macro_low", "macro_high"]
-SETTINGS_COLUMNS = ["checkpoint_sha256", "cache_sha256", "batch_size", "max_len", "limit_questions", "seed"]
-SETTINGS_COLUMNS += ["precision", "device"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,9 +62,9 @@ class Predictions:
         levels = table[table["level"] != "all"]
         whole = len(levels) == len(LEVELS) and levels["questions"].sum() == len(self.table)
         details = dict(zip(MACRO_COLUMNS, statistics.macro_accuracy(levels) if whole else [None] * 3, strict=True))
-        details |= {name: settings[name] for name in SETTINGS_COLUMNS} | {"seconds": made["seconds"]}
-        details |= {name: made["versions"][name] for name in ("torch", "transformers")} | {"made": made["made"]}
-        return table.assign(**details, folder=made.get("folder"))
+        details |= {name: value for name, value in settings.items() if name not in ("format", "split", "level")}
+        details |= {"seconds": made["seconds"]} | {name: made["versions"][name] for name in ("torch", "transformers")}
+        return table.assign(**details, made=made["made"], folder=made.get("folder"))
 
 
 def score(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir: str | Path, **how) -> Predictions:
@@ -75,7 +72,9 @@ def score(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir: str
     return next(iter(score_each([checkpoint], data, split, run_dir, **how).values()))
 
 
-def score_each(checkpoints: list[Checkpoint], data: RaceDataModule, split: str, run_dir, **how) -> dict[str, Predictions]:
+def score_each(
+    checkpoints: list[Checkpoint], data: RaceDataModule, split: str, run_dir, **how
+) -> dict[str, Predictions]:
     """`score` for several checkpoints, by short name; raises RaceError if one is named twice."""
     hashes = [checkpoint.sha256 for checkpoint in checkpoints]
     if twice := [str(it) for it, sha256 in zip(checkpoints, hashes, strict=True) if hashes.count(sha256) > 1]:
@@ -181,12 +180,7 @@ def update_results(run_dir: str | Path) -> None:
     """
     path, folder = Path(run_dir) / "results.csv", Path(run_dir) / "predictions"
     which = ["checkpoint", "split", "level", "folder"]
-    with contextlib.ExitStack() as stack:
-        while True:
-            with contextlib.suppress(BlockingIOError):  # another process makes them just now
-                stack.enter_context(locked(folder / ".lock"))
-                break
-            time.sleep(0.05)
+    with locked(folder / ".lock", wait=True):
         last_first = sorted(folder.glob("*.parquet"), key=lambda file: -file.stat().st_mtime_ns)
         saved = [found for file in last_first if (found := read_predictions(file))]
         rows = [row for found in saved for row in found.results.to_dict("records")]
