@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError, check_least
@@ -201,7 +202,10 @@ def build_cache(
     splits, left_out = read_source(source, skip_bad, answers)
     with temporary_folder(out) as temporary:
         folder = temporary / out.name
-        manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
+        try:
+            manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
+        except SafetensorError as error:  # a full disk
+            raise RaceError(f"{out}: the weights of {model} cannot be read or written ({error})") from error
         manifest["seconds"] = round(time.perf_counter() - started, 2)
         write_manifest(folder / "manifest.json", manifest)
         return _install(folder, out, manifest, force)

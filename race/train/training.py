@@ -21,7 +21,7 @@ from race.data.seen import seen_articles
 from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
 from race.model_files import load_config
-from race.settings import ROOT
+from race.parameters import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
 from race.train.logs import further_loggers
