@@ -310,7 +310,7 @@ def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out:
     return table
 
 
-def write_json(path: Path, content: object) -> None:
+def write_json(path: str | Path, content: object) -> None:
     """Write JSON atomically: tables as lists of records, numbers that JSON does not know as null."""
     text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
