@@ -9,15 +9,8 @@ import pandas as pd
 from scipy.stats import chi2, norm, t
 
 from race import LETTERS, RaceError
-from race.score.statistics import (
-    PROBABILITIES,
-    SEEN_COLUMNS,
-    holm,
-    is_correct,
-    mcnemar,
-    mostly_trained_on,
-    passages_within_levels,
-)
+from race.score import statistics
+from race.score.statistics import PROBABILITIES, SEEN_COLUMNS, is_correct, mostly_trained_on
 
 QUESTION = ["level", "example_id", "question_index", "answer"]  # identifies a question, and its correct answer
 OUTCOMES = ["both", "gained", "lost", "neither"]
@@ -51,7 +44,7 @@ def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) 
     low, high = np.quantile((drawn[:, 1] - drawn[:, 2]) / questions, (0.025, 0.975))
     gained, lost = counts["gained"], counts["lost"]
     found = {"difference": (gained - lost) / questions, "ci_low": float(low), "ci_high": float(high)}
-    found |= {"p": mcnemar(gained, lost)}
+    found |= {"p": statistics.mcnemar(gained, lost)}
     if mostly_trained_on(first) or mostly_trained_on(second):
         found |= dict.fromkeys(["ci_low", "ci_high", "p"], np.nan)
     return {"questions": questions} | counts | found
@@ -64,7 +57,7 @@ def compare_pairs(predictions: dict[str, pd.DataFrame], seed: int = 0) -> pd.Dat
         for first, second in itertools.combinations(predictions, 2)
     ]
     table = pd.DataFrame(rows, columns=PAIR_COLUMNS)
-    return table.assign(p_holm=holm(table["p"]), pairs=len(rows))
+    return table.assign(p_holm=statistics.holm(table["p"]), pairs=len(rows))
 
 
 def shown_pairs(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, most: int = 10) -> pd.DataFrame:
@@ -160,7 +153,7 @@ def _spread(correct: np.ndarray) -> float:
 
 def _variance_of_questions(each: np.ndarray, passages: np.ndarray, levels: np.ndarray) -> tuple[float, int]:
     """Variance of the mean of [questions] values with passages as clusters within levels, and its freedom."""
-    passage, level = passages_within_levels(levels, passages)
+    passage, level = statistics.passages_within_levels(levels, passages)
     clusters, of_question = np.bincount(level), level[passage]
     mean = np.bincount(of_question, each) / np.bincount(of_question)
     sums = np.bincount(passage, each - mean[of_question])
@@ -189,7 +182,7 @@ def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame, same_b
         for name, runs in others
     ]
     table = pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
-    return table.assign(p_holm=holm(table["p"]))
+    return table.assign(p_holm=statistics.holm(table["p"]))
 
 
 def power(difference: float, seeds: int, questions: int, contrasts: int = 1) -> dict:

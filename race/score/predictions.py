@@ -21,9 +21,9 @@ from race.data.cache import build_cache
 from race.data.seen import seen
 from race.device import AUTOCAST, default_device, default_precision, device_name, versions
 from race.files import atomic_write, file_hash, locked
+from race.parameters import from_root
 from race.score import statistics
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
-from race.parameters import from_root
 from race.train.checkpoints import Checkpoint, short_names
 from race_module import RaceModule
 
@@ -80,7 +80,7 @@ def score_each(
     if twice := [str(it) for it, sha256 in zip(checkpoints, hashes, strict=True) if hashes.count(sha256) > 1]:
         raise RaceError(f"the same checkpoint is named more than once: {', '.join(twice)}")
     scored = [kept_predictions(checkpoint, data, split, run_dir, **how) for checkpoint in checkpoints]
-    update_results(run_dir)
+    save_results(run_dir, scored)
     return dict(zip(short_names(checkpoints), scored, strict=True))
 
 
@@ -92,7 +92,7 @@ def validation_predictions(
         reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has none"
         print(f"no temperature is fitted: {reason}")
         return None
-    return score(checkpoint, data, "validation", run_dir, **how)
+    return kept_predictions(checkpoint, data, "validation", run_dir, **how)
 
 
 def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
@@ -104,7 +104,6 @@ def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, r
         differ = [name for name, value in settings.items() if found.made["settings"].get(name) != value]
         if not differ:
             print(f"{path.name}: saved predictions are used, made {found.made['made']}")
-            path.touch()  # results.csv takes the one used last of a file's old and new content
             return found
         print(f"{path.name}: scored again, because the saved predictions differ in {', '.join(differ)}")
     started = time.perf_counter()
@@ -173,24 +172,26 @@ def read_predictions(path: Path) -> Predictions | None:
     return None
 
 
-def update_results(run_dir: str | Path) -> None:
-    """Make results.csv again from a run's saved predictions; rows of which none are left stay as they are.
+def save_results(run_dir: str | Path, scored: list[Predictions]) -> None:
+    """Put results into results.csv, where they replace those of the same checkpoints and split; other rows stay.
 
-    Of several predictions for one checkpoint file, split and level those count that were made or used last.
+    The same: of one hash, or of one name in one folder, where a file has been written again. Of one level alone only
+    that level's rows are replaced.
     """
-    path, folder = Path(run_dir) / "results.csv", Path(run_dir) / "predictions"
-    which = ["checkpoint", "split", "level", "folder"]
-    with locked(folder / ".lock", wait=True):
-        last_first = sorted(folder.glob("*.parquet"), key=lambda file: -file.stat().st_mtime_ns)
-        saved = [found for file in last_first if (found := read_predictions(file))]
-        rows = [row for found in saved for row in found.results.to_dict("records")]
-        table = pd.DataFrame(rows, columns=saved[0].results.columns, dtype=object).drop_duplicates(which)
+    path, hashes = Path(run_dir) / "results.csv", ["checkpoint_sha256", "split"]
+    places = ["checkpoint", "folder", "split"]
+    rows = [row for found in scored for row in found.results.to_dict("records")]
+    table = pd.DataFrame(rows, columns=scored[0].results.columns, dtype=object)
+
+    def keys(rows: pd.DataFrame, columns: list[str]) -> pd.MultiIndex:
+        return pd.MultiIndex.from_frame(rows.reindex(columns=columns, fill_value=""))
+
+    with locked(path.with_name(".results.lock"), wait=True):
         if path.exists():
             old = pd.read_csv(path, dtype=str, keep_default_na=False)  # as text, so that nothing is rounded
-            made_again = {*table[which].itertuples(index=False, name=None)}
-            made_again |= {(*row[:3], "") for row in made_again}  # earlier versions kept no folder
-            places = old.reindex(columns=which, fill_value="").itertuples(index=False, name=None)
-            table = pd.concat([table, old[[place not in made_again for place in places]]])
+            same = keys(old, hashes).isin(keys(table, hashes)) | keys(old, places).isin(keys(table, places))
+            same &= ("all" in set(table["level"])) | old["level"].isin(table["level"])
+            table = pd.concat([table, old[~same]])
         table = table.sort_values(["stage", "checkpoint", "split"], kind="stable")
         atomic_write(path, lambda file: table.to_csv(file, index=False))
 

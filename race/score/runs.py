@@ -13,7 +13,7 @@ from race.data import RaceDataModule
 from race.data.cache import Cache
 from race.recipes import run_name
 from race.score.comparison import CHOICES, against_baseline
-from race.score.predictions import kept_predictions, update_results, write_json
+from race.score.predictions import Predictions, kept_predictions, save_results, write_json
 from race.score.statistics import is_correct, mostly_trained_on
 from race.train.checkpoints import Checkpoint
 from race.train.logs import read_log
@@ -197,20 +197,20 @@ def correct_answers(
     for checkpoint in (it for runs in found.values() for run in runs for it in run.checkpoints.values()):
         if checkpoint.sha256 not in scored:
             scored[checkpoint.sha256] = _on_new_questions(checkpoint, data, split, run_dir, **how)
-    update_results(run_dir)
+    save_results(run_dir, list(scored.values()))
     correct = {
         choice: {
-            recipe: np.stack([is_correct(scored[run.checkpoints[choice].sha256]) for run in runs])
+            recipe: np.stack([is_correct(scored[run.checkpoints[choice].sha256].table) for run in runs])
             for recipe, runs in found.items()
         }
         for choice in CHOICES
     }
-    return correct, next(iter(scored.values()))
+    return correct, next(iter(scored.values())).table
 
 
-def _on_new_questions(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> pd.DataFrame:
-    predictions = kept_predictions(checkpoint, data, split, run_dir, **how).table
-    if mostly_trained_on(predictions):
+def _on_new_questions(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
+    predictions = kept_predictions(checkpoint, data, split, run_dir, **how)
+    if mostly_trained_on(predictions.table):
         raise RaceError(f"most of these questions trained {checkpoint}: choose another SPLIT")
     return predictions
 
@@ -258,9 +258,8 @@ def seeds_report(runs: list[Run], data: RaceDataModule, split: str, out_dir: str
     answers: dict[str, list[np.ndarray]] = {}
     for run in runs:
         for stage in run.stages:
-            facts = _on_new_questions(stage.best(), data, split, run.run_dir, **how)
+            facts = _on_new_questions(stage.best(), data, split, run.run_dir, **how).table
             answers.setdefault(stage.name, []).append(is_correct(facts))
-        update_results(run.run_dir)
     correct = {stage: np.stack(each) for stage, each in answers.items()}
     compared, means = against_baseline(correct, facts, set(correct)), accuracies({CHOICES[0]: correct})
     lines = [f"{len(facts):,} {split} questions, seeds {listed([str(run.seed) for run in runs])}:"]
