@@ -1,6 +1,7 @@
 """The token cache: passages encoded once, written as Arrow files beside their text, and described by a manifest."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -15,12 +16,13 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError, check_least
+from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
 from race.data.reference import LINE, check_reference
 from race.data.sources import Passage, read_source, record_problems
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
+from race.parameters import check
 
 FORMAT = 2
 NO_HASH = "0" * 64
@@ -196,7 +198,7 @@ def build_cache(
     `out`/left-out.txt. Without `answers`, questions may lack theirs: a cache to predict on only. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
-    check_least(**{"--max-qa-len": (max_qa_len, 1)})
+    check(max_qa_len=max_qa_len)
     if out.exists() and not (out / "manifest.json").is_file():
         raise RaceError(f"{out} exists and is not a cache; choose another --out")
     splits, left_out = read_source(source, skip_bad, answers)
@@ -306,14 +308,12 @@ def source_fingerprint(splits: dict[str, list[Passage]]) -> str:
 
 def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     """Move the finished cache to `out`, unless a cache is there, perhaps from another process that was faster."""
-    for attempt in itertools.count(1):
-        if out.exists() and not force:
-            break
+    if force or not out.exists():
         try:
             move_into_place(folder, out)
             return manifest
-        except OSError:  # another process has put its cache there in the meantime
-            if attempt == 10:
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     there = _read_manifest(out)
     if there["files"] == manifest["files"]:
