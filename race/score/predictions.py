@@ -21,6 +21,7 @@ from race.data.cache import build_cache
 from race.data.seen import seen
 from race.device import AUTOCAST, default_device, default_precision, device_name, versions
 from race.files import atomic_write, file_hash, locked
+from race.memory import fit_memory, in_parts
 from race.parameters import from_root
 from race.score import statistics
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
@@ -256,7 +257,7 @@ def question_facts(dataset) -> pd.DataFrame:
 def _loaded(checkpoint: Checkpoint, data: RaceDataModule, accelerator: str | None) -> RaceModule:
     device = default_device(accelerator)
     module = checkpoint.load(data.cache).to(device).eval()
-    module.fit_memory(device)
+    fit_memory(module, device)
     return module
 
 
@@ -264,15 +265,9 @@ def _loaded(checkpoint: Checkpoint, data: RaceDataModule, accelerator: str | Non
 def _probabilities(module: RaceModule, batch, precision: str) -> np.ndarray:
     """[B, 4] probabilities of the options of a batch, computed on the module's device, in micro-batches that fit."""
     half = AUTOCAST[precision]
-    while True:
-        parts, done = list(batch.to(module.device).micro_batches(module.token_budget, module.padded)), []
-        try:
-            with torch.autocast(module.device.type, half, enabled=half is not None):
-                for part in parts:
-                    done.append(module(part).double().softmax(1))
-            return torch.cat(done).cpu().numpy()
-        except torch.OutOfMemoryError as error:
-            module.halve_budget(parts[len(done)], error)
+    with torch.autocast(module.device.type, half, enabled=half is not None):
+        parts = in_parts(module, batch.to(module.device), lambda part, is_last: module(part).double().softmax(1))
+    return torch.cat(parts).cpu().numpy()
 
 
 def answer_question(
