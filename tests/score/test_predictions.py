@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import multiprocessing
+import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,10 @@ from race_module import RaceModule
 @pytest.fixture(scope="module")
 def checkpoint(cache, tmp_path_factory) -> Checkpoint:
     """A saved checkpoint of the demo's untrained model."""
-    path = tmp_path_factory.mktemp("checkpoint") / "mine.ckpt"
+    path, module = tmp_path_factory.mktemp("checkpoint") / "mine.ckpt", RaceModule(model=cache / "model")
     trainer = pl.Trainer(max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.strategy.connect(RaceModule(model=cache / "model"))
+    module.trainer = trainer
+    trainer.strategy.connect(module)
     trainer.save_checkpoint(path, weights_only=True)
     return Checkpoint(path)
 
@@ -120,20 +122,17 @@ def test_results_replace_the_same_and_keep_the_others(tmp_path):
     assert of_4.to_dict() == {"middle": 1, "all": 0, "high": 0}
 
 
-def test_results_of_runs_at_the_same_time_are_all_there(tmp_path):
-    code = "import sys; sys.path += sys.argv[1:3]; from test_predictions import *; "
-    code += (
-        "[save_results(Path(sys.argv[3]), [kept(sys.argv[4] + str(i), 'AB', sys.argv[4] + str(i))]) for i in range(9)]"
-    )
-    arguments = [str(ROOT), str(Path(__file__).parents[1]), str(tmp_path)]
-    environment = f"{Path(__file__).parent}:{ROOT}"
+def save_nine(folder: Path, name: str) -> None:
+    for number in range(9):
+        save_results(folder, [kept(f"{name}{number}", "AB", f"{name}{number}")])
 
-    def run(name: str):
-        command = [sys.executable, "-c", code, *arguments, name]
-        return subprocess.run(command, check=True, env={"PYTHONPATH": environment, "PATH": ""})
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(run, ["a", "b"]))
+def test_results_of_processes_at_the_same_time_are_all_there(tmp_path):
+    processes = [multiprocessing.get_context("fork").Process(target=save_nine, args=(tmp_path, name)) for name in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
     assert sum(row[2] == "all" for row in rows(tmp_path)) == 18
 
 
@@ -258,8 +257,6 @@ def test_a_limit_beyond_the_split_is_no_limit(cache, data):
 
 def test_predictions_of_version_1_5_are_taken(calls, tmp_path):
     """And the rows of results.csv that follow from them are the same."""
-    import shutil
-
     shutil.copytree(ROOT / "tests" / "before_1_5" / "albert", tmp_path / "before")
     run_dir, data = tmp_path / "before" / "runs", RaceDataModule(tmp_path / "before" / "cache", 8, max_len=160)
     before = pd.read_csv(run_dir / "results.csv", dtype=str)
