@@ -11,9 +11,8 @@ from race.report.figures import (
     BLUE,
     GREEN,
     GREY,
-    INK,
+    LOOKS,
     ORANGE,
-    PURPLE,
     STYLE,
     WIDTH,
     finish,
@@ -24,16 +23,10 @@ from race.report.figures import (
     whiskers,
     wrapped,
 )
-from race.written import percent, rate
+from race.report.formats import percent, rate
 
-LOOKS = [
-    (BLUE, "o", "-"),
-    (ORANGE, "s", "--"),
-    (GREEN, "^", "-."),
-    (PURPLE, "v", ":"),
-    (INK, "D", "-"),
-    (GREY, "x", "--"),
-]
+CHANCE_LINES = "chance (ln 4; 25 %)"
+RULES = {"val_loss_epoch": "lowest validation loss", "val_acc": "highest validation accuracy"}
 
 
 @plt.style.context(STYLE)
@@ -49,47 +42,35 @@ def training_curves(
     heights = (2.2, 2.2, 0.8, 0.8) if "gradient_norm" in log else (2.2, 2.2, 0.8)
     shape = {"figsize": (WIDTH, 1.4 + sum(heights)), "sharex": True, "height_ratios": heights}
     figure, (loss, accuracy, *strips) = plt.subplots(len(heights), 1, **shape)
-    schedule = strips[-1]
     train, validation = log.dropna(subset="train_loss_step"), log.dropna(subset="val_loss_epoch")
     epochs, rates = log.dropna(subset="train_acc"), log.dropna(subset="learning_rate")
     loss.plot(train["step"], train["train_loss_step"], color=GREY, linewidth=0.6)
     loss.plot(train["step"], train["train_loss_step"].ewm(span=max(2, len(train) // 20)).mean(), color=BLUE)
     accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE)
-    schedule.plot(rates["step"], rates["learning_rate"], color=GREEN)
-    found, rule = [f"{stage}: not validated yet", "accuracy"], "lowest validation loss"
-    for axes, name, chance in ((loss, "val_loss_epoch", -np.log(CHANCE)), (accuracy, "val_acc", CHANCE)):
-        axes.axhline(chance, color=GREY, linestyle=":")
+    _chance(loss, accuracy)
+    for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
         axes.plot(validation["step"], validation[name], "o-", color=ORANGE)
-    if len(validation):
-        lowest, highest = (_chosen(validation, it) for it in MONITORS)
-        whens = [f"at epoch {row['epoch']:.0f}" for row in (lowest, highest)]
-        chosen, when = (highest, whens[1]) if monitor == "val_acc" else (lowest, whens[0])
-        found[0] = f"{stage}: lowest validation loss {lowest['val_loss_epoch']:.3f}, {whens[0]} (counted from 0)"
-        found[1] = f"validation accuracy {when}: {percent(chosen['val_acc'])}"
-        if monitor == "val_acc":
-            rule = "highest validation accuracy"
-            found[1] = f"{rule}, {when}: {percent(highest['val_acc'])}"
-        elif highest["val_acc"] > lowest["val_acc"]:
-            found[1] += f"; highest, {whens[1]}: {percent(highest['val_acc'])}"
-        _ring(loss, chosen["step"], chosen["val_loss_epoch"], ORANGE)
-        _ring(accuracy, chosen["step"], chosen["val_acc"], ORANGE)
-    loss.set(title=wrapped(found[0], WIDTH - 1.2, 10), ylabel="cross-entropy (nats)")
-    accuracy.set(title=found[1], ylabel="accuracy", ylim=(-0.03, 1.03))
+        if len(validation):
+            chosen = _chosen(validation, monitor)
+            _ring(axes, chosen["step"], chosen[name], ORANGE)
+    titles = _found(validation, monitor) if len(validation) else ["not validated yet", "accuracy"]
+    loss.set(title=wrapped(f"{stage}: {titles[0]}", WIDTH - 1.2, 10), ylabel="cross-entropy (nats)")
+    accuracy.set(title=titles[1], ylabel="accuracy", ylim=(-0.03, 1.03))
     percent_axis(accuracy.yaxis)
     top, end = rates["learning_rate"].max(), max(log["step"].max(), 1)
     upto = "" if (rates["learning_rate"] == top).all() else "up to "
-    schedule.set(title=f"learning rate {upto}{rate(top)}", yticks=(0, top), ylim=(0, 1.3 * top))
-    schedule.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
-    schedule.set(xlabel="optimizer step", xlim=(-0.03 * end, 1.03 * end), ylabel="rate")
-    schedule.xaxis.set_major_locator(MaxNLocator(integer=True))
-    schedule.xaxis.set_major_formatter("{x:,.0f}")
+    _rates(strips[-1], rates["step"], rates["learning_rate"], color=GREEN)
+    strips[-1].set(title=f"learning rate {upto}{rate(top)}", yticks=(0, top), ylim=(0, 1.3 * top), ylabel="rate")
+    strips[-1].set(xlabel="optimizer step", xlim=(-0.03 * end, 1.03 * end))
+    strips[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    strips[-1].xaxis.set_major_formatter("{x:,.0f}")
     if len(strips) > 1:
         _gradient_norm(strips[0], log.dropna(subset="gradient_norm"), max_grad_norm)
     figure.align_ylabels()
     keys = key("training, each logged step", line="-"), key("training, smoothed", BLUE, line="-")
     keys += key("training (mean over the epoch)", BLUE, "s", "--"), key("validation", ORANGE, "o", "-")
-    keys += key(rule, ORANGE, "o", fill=False, size=10), key("chance (ln 4; 25 %)", line=":")
-    return finish(figure, *keys, columns=3)
+    ring = key(RULES[monitor], ORANGE, "o", fill=False, size=10)
+    return finish(figure, *keys, ring, key(CHANCE_LINES, line=":"), columns=3)
 
 
 def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
@@ -101,6 +82,27 @@ def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
         share = (log["gradient_norm"] > most).mean()
         title += f" before clipping to {most:g} (line): above it in {100 * share:.0f} % of the logged steps"
     axes.set(title=title, ylabel="norm", yscale="log")
+
+
+def _found(validation: pd.DataFrame, monitor: str) -> list[str]:
+    """The lowest validation loss, and the validation accuracy of the chosen epoch and of the best one."""
+    lowest, highest = (_chosen(validation, it) for it in MONITORS)
+    loss = f"{RULES['val_loss_epoch']} {lowest['val_loss_epoch']:.3f}, at epoch {lowest['epoch']:.0f} (counted from 0)"
+    best = f"at epoch {highest['epoch']:.0f}: {percent(highest['val_acc'])}"
+    if monitor == "val_acc":
+        return [loss, f"{RULES['val_acc']}, {best}"]
+    own = f"validation accuracy at epoch {lowest['epoch']:.0f}: {percent(lowest['val_acc'])}"
+    return [loss, f"{own}; highest, {best}" if highest["val_acc"] > lowest["val_acc"] else own]
+
+
+def _chance(loss, accuracy) -> None:
+    for axes, chance in ((loss, -np.log(CHANCE)), (accuracy, CHANCE)):
+        axes.axhline(chance, color=GREY, linestyle=":")
+
+
+def _rates(axes, places: pd.Series, rates: pd.Series, **style) -> None:
+    axes.plot(places, rates, **style)
+    axes.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
 
 
 def _chosen(validated: pd.DataFrame, monitor: str, loss: str = "val_loss_epoch") -> pd.Series:
@@ -167,16 +169,14 @@ def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
         own = rates[rates["recipe"] == recipe]
         own = own[own["seed"].isna() | (own["seed"] == own["seed"].min())]
         for _, stage in own.groupby("stage"):
-            schedule.plot(stage["questions"], stage["learning_rate"], color=color, linestyle=line)
+            _rates(schedule, stage["questions"], stage["learning_rate"], color=color, linestyle=line)
         keys.append(key(recipe, color, marker, line))
-    for axes, chance in ((loss, -np.log(CHANCE)), (accuracy, CHANCE)):
-        axes.axhline(chance, color=GREY, linestyle=":", linewidth=1)
+    _chance(loss, accuracy)
     band = f"mean of {seeds} seeds, band from the lowest to the highest" if seeds > 1 else "one seed"
     loss.set(title=f"Validation after each epoch: {band}", ylabel="cross-entropy (nats)\n(axis cut)")
     accuracy.set(ylabel="accuracy (axis cut)")
     percent_axis(accuracy.yaxis)
     schedule.set(ylabel="learning rate", xlabel="questions trained on", ylim=(0, 1.15 * rates["learning_rate"].max()))
-    schedule.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
     schedule.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.align_ylabels()
-    return finish(figure, *keys, key("chance (ln 4; 25 %)", line=":"), columns=4)
+    return finish(figure, *keys, key(CHANCE_LINES, line=":"), columns=4)
