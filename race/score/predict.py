@@ -13,9 +13,9 @@ from race import LETTERS, MAX_LEN, RaceError
 from race.data import RaceDataModule, collate
 from race.data.seen import seen
 from race.device import AUTOCAST, check_precision, default_device, default_precision, device_name, versions
+from race.parameters import from_root
 from race.score import results
 from race.score.statistics import PROBABILITIES, kind_of_question
-from race.settings import from_root
 from race.train.checkpoints import Checkpoint, short_names
 from race_module import RaceModule
 

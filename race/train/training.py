@@ -21,7 +21,7 @@ from race.data.seen import seen_articles
 from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
 from race.model_files import load_config
-from race.settings import ROOT
+from race.parameters import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
 from race.train.logs import further_loggers
@@ -48,12 +48,11 @@ def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
 
     Parts of more than `width` characters are shown without their middle.
     """
-    from transformers import AutoTokenizer
 
     def shortened(text: str) -> str:
         return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(dataset.cache_dir) / "model", trust_remote_code=False)
+    tokenizer = dataset.cache.tokenizer
     item, rows = dataset[index], []
     for option, (ids, parts) in enumerate(zip(item["input_ids"], dataset.parts(index), strict=True)):
         texts = [shortened(tokenizer.decode(part)) for part in parts]

@@ -227,7 +227,7 @@ def test_real_questions_are_encoded_as_in_the_cache(real_cache):
 
 def assert_typed_as_cached(dataset, index: int) -> None:
     text, item = dataset.text(index), dataset[index]
-    typed = encode_question(dataset.cache_dir, text["article"], text["question"], text["options"], dataset.max_len)
+    typed = encode_question(dataset.cache.name, text["article"], text["question"], text["options"], dataset.max_len)
     for name in ("input_ids", "token_type_ids"):
         assert all(np.array_equal(a, b) for a, b in zip(typed[name], item[name], strict=True))
 

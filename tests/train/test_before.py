@@ -1,7 +1,11 @@
-"""Files of version 0, made by the code of commit 1cf8842, still work: a cache, a checkpoint, and a state in mid-epoch.
+"""Files of earlier versions still work: a cache, a checkpoint, a state in mid-epoch, and predictions.
 
-tests/before: a tiny ALBERT with dropout on the demo's stories, e1 stopped in its second epoch. expected.json: the log
-and the checkpoints of the same stage uninterrupted, and the first checkpoint's probabilities, by that same code.
+tests/before: made by the code of commit 1cf8842 (version 0), a tiny ALBERT. tests/before_1_5: by that of fd20cb7
+(version 1.5.0), a tiny ALBERT (the demo's tokenizer), BERT (cosine schedule, warm-up, clipping) and DeBERTa-v2, their
+tokenizers as of tests/tiny_models.py. All have dropout, and `write_corpus(train=12, dev=4, test=4)` as source. e1 was
+trained on one thread with the settings below, and interrupted before step 9, in its second epoch. expected.json: the
+log and the checkpoints of the same stage uninterrupted, and the first checkpoint's probabilities on test, by that same
+code.
 """
 
 import io
@@ -16,26 +20,30 @@ from helpers import ROOT
 
 from race.data import RaceDataModule
 from race.data.cache import verify_cache
-from race.score.predict import predict
+from race.score.predict import score
 from race.score.statistics import PROBABILITIES
 from race.train.logs import read_log
 from race.train.stages import Stage
 from race.train.training import start_stage, train_stage
 
+SETS = ["before", "before_1_5/albert", "before_1_5/bert", "before_1_5/deberta-v2"]
+RECIPES = {"before_1_5/bert": {"schedule": "cosine", "warmup": 0.25, "max_grad_norm": 0.5}}
 
-@pytest.fixture
-def before(tmp_path):
-    """A copy of the old files, and what the old code made of them."""
-    shutil.copytree(ROOT / "tests" / "before", tmp_path / "before")
-    return tmp_path / "before", json.loads((tmp_path / "before" / "expected.json").read_text())
+
+@pytest.fixture(params=SETS)
+def before(request, tmp_path):
+    """A copy of the old files, what the old code made of them, and settings of RaceModule."""
+    shutil.copytree(ROOT / "tests" / request.param, tmp_path / "before")
+    expected = json.loads((tmp_path / "before" / "expected.json").read_text())
+    return tmp_path / "before", expected, {"learning_rate": 1e-3} | RECIPES.get(request.param, {})
 
 
 def test_an_old_state_resumes_in_an_old_cache(before, capsys):
-    folder, expected = before
+    folder, expected, recipe = before
     assert verify_cache(folder / "cache") == []
     pl.seed_everything(0, verbose=False)
     stage = Stage("e1", folder / "checkpoints", folder / "runs")
-    module = start_stage(stage, folder / "cache", learning_rate=1e-3)
+    module = start_stage(stage, folder / "cache", **recipe)
     data = RaceDataModule(folder / "cache", batch_size=8, max_len=160)
     train_stage(stage, module, data, 2, log_every=2)
     assert "e1 resumes from epoch 1, batch 3 of 6" in capsys.readouterr().out
@@ -46,8 +54,14 @@ def test_an_old_state_resumes_in_an_old_cache(before, capsys):
 
 
 def test_an_old_checkpoint_is_scored_as_before(before):
-    folder, expected = before
+    """Saved predictions of the old code are read again, or made again to the same numbers; its results are kept."""
+    folder, expected, recipe = before
     checkpoint = Stage("e1", folder / "checkpoints").best()
-    assert (checkpoint.stage, checkpoint.epoch, checkpoint.learning_rate) == ("e1", 0, 1e-3)
-    predictions = predict(checkpoint, folder / "cache", max_len=160, device="cpu")
-    np.testing.assert_allclose(predictions[PROBABILITIES], expected["probabilities"], atol=2e-6)
+    assert (checkpoint.stage, checkpoint.epoch, checkpoint.learning_rate) == ("e1", 0, recipe["learning_rate"])
+    old = [pd.read_csv(path) for path in (folder / "runs").glob("results.csv")]  # version 0 has none
+    for run_dir in (folder / "runs", folder / "new"):
+        predictions, _ = score(checkpoint, folder / "cache", "test", run_dir, batch_size=8, max_len=160, device="cpu")
+        np.testing.assert_allclose(predictions[PROBABILITIES], expected["probabilities"], atol=2e-6)
+        for results in old:
+            new = pd.read_csv(run_dir / "results.csv")
+            pd.testing.assert_frame_equal(new[results.columns[:9]], results[results.columns[:9]])
