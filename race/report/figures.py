@@ -115,7 +115,7 @@ def key(label: str, color: str = GREY, marker: str = "", line: str = "", fill: b
 @plt.style.context(STYLE)
 def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: str) -> Figure:
     """Accuracy of checkpoints, a row each (tables.comparison_table); reported: other people's numbers by stage."""
-    table = table.rename(columns={"accuracy": "all", "quoted_low": "all_low", "quoted_high": "all_high"})
+    table = table.rename(columns={"accuracy": "all", "accuracy_low": "all_low", "accuracy_high": "all_high"})
     theirs, levels = table["stage"].map(reported).astype(float), [it for it in LEVELS if table[it].notna().any()]
     drawn, keys = ["all", *(["reported"] if theirs.notna().any() else []), *levels], []
     figure, axes = row_figure([wrapped(name, 2.4) for name in table["name"]], 0.2 + 0.14 * len(drawn))

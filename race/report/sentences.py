@@ -51,25 +51,28 @@ def other_rule(checkpoint, other) -> str:
     if other is None or None in (checkpoint.val_acc, other.val_acc):
         return ""
     own, instead = (f"loss {it.val_loss:.3f}, accuracy {percent(it.val_acc)}" for it in (checkpoint, other))
-    picked = "is the same checkpoint" if other.sha256 == checkpoint.sha256 else None
-    picked = picked or f"would be epoch {other.epoch} ({instead})"
-    rule = RULES["val_loss_epoch" if checkpoint.monitor == "val_acc" else "val_acc"]
-    return f"\nvalidation: {own}; by {rule} the best {picked}"
+    same, rule = other.sha256 == checkpoint.sha256, "val_loss_epoch" if checkpoint.monitor == "val_acc" else "val_acc"
+    picked = "is the same checkpoint" if same else f"would be epoch {other.epoch} ({instead})"
+    return f"\nvalidation: {own}; by {RULES[rule]} the best {picked}"
 
 
 def headline(table: pd.DataFrame) -> str:
     """The result of one checkpoint: accuracy with interval, against chance, macro accuracy, and what it has seen."""
     row = table.iloc[0]
     which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
-    counts = f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly"
-    return f"{counts}: accuracy {accuracy(row)}{against_chance(row)}.{macro(row)} {seen([table], [row['stage']])}"
+    text = f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly: "
+    text += f"{accuracy(row)}{against_chance(row)}. "
+    if pd.notna(row.get("macro_accuracy")):
+        ends = interval(row["macro_low"], row["macro_high"])
+        text += f"Macro accuracy over the two levels: {percent(row['macro_accuracy'])} ({ends}). "
+    return text + seen([table], [row["stage"]])
 
 
 def accuracy(row: pd.Series) -> str:
     """An accuracy with the interval that is to be quoted."""
     low, high, how = quoted_interval(row)
     how = ", by passage" if how == "by passage" else ""
-    return f"{percent(row['accuracy'])} (95 % interval {interval(low, high)}{how})"
+    return f"accuracy {percent(row['accuracy'])} (95 % interval {interval(low, high)}{how})"
 
 
 def against_chance(row: pd.Series) -> str:
@@ -79,14 +82,6 @@ def against_chance(row: pd.Series) -> str:
     low, high, _ = quoted_interval(row)
     where = "inside it" if low <= CHANCE <= high else "below it" if low > CHANCE else "above it"
     return f"; chance, {100 * CHANCE:.0f} %, is {where}"
-
-
-def macro(row: pd.Series) -> str:
-    """The mean of the two levels' accuracies, if both are there."""
-    if pd.isna(row.get("macro_accuracy")):
-        return ""
-    ends = interval(row["macro_low"], row["macro_high"])
-    return f" Macro accuracy over the two levels: {percent(row['macro_accuracy'])} ({ends})."
 
 
 def seen(tables: list[pd.DataFrame], names: list[str]) -> str:
@@ -118,10 +113,7 @@ def _seen(who: str, was: str, questions: int, trained: int, chosen: int, unknown
 def alike(row: pd.Series) -> str:
     """How much wider than Wilson's the interval by passage is."""
     if pd.isna(row["passage_low"]):
-        return (
-            "How alike the questions of one passage are cannot be estimated here (too few passages, or all answers "
-            "correct, or all wrong): Wilson's interval takes every question as independent."
-        )
+        return "How alike the questions of a passage are is not known here: Wilson's interval takes all as independent."
     wider = (row["passage_high"] - row["passage_low"]) / (row["ci_high"] - row["ci_low"])
     counts = f"{row['questions']:,} questions on {row['passages']:,} passages"
     return f"{counts}: the interval by passage is {wider:.2f} times as wide as Wilson's. Quote the one by passage."
@@ -134,7 +126,7 @@ def overlap(predictions: pd.DataFrame) -> str:
     if not trained.any() or trained.all():
         return text
     row = accuracy_table(predictions[~trained], "", "", "").iloc[0]
-    return f"{text} Without the {trained.sum():,} whose article trained the checkpoint: accuracy {accuracy(row)}."
+    return f"{text} Without the {trained.sum():,} whose article trained the checkpoint: {accuracy(row)}."
 
 
 def groups(table: pd.DataFrame) -> str:
@@ -307,10 +299,9 @@ def budget(table: pd.DataFrame) -> str:
 
 def recipes_scope(source: str, split: str) -> str:
     """What a comparison of recipes on this source and split cannot say."""
-    text = "The demo's corpus is a toy: nothing of this is about RACE. " if source == "demo" else ""
-    if split == "validation":
-        text += "The same split chose the checkpoints: all accuracies are optimistic."
-    return text.strip()
+    toy = "The demo's corpus is a toy: nothing of this is about RACE." if source == "demo" else ""
+    optimistic = "The same split chose the checkpoints: all accuracies are optimistic." if split == "validation" else ""
+    return f"{toy} {optimistic}".strip()
 
 
 def planning(difference: float, questions: int, seeds: int, contrasts: int) -> str:
@@ -318,16 +309,14 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
     wanted = seeds_needed(difference / 100, questions, contrasts)
     many = f"{wanted} seeds a recipe" if wanted else "no number of seeds up to 100"
     text = f"A true difference of {_points(difference)} on {questions:,} questions is found in at least "
-    text += f"{100 * POWER:.0f} of 100 comparisons with {many} (after Holm's adjustment for {contrasts})."
+    text += f"{100 * POWER:.0f} of 100 comparisons with {many} (after Holm's adjustment for {contrasts}). "
     if seeds > 1:
         found = power(difference / 100, seeds, questions, contrasts)
-        text += f" With {seeds} seeds it is found in {100 * found['power_holm']:.0f} of 100, and an interval reaches "
-        text += f"about {100 * found['half_width']:.1f} points to either side."
-    return (
-        f"{text} This assumes that a recipe's accuracies spread by {100 * SD:.1f} points (standard deviation) beyond "
-        f"what single answers do by chance, that two seeds differ on {100 * RUNS_DIFFER:.0f} % of the questions, and "
-        f"two recipes on {100 * RECIPES_DIFFER:.0f} %."
-    )
+        text += f"With {seeds} seeds it is found in {100 * found['power_holm']:.0f} of 100, and an interval reaches "
+        text += f"about {100 * found['half_width']:.1f} points to either side. "
+    text += f"Assumed: a recipe's accuracies spread by {100 * SD:.1f} points (standard deviation) beyond what single "
+    text += f"answers do by chance; two seeds differ on {100 * RUNS_DIFFER:.0f} % of the questions, two recipes on "
+    return f"{text}{100 * RECIPES_DIFFER:.0f} %."
 
 
 def _points(value: float) -> str:

@@ -1,5 +1,7 @@
 """Tables for reading: scores, comparisons, where checkpoints come from, and other people's numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -9,18 +11,9 @@ from race.report.sentences import BUDGET, RULES
 from race.score.recipes import power
 from race.train.stages import Stage, epochs_trained
 
-REPORTED = {"e1": 0.671, "e2": 0.680, "e3": 0.720}  # the original authors' accuracies on RACE's test split, not ours
-ALBERT = "README of google-research/albert; by its authors (issue 30) single run dev set results with early stopping"
-PUBLISHED = [  # published accuracies on RACE, and what each is
-    ("guessing", 0.25, "one of four options"),
-    ("ALBERT v2 base", 0.668, ALBERT),
-    ("ALBERT v2 large", 0.752, ALBERT),
-    ("ALBERT v2 xlarge", 0.807, ALBERT),
-    ("ALBERT v2 xxlarge", 0.868, ALBERT),
-    ("RoBERTa large", 0.832, "test split; Liu et al. 2019, arXiv:1907.11692"),
-    ("people on Mechanical Turk", 0.733, "answers of paid workers; Lai et al. 2017, arXiv:1704.04683"),
-    ("valid questions", 0.945, "share with one clear answer, the ceiling for people; Lai et al. 2017"),
-]
+PUBLISHED = Path(__file__).with_name("published.csv")  # other people's accuracies on RACE, and what each of them is
+
+NOT_SCORED = {"accuracy": np.nan, "ci_low": np.nan, "ci_high": np.nan}
 
 
 def _decimals(digits: int):
@@ -31,8 +24,9 @@ FORMATS = dict.fromkeys(["difference", "95 % interval", "90 % interval"], points
 FORMATS |= dict.fromkeys(["epochs", "chosen_epoch", "freedom"], _decimals(0)) | {"log_loss": _decimals(4)}
 FORMATS |= {"val_loss": _decimals(3), "icc": _decimals(2), "design_effect": _decimals(2), "monitor": RULES.get}
 FORMATS |= {"p": p_number, "p_holm": p_number, "learning_rate": rate}
+FORMATS |= dict.fromkeys(["sd", "half_width"], lambda value: f"{100 * value:.2f} points")
 HEADINGS = {"passage": "95 % by passage", "ci": "95 % Wilson", "difference": "points", "p_holm": "Holm p"}
-HEADINGS |= {"icc": "intraclass correlation", "val_loss": "validation loss", "quoted": "95 % of the accuracy"}
+HEADINGS |= {"icc": "intraclass correlation", "val_loss": "validation loss"}
 HEADINGS |= {"trained_on": "seen in training", "selected_on": "used for choosing", "other rule": "by the other rule"}
 
 
@@ -67,10 +61,8 @@ def _plain(value) -> str:
 
 def score_style(table: pd.DataFrame):
     """Accuracies for reading: results, groups, or coverage, with both intervals where they are known."""
-    columns = (
-        "grouping group stage checkpoint split level questions correct accuracy passage ci rest difference p p_holm"
-    )
-    return styled(table, f"{columns} passages icc design_effect trained_on selected_on not_known threshold")
+    columns = "grouping group stage checkpoint split level questions correct accuracy passage ci rest difference p"
+    return styled(table, f"{columns} p_holm passages icc design_effect trained_on selected_on not_known threshold")
 
 
 def calibration_style(table: pd.DataFrame):
@@ -103,29 +95,26 @@ def stages_behind(checkpoints: list) -> dict[str, str]:
 
 
 def comparison_table(tables: list[pd.DataFrame], checkpoints: list, names: list[str]) -> pd.DataFrame:
-    """One row a checkpoint: what it remembers, its accuracy and that of each level, each with the interval to quote.
+    """One row a checkpoint: what it remembers, its accuracy and that of each level with the interval to quote.
 
-    The ends: quoted_low, quoted_high; of a level middle_low, middle_high, high_low, high_high.
+    The ends: accuracy_low, accuracy_high, middle_low, middle_high, high_low, high_high.
     """
     scores = []
     for table in tables:
-        rows = {"quoted": table.iloc[0]} | {row["level"]: row for _, row in table.iterrows() if row["level"] in LEVELS}
-        score = {"accuracy": np.nan} | dict.fromkeys(LEVELS, np.nan)
-        for name, row in rows.items():
+        rows, score = {"accuracy": table.iloc[0]} | {row["level"]: row for _, row in table.iterrows()}, {}
+        for name in ("accuracy", *LEVELS):
+            row = rows.get(name, NOT_SCORED)
             low, high, _ = quoted_interval(row)
-            score |= {
-                "accuracy" if name == "quoted" else name: row["accuracy"],
-                f"{name}_low": low,
-                f"{name}_high": high,
-            }
+            score |= {name: row["accuracy"], f"{name}_low": low, f"{name}_high": high}
         scores.append(score)
     return lineage_table(checkpoints, names).join(pd.DataFrame(scores))
 
 
 def comparison_style(table: pd.DataFrame):
     """The comparison for reading."""
-    columns = "name base learning_rate schedule epochs chosen_epoch val_loss accuracy quoted middle high"
-    return styled(table, columns, epochs="epochs trained", chosen_epoch="chosen epoch (from 0)")
+    shown = table.rename(columns={"accuracy_low": "ci_low", "accuracy_high": "ci_high"})
+    columns = "name base learning_rate schedule epochs chosen_epoch val_loss accuracy ci middle high"
+    return styled(shown, columns, epochs="epochs trained", chosen_epoch="chosen epoch (from 0)", ci="95 % to quote")
 
 
 def pairs_style(pairs: pd.DataFrame):
@@ -138,24 +127,25 @@ def pairs_style(pairs: pd.DataFrame):
 
 def reported_accuracy(tables: list[pd.DataFrame]) -> dict[str, float]:
     """What the original authors report for each stage, if these are results on RACE's whole test split; else {}."""
-    whole = all((table["split"][0], table["questions"][0]) == ("test", RACE_QUESTIONS["test"]) for table in tables)
-    return REPORTED if whole else {}
+    if any((table["split"][0], table["questions"][0]) != ("test", RACE_QUESTIONS["test"]) for table in tables):
+        return {}
+    accuracy = pd.read_csv(PUBLISHED, index_col="model")["accuracy"]
+    return {stage: float(accuracy[f"original authors, {stage}"]) for stage in CHAIN}
 
 
 def published_table(table: pd.DataFrame) -> pd.DataFrame:
     """Other people's accuracies beside this one, lowest first; empty unless this is RACE's whole test split."""
-    reported = reported_accuracy([table])
-    rows = [(f"original authors, {stage}", value, "reported by them") for stage, value in reported.items()]
-    rows += [*PUBLISHED, (f"this checkpoint ({table['stage'][0]})", table["accuracy"][0], "measured here")]
-    names = ["model", "accuracy", "source"]
-    return pd.DataFrame(rows if reported else [], columns=names).sort_values("accuracy", ignore_index=True)
+    published = pd.read_csv(PUBLISHED)
+    if not reported_accuracy([table]):
+        return published[:0]
+    published.loc[len(published)] = f"this checkpoint ({table['stage'][0]})", table["accuracy"][0], "measured here"
+    return published.sort_values("accuracy", ignore_index=True)
 
 
 def planning_table(difference: float, questions: int, contrasts: int):
     """What several numbers of seeds see of a true difference (in points)."""
     table = pd.DataFrame([power(difference / 100, seeds, questions, contrasts) for seeds in (2, 3, 5, 10, 20, 40)])
-    found = {"power": "found", "power_holm": "found, after Holm"}
-    return styled(table, half_width="95 % interval, ± points", **found)
+    return styled(table, half_width="95 % interval, ±", power="found", power_holm="found, after Holm")
 
 
 def budgets_style(table: pd.DataFrame):

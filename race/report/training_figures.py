@@ -7,22 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from race import CHANCE, MONITORS
-from race.report.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    LOOKS,
-    ORANGE,
-    STYLE,
-    WIDTH,
-    finish,
-    key,
-    label_rows,
-    percent_axis,
-    row_height,
-    whiskers,
-    wrapped,
-)
+from race.report import figures
+from race.report.figures import BLUE, GREEN, GREY, LOOKS, ORANGE, STYLE, WIDTH, key, wrapped
 from race.report.formats import percent, rate
 
 CHANCE_LINES = "chance (ln 4; 25 %)"
@@ -56,10 +42,11 @@ def training_curves(
     titles = _found(validation, monitor) if len(validation) else ["not validated yet", "accuracy"]
     loss.set(title=wrapped(f"{stage}: {titles[0]}", WIDTH - 1.2, 10), ylabel="cross-entropy (nats)")
     accuracy.set(title=titles[1], ylabel="accuracy", ylim=(-0.03, 1.03))
-    percent_axis(accuracy.yaxis)
+    figures.percent_axis(accuracy.yaxis)
     top, end = rates["learning_rate"].max(), max(log["step"].max(), 1)
     upto = "" if (rates["learning_rate"] == top).all() else "up to "
-    _rates(strips[-1], rates["step"], rates["learning_rate"], color=GREEN)
+    strips[-1].plot(rates["step"], rates["learning_rate"], color=GREEN)
+    strips[-1].yaxis.set_major_formatter(_rate_label)
     strips[-1].set(title=f"learning rate {upto}{rate(top)}", yticks=(0, top), ylim=(0, 1.3 * top), ylabel="rate")
     strips[-1].set(xlabel="optimizer step", xlim=(-0.03 * end, 1.03 * end))
     strips[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -70,7 +57,7 @@ def training_curves(
     keys = key("training, each logged step", line="-"), key("training, smoothed", BLUE, line="-")
     keys += key("training (mean over the epoch)", BLUE, "s", "--"), key("validation", ORANGE, "o", "-")
     ring = key(RULES[monitor], ORANGE, "o", fill=False, size=10)
-    return finish(figure, *keys, ring, key(CHANCE_LINES, line=":"), columns=3)
+    return figures.finish(figure, *keys, ring, key(CHANCE_LINES, line=":"), columns=3)
 
 
 def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
@@ -95,14 +82,13 @@ def _found(validation: pd.DataFrame, monitor: str) -> list[str]:
     return [loss, f"{own}; highest, {best}" if highest["val_acc"] > lowest["val_acc"] else own]
 
 
+def _rate_label(value: float, _) -> str:
+    return rate(value) if value else "0"
+
+
 def _chance(loss, accuracy) -> None:
     for axes, chance in ((loss, -np.log(CHANCE)), (accuracy, CHANCE)):
         axes.axhline(chance, color=GREY, linestyle=":")
-
-
-def _rates(axes, places: pd.Series, rates: pd.Series, **style) -> None:
-    axes.plot(places, rates, **style)
-    axes.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
 
 
 def _chosen(validated: pd.DataFrame, monitor: str, loss: str = "val_loss_epoch") -> pd.Series:
@@ -119,7 +105,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
     """Validation loss and accuracy over all stages, with their learning rates (race.train.logs.learning_story)."""
     stages = dict(list(story.groupby("stage", sort=False)))
     labels = [wrapped(f"{stage}, {rate(part['learning_rate'].iloc[0])}", 1.6) for stage, part in stages.items()]
-    strip, start, before = row_height(labels, 0.3) * len(stages), 0, None
+    strip, start, before = figures.row_height(labels, 0.3) * len(stages), 0, None
     shape = {"figsize": (WIDTH, 5.6 + strip), "sharex": True, "height_ratios": (strip, 2, 2)}
     figure, (spans, loss, accuracy) = plt.subplots(3, 1, **shape)
     for place, part in enumerate(stages.values()):
@@ -133,23 +119,23 @@ def story_figure(story: pd.DataFrame) -> Figure:
                 ends = [before["questions"], first["questions"]], [before[name], first[name]]
                 axes.plot(*ends, color=color, linewidth=1, linestyle=":")
         start, before = end, best
-    reach = whiskers(*(story[name].astype(float) for name in ("val_acc", "val_low", "val_high")))
+    reach = figures.whiskers(*(story[name].astype(float) for name in ("val_acc", "val_low", "val_high")))
     accuracy.errorbar(story["questions"], story["val_acc"], yerr=reach, fmt="none", ecolor=BLUE, capsize=3)
     lowest, highest = story.loc[story["val_loss"].idxmin()], story.loc[story["val_acc"].idxmax()]
     when = [f"({row['stage']}, epoch {row['epoch']})" for row in (lowest, highest)]
     loss.set_title(wrapped(f"Lowest validation loss: {lowest['val_loss']:.3f} {when[0]}", 6, 10))
     accuracy.set_title(wrapped(f"Highest validation accuracy: {percent(highest['val_acc'])} {when[1]}", 6, 10))
     spans.set_title("Stages and their learning rates")
-    label_rows(spans, labels)
+    figures.label_rows(spans, labels)
     loss.set(ylabel="cross-entropy (nats)", ymargin=0.12)
     known = ", 95 % interval" if story["val_low"].notna().any() else ""
     accuracy.set(ylabel=f"accuracy{known}\n(axis cut)", ymargin=0.12, xlim=(0, max(start, 1) * 1.03))
     accuracy.set_xlabel("questions trained on, all stages (epochs count from 0)")
-    percent_axis(accuracy.yaxis)
+    figures.percent_axis(accuracy.yaxis)
     accuracy.xaxis.set_major_formatter(EngFormatter(sep=""))
     keys = key("ring: chosen epoch of its stage", marker="o", fill=False, size=10), key("end of a stage", line="--")
     figure.align_ylabels()
-    return finish(figure, *keys, key("from the ring to the next stage's first epoch", line=":"))
+    return figures.finish(figure, *keys, key("from the ring to the next stage's first epoch", line=":"))
 
 
 @plt.style.context(STYLE)
@@ -169,14 +155,15 @@ def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
         own = rates[rates["recipe"] == recipe]
         own = own[own["seed"].isna() | (own["seed"] == own["seed"].min())]
         for _, stage in own.groupby("stage"):
-            _rates(schedule, stage["questions"], stage["learning_rate"], color=color, linestyle=line)
+            schedule.plot(stage["questions"], stage["learning_rate"], color=color, linestyle=line)
         keys.append(key(recipe, color, marker, line))
     _chance(loss, accuracy)
     band = f"mean of {seeds} seeds, band from the lowest to the highest" if seeds > 1 else "one seed"
     loss.set(title=f"Validation after each epoch: {band}", ylabel="cross-entropy (nats)\n(axis cut)")
     accuracy.set(ylabel="accuracy (axis cut)")
-    percent_axis(accuracy.yaxis)
+    figures.percent_axis(accuracy.yaxis)
     schedule.set(ylabel="learning rate", xlabel="questions trained on", ylim=(0, 1.15 * rates["learning_rate"].max()))
+    schedule.yaxis.set_major_formatter(_rate_label)
     schedule.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.align_ylabels()
-    return finish(figure, *keys, key(CHANCE_LINES, line=":"), columns=4)
+    return figures.finish(figure, *keys, key(CHANCE_LINES, line=":"), columns=4)
