@@ -93,7 +93,7 @@ def whiskers(value, low, high) -> np.ndarray:
     return np.maximum([value - low, high - value], 0)  # at 0 and 1 rounding may put an end a hair inside
 
 
-def marks(axes, look: tuple[str, str], places, *columns, fill: bool = True, size: float = 4.5, line=1.2) -> None:
+def marks(axes, look: tuple[str, str], places, *columns, fill=True, size=4.5, line=1.2) -> None:
     """Values at these heights with their intervals (columns: value, low, high); look: colour and marker."""
     value, low, high = (np.atleast_1d(np.asarray(column, float)) for column in columns)
     style = {"color": look[0], "markerfacecolor": look[0] if fill else "white", "markersize": size, "linewidth": line}

@@ -62,9 +62,3 @@ def listed(names, most: int | None = None) -> str:
         names[most:] = [f"{len(names) - most} more"]
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def quoted_interval(row) -> tuple[float, float, str]:
-    """(low, high, "by passage" or "Wilson") of the accuracy in a row: by passage, unless that is not known."""
-    name, how = ("passage", "by passage") if pd.notna(row.get("passage_low")) else ("ci", "Wilson")
-    return row[f"{name}_low"], row[f"{name}_high"], how

@@ -10,8 +10,9 @@ from matplotlib.ticker import MaxNLocator
 from race import CHANCE, LETTERS
 from race.report import figures
 from race.report.figures import BLUE, CHANCE_WORDS, GREY, LOOKS, MARKS, STYLE, WIDTH, key, wrapped
-from race.report.formats import SIGNIFICANT, listed, percent, points, quoted_interval
+from race.report.formats import SIGNIFICANT, listed, percent, points
 from race.score.calibration import BINS, coverage_groups
+from race.score.statistics import quoted_interval
 
 LINES = {"middle": "-", "high": "--", "all": "-"}  # at the accuracy of each level
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pandas as pd
 
 from race import CHANCE
-from race.report.formats import SIGNIFICANT, interval, listed, p_value, percent, points, quoted_interval, signed
+from race.report.formats import SIGNIFICANT, interval, listed, p_value, percent, points, signed
 from race.score import comparison, statistics
-from race.score.recipes import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power, seeds_needed
-from race.score.results import accuracy_table
+from race.score.comparison import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power, seeds_needed
+from race.score.predictions import accuracy_table
+from race.score.statistics import quoted_interval
 
 SHOWN = 3  # so many others are named one by one
 RULES = {"val_loss_epoch": "validation loss", "val_acc": "validation accuracy"}
@@ -281,7 +282,7 @@ def difference(row: pd.Series, margin: float) -> str:
 
 
 def budget(table: pd.DataFrame) -> str:
-    """Whether all recipes had the same (runs.budgets): training, choice, rule, learning rates tried, other settings."""
+    """Whether all recipes had the same (runs.training_totals): training, choice, rule, learning rates tried, other settings."""
     row, text = table.iloc[0], ""
     if table["questions"].nunique() == 1:
         text = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."

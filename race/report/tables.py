@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 
 from race import CHAIN, LEVELS, RACE_QUESTIONS
-from race.report.formats import interval, p_number, percent, points, quoted_interval, rate, schedule
+from race.report.formats import interval, p_number, percent, points, rate, schedule
 from race.report.sentences import BUDGET, RULES
-from race.score.recipes import power
+from race.score.comparison import power
+from race.score.statistics import quoted_interval
 from race.train.stages import Stage, epochs_trained
 
 PUBLISHED = Path(__file__).with_name("published.csv")  # other people's accuracies on RACE, and what each of them is
@@ -90,8 +91,10 @@ def stages_behind(checkpoints: list) -> dict[str, str]:
     """The stages that these checkpoints have gone through, as they remember them, each with its rule of selection."""
     named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
     rules = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}
-    beside = checkpoints[-1].path.parent  # where those lie that are not named
-    return {stage: rules.get(stage) or Stage(stage, beside).rule for stage in sorted(named & CHAIN.keys())}
+    last = checkpoints[-1]  # beside it lie those that are not named
+    for name in named & CHAIN.keys() - rules.keys():
+        rules[name] = Stage(name, last.path.parent, found=last.beside).rule
+    return {name: rules[name] for name in CHAIN if name in rules}
 
 
 def comparison_table(tables: list[pd.DataFrame], checkpoints: list, names: list[str]) -> pd.DataFrame:
