@@ -8,7 +8,6 @@ from race import CHANCE
 from race.report.formats import SIGNIFICANT, interval, listed, p_value, percent, points, signed
 from race.score import comparison, statistics
 from race.score.comparison import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power, seeds_needed
-from race.score.predictions import accuracy_table
 from race.score.statistics import quoted_interval
 
 SHOWN = 3  # so many others are named one by one
@@ -126,7 +125,9 @@ def overlap(predictions: pd.DataFrame) -> str:
     trained = predictions["article_in_train"].fillna(False).to_numpy(bool)
     if not trained.any() or trained.all():
         return text
-    row = accuracy_table(predictions[~trained], "", "", "").iloc[0]
+    correct = statistics.is_correct(predictions[~trained])
+    row = dict(zip(("ci_low", "ci_high"), statistics.wilson(correct.sum(), len(correct)), strict=True))
+    row |= {"accuracy": correct.mean()} | statistics.by_passage(predictions[~trained])
     return f"{text} Without the {trained.sum():,} whose article trained the checkpoint: {accuracy(row)}."
 
 
@@ -238,12 +239,11 @@ def scope(lineage: pd.DataFrame) -> str:
         return ""
     text = (
         "Each checkpoint is one training run: this compares these checkpoints, not their recipes, which takes several "
-        "seeds. Not significant does not mean equal: the interval shows which differences remain possible."
     )
-    later = lineage[lineage["parent"].notna()]
-    return text + "".join(
-        f" {row.name} continues from {row.parent}, so it has also trained longer." for row in later.itertuples()
-    )
+    text += "seeds. Not significant does not mean equal: the interval shows which differences remain possible."
+    for row in lineage[lineage["parent"].notna()].itertuples():
+        text += f" {row.name} continues from {row.parent}, so it has also trained longer."
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------------- recipes
@@ -282,7 +282,7 @@ def difference(row: pd.Series, margin: float) -> str:
 
 
 def budget(table: pd.DataFrame) -> str:
-    """Whether all recipes had the same (runs.training_totals): training, choice, rule, learning rates tried, other settings."""
+    """Whether all recipes had the same (runs.training_totals), and in what they differ."""
     row, text = table.iloc[0], ""
     if table["questions"].nunique() == 1:
         text = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."
