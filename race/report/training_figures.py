@@ -68,7 +68,10 @@ def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
         axes.axhline(most, color=ORANGE, linewidth=1)
         share = (log["gradient_norm"] > most).mean()
         title += f" before clipping to {most:g} (line): above it in {100 * share:.0f} % of the logged steps"
-    axes.set(title=title, ylabel="norm", yscale="log")
+    drawn = log.loc[(log["gradient_norm"] > 0) & np.isfinite(log["gradient_norm"]), "gradient_norm"]
+    axes.set(title=title, ylabel="norm", yscale="log", yticks=sorted({*drawn.agg(["min", "max"]).dropna()}))
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:.2g}")
 
 
 def _found(validation: pd.DataFrame, monitor: str) -> list[str]:
