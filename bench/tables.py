@@ -23,7 +23,7 @@ def filled(page: str) -> str:
             raise ValueError(f"{PAGE} has no place for the table {name}: <!-- {name} -->")
         kept = common.kept_result(name)
         made = table_of(kept) if kept or name in ("memory", "gpu") else f"{YET}\n"
-        page = before + found + "\n" + made + "\n" + rest[rest.index("<!-- end -->") :]
+        page = before + found + made + rest[rest.index("<!-- end -->") :]
     return page
 
 
@@ -88,23 +88,12 @@ def sides(kept: dict) -> str:
     return table(head, rows) + machine(kept) + note + rate
 
 
-def answers(kept: dict) -> str:
-    """How many answers half precision changes."""
-    cells = [kept["checkpoint"], number(kept["questions"], ","), number(100 * kept["share_that_differ"], ".1f", " %")]
-    cells += [number(kept[name], ".1g") for name in ("largest_difference", "median_lead")]
-    head = ["checkpoint", "questions", "answers that differ", "largest difference of a probability"]
-    return table([*head, "median lead of an answer over the next one"], [cells]) + machine(kept)
-
-
 def loader(kept: dict) -> str:
     """The loader alone."""
-    rows = []
-    for workers, values in kept["workers"].items():
-        rates = [values["questions_per_second"]["median"], values["batches_per_second"]]
-        share = values["share_of_training_step"]
-        rows.append([workers, *(number(rate, ",.0f") for rate in rates), number(share and 100 * share, ".4f", " %")])
-    head = ["workers", "questions a second", "batches of 32 a second", "% of a training step"]
-    return table(head, rows) + machine(kept)
+    rates = [values["questions_per_second"]["median"] for values in kept["workers"].values()]
+    each = ", ".join(f"{rate:,.0f} ({workers})" for workers, rate in zip(kept["workers"], rates, strict=True))
+    share = max(values["share_of_training_step"] or 0 for values in kept["workers"].values())
+    return f"Questions a second (by workers): {each}; {100 * share:.4f} % of a training step at most.\n{machine(kept)}"
 
 
 def families(kept: dict) -> str:
@@ -148,6 +137,8 @@ def memory(_=None) -> str:
 
 def gpu(_=None) -> str:
     """What a GPU day has measured."""
+    if not list(common.RESULTS.glob("*-cuda.json")):
+        return f"{YET}\n"
     rows = []
     for name, what in {
         "train_step": "training step, base shape, bf16",
@@ -175,7 +166,7 @@ def gpu(_=None) -> str:
 
 
 TABLES = {"cache": cache} | dict.fromkeys(("train_step", "train_step-bf16", "evaluate", "evaluate-bf16"), sides)
-TABLES |= {"answers": answers, "loader": loader, "families": families, "memory": memory, "gpu": gpu}
+TABLES |= {"loader": loader, "families": families, "memory": memory, "gpu": gpu}
 
 if __name__ == "__main__":
     main()
