@@ -64,9 +64,6 @@ bench: $(VENV)/run.stamp ## measure everything against what a user would otherwi
 	$(BIN)/python -m bench.evaluate --device $(BENCH_DEVICE) --rounds 1
 	$(BIN)/python -m bench.loader --device $(BENCH_DEVICE)
 	$(BIN)/python -m bench.families
-	$(BIN)/python -m bench.scaling --device $(BENCH_DEVICE)
-	$(BIN)/python -m bench.startup
-	$(BIN)/python -m bench.analyses
 	$(BIN)/python -m bench.tables
 
 lint: $(VENV)/dev.stamp ## ruff, and no notebook with outputs
