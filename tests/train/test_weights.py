@@ -199,7 +199,7 @@ def test_another_vocabulary_is_refused(own, cache, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nobody/nothing", "no such folder, and from the hub its model cannot be loaded"),
+        ("nobody/nothing", "no such folder, and from the hub it cannot be loaded"),
         ("nothing.ckpt", "no such checkpoint"),
         ("checkpoints/nothing/e1.ckpt", "no such checkpoint"),
     ],
