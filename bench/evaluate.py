@@ -47,7 +47,7 @@ def answers(options: argparse.Namespace, cache: str) -> dict:
     """How many answers bf16 changes, its largest effect on a probability, and how far an answer leads in fp32."""
     options.precision = "bf16-mixed"
     module = common.RaceModule.load_from_checkpoint(options.checkpoint, options.device).eval()
-    module.fit_memory(module.device)
+    common.fit_memory(module, module.device)
     data = _data(cache, options)
     half, full = (np.array(_ours(module, data, side, options)) for side in (OURS, OURS_FP32))
     best = np.sort(full, 1)
