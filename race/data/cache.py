@@ -17,11 +17,10 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
-from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
-from race.data.reference import LINE, check_reference
-from race.data.sources import Passage, read_source, record_problems
+from race.data.passages import Passage, read_source, record_problems
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
+from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, tokenizer_hash
 from race.parameters import check
 
 FORMAT = 2
@@ -225,7 +224,7 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
     sample = [*passages[:: max(1, len(passages) // SAMPLE)], max(passages, key=lambda passage: len(passage.article))]
     articles = [passage.article for passage in sample]
     texts = [question_option(p.questions[0], p.options[0][p.labels[0]]) for p in sample]
-    check_reference(model, tokenizer, passages)
+    check_tokenizer_of_source(model, tokenizer, articles + texts)
     check_encoding(tokenizer, template, articles, texts, max_qa_len)
     counts = {split: _write_split(folder, split, splits[split], tokenizer, template, max_qa_len) for split in splits}
     occurs = Counter(text for passages in splits.values() for text in {passage.article for passage in passages})
