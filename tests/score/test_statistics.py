@@ -101,7 +101,7 @@ def test_interval_by_passage_by_hand():
 def test_interval_by_passage_covers(icc):
     """Passages like RACE's, in two levels: 95 % of the intervals by passage have the accuracy in them."""
     covered, by_question, correlations = [], [], []
-    for seed in range(600):
+    for seed in range(400):
         predictions = on_passages(seed, icc)
         found, share = by_passage(predictions), (predictions["level"] == "high").mean()
         true = 0.72 * share + 0.77 * (1 - share)
@@ -239,7 +239,7 @@ def test_two_groups_are_one_test_and_what_is_not_known_is_a_group_of_its_own():
 def test_groups_of_whole_passages_are_rarely_named_where_passages_are_alike():
     """Lengths are drawn by passage and change nothing; taken as independent, every third table would name one."""
     named = []
-    for seed in range(50):
+    for seed in range(20):
         predictions = on_passages(seed, 0.3, ((200, 0.72), (80, 0.77)))
         rng, passages = np.random.default_rng(seed), pd.factorize(predictions["example_id"])[0]
         tokens = rng.integers(50, 900, passages.max() + 1)[passages]
