@@ -321,34 +321,3 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     if there["tokenizer"]["sha256"] != manifest["tokenizer"]["sha256"]:
         parts.append("tokenizer")
     raise RaceError(f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it")
-
-
-# -------------------------------------------------------------------------------- until every room takes a Cache
-
-read_manifest, template_of = (lambda folder: Cache(folder).manifest), _template_of
-
-
-def check_files(cache_dir, names=""):
-    open_cache(cache_dir).check_files(names)
-
-
-def splits_of(manifest):
-    return [split for split in SPLITS if split in manifest["splits"]]
-
-
-def cache_identity(manifest):
-    source, tokenizer = manifest["source"], manifest["tokenizer"]["sha256"]
-    of_source = {"source": source["name"], "source_sha256": source["sha256"]}
-    return of_source | {"tokenizer": tokenizer, "max_qa_len": manifest["max_qa_len"]}
-
-
-def check_tokenizer(model, manifest, cache_dir):
-    open_cache(cache_dir).check_tokenizer(model)
-
-
-def encode_question(cache_dir, *question):
-    return open_cache(cache_dir).encode_question(*question)
-
-
-def tables(cache_dir, split):
-    return open_cache(cache_dir).tables(split)
