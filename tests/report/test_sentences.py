@@ -8,7 +8,7 @@ from predictions import made, on_passages, random_predictions, two
 from race.report import sentences
 from race.score.calibration import at_temperature, calibration_table, log_loss, log_loss_change
 from race.score.comparison import compare_pairs
-from race.score.results import accuracy_table
+from race.score.predictions import accuracy_table
 from race.score.statistics import group_accuracies, macro_accuracy, wilson
 
 

@@ -17,7 +17,7 @@ from race.report.tables import (
     stages_behind,
 )
 from race.score.comparison import compare_pairs
-from race.score.results import accuracy_table
+from race.score.predictions import accuracy_table
 from race.train.checkpoints import Checkpoint, short_names
 
 
