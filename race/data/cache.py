@@ -1,6 +1,7 @@
 """The token cache: passages encoded once, written as Arrow files beside their text, and described by a manifest."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -15,12 +16,12 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError, check_least
-from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
+from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
-from race.data.reference import LINE, check_reference
-from race.data.sources import Passage, read_source, record_problems
+from race.data.passages import Passage, read_source, record_problems
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
+from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, tokenizer_hash
+from race.parameters import check
 
 FORMAT = 2
 NO_HASH = "0" * 64
@@ -196,7 +197,7 @@ def build_cache(
     `out`/left-out.txt. Without `answers`, questions may lack theirs: a cache to predict on only. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
-    check_least(**{"--max-qa-len": (max_qa_len, 1)})
+    check(max_qa_len=max_qa_len)
     if out.exists() and not (out / "manifest.json").is_file():
         raise RaceError(f"{out} exists and is not a cache; choose another --out")
     splits, left_out = read_source(source, skip_bad, answers)
@@ -223,7 +224,7 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
     sample = [*passages[:: max(1, len(passages) // SAMPLE)], max(passages, key=lambda passage: len(passage.article))]
     articles = [passage.article for passage in sample]
     texts = [question_option(p.questions[0], p.options[0][p.labels[0]]) for p in sample]
-    check_reference(model, tokenizer, passages)
+    check_tokenizer_of_source(model, tokenizer, articles + texts)
     check_encoding(tokenizer, template, articles, texts, max_qa_len)
     counts = {split: _write_split(folder, split, splits[split], tokenizer, template, max_qa_len) for split in splits}
     occurs = Counter(text for passages in splits.values() for text in {passage.article for passage in passages})
@@ -306,14 +307,12 @@ def source_fingerprint(splits: dict[str, list[Passage]]) -> str:
 
 def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     """Move the finished cache to `out`, unless a cache is there, perhaps from another process that was faster."""
-    for attempt in itertools.count(1):
-        if out.exists() and not force:
-            break
+    if force or not out.exists():
         try:
             move_into_place(folder, out)
             return manifest
-        except OSError:  # another process has put its cache there in the meantime
-            if attempt == 10:
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     there = _read_manifest(out)
     if there["files"] == manifest["files"]:

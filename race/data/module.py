@@ -13,9 +13,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from race import LETTERS, LEVELS, MAX_LEN, OPTIONS, SPLITS, RaceError, check_least
+from race import LETTERS, MAX_LEN, OPTIONS, SPLITS, RaceError
 from race.data.batches import ShuffledBatches, collate
 from race.data.cache import Cache, open_cache
+from race.parameters import check
 
 
 class RaceDataset(Dataset):
@@ -138,9 +139,7 @@ class RaceDataModule(pl.LightningDataModule):
         level: str | None = None,
     ):
         super().__init__()
-        check_least(batch_size=(batch_size, 1), seed=(seed, 0), limit_questions=(limit_questions, 1))
-        if level not in (None, *LEVELS):
-            raise RaceError(f"level is {level!r}, expected {', '.join(LEVELS)} or None")
+        check(batch_size=batch_size, max_len=max_len, limit_questions=limit_questions, seed=seed, level=level)
         self.cache, self.batch_size, self.max_len = open_cache(cache_dir), batch_size, max_len
         self.num_workers, self.limit_questions, self.seed, self.level = num_workers, limit_questions, seed, level
         self.longest_first = False  # within a training batch: for models that pad, so that like lengths go together
@@ -149,9 +148,9 @@ class RaceDataModule(pl.LightningDataModule):
 
     @property
     def made_with(self) -> dict:
-        """The parameters that it was made with."""
-        names = ("BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "SEED", "LEVEL")
-        return {"CACHE_DIR": self.cache.name} | {name: getattr(self, name.lower()) for name in names}
+        """The arguments that it was made with, but num_workers."""
+        names = ("batch_size", "max_len", "limit_questions", "seed", "level")
+        return {"cache_dir": self.cache.name} | {name: getattr(self, name) for name in names}
 
     @property
     def cache_dir(self):  # until every room takes a Cache
