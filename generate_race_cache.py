@@ -16,16 +16,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Build or verify a cache; returns the exit status."""
     options = parse(arguments)
     # not before --help and usage errors: it takes seconds
-    from race.data.cache import build_cache, left_by_system, verify_cache
+    from race.data.cache import build_cache, verify_cache
 
     try:
         if options.verify:
             problems = verify_cache(options.verify)
             print("\n".join(problems) or f"{options.verify}: every file agrees with the manifest")
-            if left := left_by_system(options.verify):
-                print(f"note: not part of the cache, left by a desktop or file system: {', '.join(left)}")
             return 1 if problems else 0
-        manifest = build_cache(**{name: value for name, value in vars(options).items() if name != "verify"})
+        os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # of the tokenizers
+        given = {name: value for name, value in vars(options).items() if name not in ("verify", "workers")}
+        manifest = build_cache(**given)
     except (RaceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from race.model_files import wrong_transformers
+from race.models import wrong_transformers
 
 try:
     from transformers import AttentionInterface

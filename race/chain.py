@@ -18,11 +18,11 @@ from generate_race_cache import main as generate_race_cache
 from race import CHAIN, RACE_QUESTIONS, RaceError
 from race.data.cache import read_manifest, splits_of
 from race.files import atomic_write
+from race.parameters import ROOT, parse_set, read
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.recipes import planning
 from race.score.results import RESULT_COLUMNS, write_json
 from race.score.seeds import main as report_over_seeds
-from race.settings import ROOT, parse_set, read
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import os
 import pickle
+import secrets
 import shutil
 import tempfile
 import time
@@ -24,7 +25,7 @@ NOT_ALLOWED = (errno.EPERM, errno.EACCES)
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it.
+    """Let `write` make a temporary file beside `path`, flush it to disk and rename it.
 
     If anything fails (a full disk, a kill), the old file stays; the temporary one is removed now or by
     `remove_unfinished`.
@@ -32,12 +33,9 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path.parent, path.name, older_than=3600.0)
-    descriptor, name = tempfile.mkstemp(UNFINISHED, f".{path.name[:100]}.", path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         write(temporary)
-        set_mode(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner only
         flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
@@ -47,34 +45,15 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     flush(path.parent)
 
 
-@functools.cache
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def flush(path: str | Path) -> None:
     """Wait until a file, or a folder's list of names, is on disk; not where the file system does not offer that."""
-    with _where_offered(*NO_SUCH_CALL, *(NOT_ALLOWED if os.path.isdir(path) else ())):
+    missing = (*NO_SUCH_CALL, *(NOT_ALLOWED if os.path.isdir(path) else ()))  # docs/resuming.md says what is lost then
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def set_mode(path: str | Path, mode: int) -> None:
-    """chmod; on a file system without permissions of its own, nothing."""
-    with _where_offered(*NO_SUCH_CALL, *NOT_ALLOWED):
-        os.chmod(path, mode)
-
-
-@contextlib.contextmanager
-def _where_offered(*missing: int) -> Iterator[None]:
-    """Go on after an OSError with one of these numbers; what is not promised then is in docs/resuming.md."""
-    try:
-        yield
     except OSError as error:
         if error.errno not in missing:
             raise
@@ -120,18 +99,21 @@ def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> 
     for left in folder.glob(f".{glob.escape(name)}*{UNFINISHED}"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             age = time.time() - left.stat().st_mtime
-            if left.is_file():
-                if age >= older_than:
-                    left.unlink()
-                continue
-            with locked(left / "lock") as certain:
-                if not certain and age < DAY:
-                    continue
-                out = folder / left.name[1 : -len(UNFINISHED)].rpartition(".")[0]
-                if (left / "replaced").exists() and not out.exists():
-                    os.replace(left / "replaced", out)
-                shutil.rmtree(left, ignore_errors=True)
-            shutil.rmtree(left, ignore_errors=True)  # a network file system keeps a file that is open
+            if left.is_dir():
+                _remove_folder(left, age)
+            elif age >= older_than:
+                left.unlink()
+
+
+def _remove_folder(left: Path, age: float) -> None:
+    with locked(left / "lock") as certain:
+        if not certain and age < DAY:
+            return
+        out = left.parent / left.name[1 : -len(UNFINISHED)].rpartition(".")[0]
+        if (left / "replaced").exists() and not out.exists():
+            os.replace(left / "replaced", out)
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(left, ignore_errors=True)  # a network file system keeps a file that is open
 
 
 @contextlib.contextmanager
@@ -210,36 +192,38 @@ def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = 
     try:
         with open(path, "rb") as file:
             old = file.read(2) == b"\x80\x02"  # torch before 1.6 wrote no archive, and no checksums
-        problem = None if old else _archive_problem(file_identity(path))
-        content = None
-        if not problem:
-            others = [] if old or not inert else torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            stubs = [(type(name, (Nothing,), {}), name) for name in others if name.split(".")[0] in inert]
-            with torch.serialization.safe_globals(stubs):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and not old)
+        if not old:
+            _check_archive(file_identity(path))
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if inert and not old else []
+        stubs = [(type(name, (Nothing,), {}), name) for name in others if name.split(".")[0] in inert]
+        with torch.serialization.safe_globals(stubs):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and not old)
+        if isinstance(content, dict):
+            return content
+        problem = f"holds a {type(content).__name__}, not a checkpoint"
     except FileNotFoundError as error:
         raise RaceError(f"{path}: no such checkpoint") from error
     except pickle.UnpicklingError as error:
         raise RaceError(f"{path}: holds more than weights and plain values, and could run code; refused") from error
-    except OSError as error:
-        raise RaceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise RaceError(f"{path}: not a checkpoint ({str(error).splitlines()[0]}); remove it") from error
-    if problem:
-        raise RaceError(f"{path}: {problem}; remove it, or put a good copy in its place")
-    if not isinstance(content, dict):
-        raise RaceError(f"{path}: holds a {type(content).__name__}, not a checkpoint; remove it")
-    return content
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:  # zipfile's own are among them
+        problem = f"not a checkpoint, or cut off or damaged ({str(error).partition(chr(10))[0]})"
+    raise RaceError(f"{path}: {problem}; put a good copy in its place, or move it away")
 
 
 @functools.lru_cache(maxsize=256)
-def _archive_problem(identity: tuple) -> str | None:
-    """What is wrong with a zip archive, by its own checksums; once for each version of a file."""
+def _check_archive(identity: tuple) -> None:
+    """Raise ValueError if a zip archive is damaged, by its own checksums; once for each version of a file."""
     try:
         with zipfile.ZipFile(identity[0]) as archive:
             if any(entry.compress_type or entry.external_attr for entry in archive.infolist()):  # torch writes zeros
-                return "damaged, or not written by torch.save"
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
-        return f"cut off or damaged ({error})"
-    return f"damaged at {bad}" if bad else None
+                raise ValueError("an entry is not as torch.save writes it")
+            if bad := archive.testzip():
+                raise ValueError(bad)
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from error
+
+
+def set_mode(path: str | Path, mode: int) -> None:
+    """chmod, where the file system has permissions of its own."""
+    with contextlib.suppress(OSError):
+        os.chmod(path, mode)

@@ -30,6 +30,8 @@ from race.train.stages import Stage
 from race.train.training import DISK_FULL, start_stage
 from race_module import RaceModule
 
+os.umask(UMASK := os.umask(0))
+
 
 @pytest.fixture(scope="module")
 def trained(cache, tmp_path_factory):
@@ -78,7 +80,7 @@ def test_every_damaged_checkpoint_is_refused_by_name(trained, tmp_path, kind):
     for _ in range(250):
         path.write_bytes(damaged(content, rng))
         for read in (Checkpoint, RaceModule.load_from_checkpoint):
-            race.files._archive_problem.cache_clear()
+            race.files._check_archive.cache_clear()
             try:
                 read(path)
             except RaceError as error:
@@ -88,7 +90,7 @@ def test_every_damaged_checkpoint_is_refused_by_name(trained, tmp_path, kind):
                 assert all(torch.equal(tensor, found["state_dict"][name]) for name, tensor in weights.items())
                 assert found["race"] == lineage
     path.write_bytes(content)
-    race.files._archive_problem.cache_clear()
+    race.files._check_archive.cache_clear()
     RaceModule.load_from_checkpoint(path)
 
 
@@ -115,7 +117,7 @@ def test_a_checkpoint_from_elsewhere_is_taken_if_it_is_whole(tmp_path):
 def test_a_checkpoint_is_an_ordinary_file(trained):
     path = e1(trained).best().path
     assert set(torch.load(path, weights_only=True)["race"]) >= {"stage", "base", "cache", "versions", "commit"}
-    assert (path.stat().st_mode & 0o777) == 0o666 & ~race.files._umask()
+    assert (path.stat().st_mode & 0o777) == 0o666 & ~UMASK
 
 
 def test_a_damaged_cache_found_while_open(cache, tmp_path):

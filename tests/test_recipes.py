@@ -79,7 +79,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         "none": "about: expected str",
         "odd": "e4: expected e1, e2, e3, about or learning_rates_tried",
         "folder": "e1: RUN_DIR, SEED cannot be set by a recipe",
-        "wrong": "e1: MAX_EPOCHS is 1.5, expected a whole number",
+        "wrong": "e1: MAX_EPOCHS is 1.5",
         "values": "e1: LEARNING_RATE is nan, expected 0 or more",
     }.items():
         assert any(f"recipe {place}: " in line and problem in line for line in lines), (place, lines)

@@ -1,6 +1,8 @@
 """The token cache: passages encoded once, written as Arrow files beside their text, and described by a manifest."""
 
 import dataclasses
+import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -14,17 +16,169 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError, check_least
-from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
-from race.data.encoding import Template, check_encoding, keep_last, question_option
-from race.data.reference import LINE, check_reference
+from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
+from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
 from race.data.sources import Passage, read_source, record_problems
-from race.data.tokenizing import WordTokenizer
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
+from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, tokenizer_hash
+from race.parameters import check
 
 FORMAT = 2
 NO_HASH = "0" * 64
 AGAIN = "make the cache again with --force"
+SAMPLE = 48  # passages on which a tokenizer is checked, beside the longest
+
+
+class Cache:
+    """An opened cache. Its manifest is read and checked here, once; tables are memory-mapped when they are used.
+
+    folder, name (the folder as text), manifest, splits (those that it holds, in order), template, model (the folder of
+    its base model). Raises RaceError if there is no cache, or if it is damaged or of another format.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.name = Path(folder), str(folder)
+        self.manifest = _read_manifest(self.folder)
+        self.splits = [split for split in SPLITS if split in self.manifest["splits"]]
+        self.template = _template_of(self.manifest)
+        self.model = self.folder / "model"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The tokenizer of its base model."""
+        return load_tokenizer(self.model)
+
+    @property
+    def identity(self) -> dict:
+        """What a checkpoint remembers of the cache that it was trained on."""
+        source, tokenizer = self.manifest["source"], self.manifest["tokenizer"]["sha256"]
+        of_source = {"source": source["name"], "source_sha256": source["sha256"]}
+        return of_source | {"tokenizer": tokenizer, "max_qa_len": self.manifest["max_qa_len"]}
+
+    def tables(self, split: str) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+        """The passages and questions of one split, memory-mapped: nothing is read until it is used."""
+        if split not in self.splits:
+            raise RaceError(f"{self} has no {split} split (it holds: {', '.join(self.splits)})")
+        batches = []
+        for name in ("passages", "questions"):
+            path = self.folder / f"{split}-{name}.arrow"
+            try:
+                batches.append(pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0))
+            except (OSError, pa.ArrowInvalid) as error:
+                raise RaceError(f"{path}: missing or damaged ({error}); {AGAIN}") from error
+        return batches[0], batches[1]
+
+    def check_files(self, names: str = "") -> None:
+        """Compare the files whose names begin with `names` with the manifest; RaceError names all that differ.
+
+        A file is read once a process, and again only if it has been written since.
+        """
+        if problems := self.problems(names):
+            raise RaceError("\n".join([*problems, f"{AGAIN}, or fetch a good copy"]))
+
+    def problems(self, names: str = "") -> list[str]:
+        """What is wrong with these files, a line each."""
+        files = [(name, expected) for name, expected in self.manifest["files"].items() if name.startswith(names)]
+        bar = tqdm(files, desc="verifying", unit=" files", delay=2, leave=False)
+        return [found for name, expected in bar if (found := _file_problem(self.folder / name, expected))]
+
+    def check_tokenizer(self, model: str | Path) -> None:
+        """Raise RaceError if a model has a tokenizer other than this cache's: the ids would be those of other words.
+
+        Descriptions differ between versions of transformers; the same vocabulary and the same ids of a text with
+        quotes, capitals, accents and digits are the same tokenizer.
+        """
+        try:
+            own = load_tokenizer(model)
+        except RaceError:
+            return  # a model without a tokenizer
+        if tokenizer_hash(own) == self.manifest["tokenizer"]["sha256"]:
+            return
+        kept = self.tokenizer
+        if own.get_vocab() != kept.get_vocab() or own(LINE)["input_ids"] != kept(LINE)["input_ids"]:
+            raise RaceError(f"{model} has another tokenizer than {self}: make a cache with --model {model}")
+
+    def encode_question(self, article: str, question: str, options: list[str], max_len: int = MAX_LEN) -> dict:
+        """A typed question as an item of RaceDataset, with the same ids as in the cache; raises RaceError."""
+        record = {"id": "typed", "article": article, "questions": [question], "options": [options], "answers": ["A"]}
+        if problems := record_problems(record):
+            raise RaceError("; ".join(problem for _, problem in problems))
+        (article_ids,) = tokenize(self.tokenizer, [article]).to_pylist()
+        texts = [question_option(question, option) for option in options]
+        qa_ids = keep_last(tokenize(self.tokenizer, texts), self.manifest["max_qa_len"])
+        return self.template.item(article_ids, qa_ids.to_pylist(), max_len, 0, "typed")
+
+
+def open_cache(cache: "str | Path | Cache") -> Cache:
+    """A cache by its folder; one that is open already as it is."""
+    return cache if isinstance(cache, Cache) else Cache(cache)
+
+
+def verify_cache(folder: str | Path) -> list[str]:
+    """Re-read every file of a cache and compare it with its manifest; returns what is wrong. Hidden files pass."""
+    cache, known = Cache(folder), {"manifest.json"}
+    known_hash.cache_clear()  # read again what was read before
+    present = (path.relative_to(folder) for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    visible = [path.as_posix() for path in present if not any(part.startswith(".") for part in path.parts)]
+    others = [name for name in visible if name not in known | cache.manifest["files"].keys()]
+    return cache.problems() + [f"{Path(folder) / name}: not in the manifest" for name in others]
+
+
+def _file_problem(path: Path, expected: dict) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"{path}: {size} bytes, expected {expected['bytes']}"
+        return None if known_hash(file_identity(path)) == expected["sha256"] else f"{path}: damaged (sha256 differs)"
+    except OSError as error:
+        return f"{path}: missing, or cannot be read ({error.strerror})"
+
+
+# -------------------------------------------------------------------------------------------------- manifest
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / "manifest.json"
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+    except FileNotFoundError as error:
+        raise RaceError(f"{path}: not found; make the cache with generate_race_cache.py --out {folder}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RaceError(f"{path}: cannot be read as JSON ({error}); {AGAIN}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise RaceError(f"{path}: format {found!r}, expected {FORMAT}; {AGAIN}")
+    digest = str(manifest.get("sha256")).encode(errors="replace")
+    if hashlib.sha256(content.replace(digest, NO_HASH.encode(), 1)).hexdigest().encode() != digest:
+        raise RaceError(f"{path}: damaged, its hash does not agree; {AGAIN}")
+    return manifest
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Write a manifest with a hash of its own file, computed with zeros in place of the hash."""
+    content = {"sha256": NO_HASH} | {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(text.replace(NO_HASH, digest, 1), encoding="utf-8")
+
+
+def _template_of(manifest: dict) -> Template:
+    if "template" not in manifest:  # version 1.0
+        cls, sep = ((manifest["tokenizer"][name],) for name in ("cls", "sep"))
+        return Template(before=cls, between=sep, after=sep, segments=(0, 0, 0, 1, 1))
+    kept = {name: tuple(ids) for name, ids in manifest["template"].items()}
+    if len(kept["segments"]) == 2:  # of before version 1.4: up to the question, and of the rest
+        first, second = kept["segments"]
+        lengths = [len(kept[name]) + 1 for name in ("before", "between", "after")]
+        kept["segments"] = (first,) * (sum(lengths[:2]) - 1) + (second,) * lengths[2]
+    return Template(**kept)
+
+
+# -------------------------------------------------------------------------------------------------- making a cache
 
 
 def build_cache(
@@ -32,7 +186,6 @@ def build_cache(
     model: str,
     out: str | Path,
     max_qa_len: int = MAX_QA_LEN,
-    workers: int = 1,
     force: bool = False,
     skip_bad: bool = False,
     answers: bool = True,
@@ -44,37 +197,37 @@ def build_cache(
     `out`/left-out.txt. Without `answers`, questions may lack theirs: a cache to predict on only. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
-    check_least(**{"--max-qa-len": (max_qa_len, 1)})
+    check(max_qa_len=max_qa_len)
     if out.exists() and not (out / "manifest.json").is_file():
         raise RaceError(f"{out} exists and is not a cache; choose another --out")
     splits, left_out = read_source(source, skip_bad, answers)
     with temporary_folder(out) as temporary:
         folder = temporary / out.name
         try:
-            manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len, workers)
-        except SafetensorError as error:
+            manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
+        except SafetensorError as error:  # a full disk
             raise RaceError(f"{out}: the weights of {model} cannot be read or written ({error})") from error
         manifest["seconds"] = round(time.perf_counter() - started, 2)
         write_manifest(folder / "manifest.json", manifest)
         return _install(folder, out, manifest, force)
 
 
-def _write_cache(
-    folder: Path, source: str, splits: dict, left_out: list[str], model: str, max_qa_len: int, workers: int
-) -> dict:
+def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], model: str, max_qa_len: int) -> dict:
     folder.mkdir()
     if left_out:
         (folder / "left-out.txt").write_text("".join(f"{line}\n" for line in left_out), encoding="utf-8")
     tokenizer, has_weights = keep_model(model, folder / "model")
     template = Template.of(tokenizer)
-    if not 1 <= max_qa_len <= MAX_LEN - template.specials:
+    if max_qa_len > MAX_LEN - template.specials:
         raise RaceError(f"--max-qa-len {max_qa_len}: expected 1 to {MAX_LEN - template.specials} tokens")
-    tokenize = WordTokenizer(tokenizer, workers)
     passages = [*itertools.chain(*splits.values())]
-    check_reference(model, tokenizer, passages)
-    check_encoding(tokenize, template, passages, max_qa_len)
-    counts = {split: _write_split(folder, split, splits[split], tokenize, template, max_qa_len) for split in splits}
-    articles = Counter(text for passages in splits.values() for text in {passage.article for passage in passages})
+    sample = [*passages[:: max(1, len(passages) // SAMPLE)], max(passages, key=lambda passage: len(passage.article))]
+    articles = [passage.article for passage in sample]
+    texts = [question_option(p.questions[0], p.options[0][p.labels[0]]) for p in sample]
+    check_tokenizer_of_source(model, tokenizer, articles + texts)
+    check_encoding(tokenizer, template, articles, texts, max_qa_len)
+    counts = {split: _write_split(folder, split, splits[split], tokenizer, template, max_qa_len) for split in splits}
+    occurs = Counter(text for passages in splits.values() for text in {passage.article for passage in passages})
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format": FORMAT,
@@ -87,7 +240,7 @@ def _write_cache(
         "max_qa_len": max_qa_len,
         "notes": left_out,
         "splits": counts,
-        "articles_in_more_than_one_split": sum(count > 1 for count in articles.values()),
+        "articles_in_more_than_one_split": sum(count > 1 for count in occurs.values()),
         "files": {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
             for path in files
@@ -96,7 +249,7 @@ def _write_cache(
 
 
 def _write_split(
-    folder: Path, split: str, passages: list[Passage], tokenize: WordTokenizer, template: Template, max_qa_len: int
+    folder: Path, split: str, passages: list[Passage], tokenizer, template: Template, max_qa_len: int
 ) -> dict:
     """Write the two files of a split; returns its counts for the manifest."""
     example_ids, levels, articles, *_ = zip(*passages, strict=True)
@@ -107,8 +260,8 @@ def _write_split(
     ]
     passage_of, places, questions, options, labels = zip(*rows, strict=True)
     texts = [question_option(question, option) for _, _, question, four, _ in rows for option in four]
-    article_ids = tokenize(articles, f"{split}: articles")
-    qa_ids = keep_last(tokenize(texts, f"{split}: questions and options"), max_qa_len)
+    article_ids = tokenize(tokenizer, articles, f"{split}: articles")
+    qa_ids = keep_last(tokenize(tokenizer, texts, f"{split}: questions and options"), max_qa_len)
     passage_columns = {
         "example_id": pa.array(example_ids, pa.string()),
         "level": pa.array(levels, pa.string()),
@@ -152,26 +305,16 @@ def source_fingerprint(splits: dict[str, list[Passage]]) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(path: Path, manifest: dict) -> None:
-    """Write a manifest with a hash of its own file, computed with zeros in place of the hash."""
-    content = {"sha256": NO_HASH} | {key: value for key, value in manifest.items() if key != "sha256"}
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    path.write_text(text.replace(NO_HASH, digest, 1), encoding="utf-8")
-
-
 def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     """Move the finished cache to `out`, unless a cache is there, perhaps from another process that was faster."""
-    attempts = 0
-    while force or not out.exists():
+    if force or not out.exists():
         try:
             move_into_place(folder, out)
             return manifest
-        except OSError:  # another process has put its cache there in the meantime
-            attempts += 1
-            if attempts > 10:
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    there = read_manifest(out)
+    there = _read_manifest(out)
     if there["files"] == manifest["files"]:
         return there | {"kept": True}
     parts = [key for key in ("source", "max_qa_len") if there[key] != manifest[key]]
@@ -180,151 +323,32 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     raise RaceError(f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it")
 
 
-def read_manifest(cache_dir: str | Path) -> dict:
-    """The manifest of a cache; raises RaceError if there is none, it is damaged or of another format."""
-    path = Path(cache_dir) / "manifest.json"
-    try:
-        content = path.read_bytes()
-        manifest = json.loads(content)
-    except FileNotFoundError as error:
-        raise RaceError(f"{path}: not found; make the cache with generate_race_cache.py --out {cache_dir}") from error
-    except OSError as error:
-        raise RaceError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
-    except (ValueError, RecursionError) as error:
-        raise RaceError(f"{path}: not JSON ({error}); {AGAIN}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise RaceError(f"{path}: format {found!r}, expected {FORMAT}; {AGAIN}")
-    digest = str(manifest.get("sha256")).encode(errors="replace")
-    if hashlib.sha256(content.replace(digest, NO_HASH.encode(), 1)).hexdigest().encode() != digest:
-        raise RaceError(f"{path}: damaged, its hash does not agree; {AGAIN}")
-    return manifest
+# -------------------------------------------------------------------------------- until every room takes a Cache
+
+read_manifest, template_of = (lambda folder: Cache(folder).manifest), _template_of
 
 
-def check_files(cache_dir: str | Path, names: str = "") -> None:
-    """Compare the files whose names begin with `names` with the manifest; raises RaceError with all that differ.
-
-    A file is read once a process, and again only if it has been written since.
-    """
-    if problems := _problems(Path(cache_dir), read_manifest(cache_dir), names):
-        raise RaceError("\n".join([*problems, f"{AGAIN}, or fetch a good copy"]))
+def check_files(cache_dir, names=""):
+    open_cache(cache_dir).check_files(names)
 
 
-def _problems(folder: Path, manifest: dict, names: str = "") -> list[str]:
-    files = [(folder / name, expected) for name, expected in manifest["files"].items() if name.startswith(names)]
-    bar = tqdm(files, desc="verifying", unit=" files", delay=2, leave=False)
-    return [problem for path, expected in bar if (problem := _file_problem(path, expected))]
-
-
-def _file_problem(path: Path, expected: dict) -> str | None:
-    if not path.is_file():
-        return f"{path}: missing"
-    if path.stat().st_size != expected["bytes"]:
-        return f"{path}: {path.stat().st_size} bytes, expected {expected['bytes']}"
-    try:
-        found = known_hash(file_identity(path))
-    except OSError as error:
-        return f"{path}: cannot be read ({error.strerror})"
-    return None if found == expected["sha256"] else f"{path}: damaged, differs from the manifest (sha256)"
-
-
-def cache_identity(manifest: dict) -> dict:
-    """What a checkpoint remembers of the cache that it was trained on."""
-    return {
-        "source": manifest["source"]["name"],
-        "source_sha256": manifest["source"]["sha256"],
-        "tokenizer": manifest["tokenizer"]["sha256"],
-        "max_qa_len": manifest["max_qa_len"],
-    }
-
-
-def verify_cache(cache_dir: str | Path) -> list[str]:
-    """Re-read every file of a cache and compare it with the manifest; returns what is wrong."""
-    folder, manifest = Path(cache_dir), read_manifest(cache_dir)
-    known_hash.cache_clear()  # read again what was read before
-    others = [name for name in _not_in_manifest(folder, manifest) if not _left_by_system(name)]
-    return _problems(folder, manifest) + [f"{folder / name}: not in the manifest" for name in others]
-
-
-def left_by_system(cache_dir: str | Path) -> list[str]:
-    """The files in a cache that a desktop or file system put there; nothing reads them."""
-    folder = Path(cache_dir)
-    return [name for name in _not_in_manifest(folder, read_manifest(folder)) if _left_by_system(name)]
-
-
-def _not_in_manifest(folder: Path, manifest: dict) -> list[str]:
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return sorted(present - {"manifest.json", *manifest["files"]})
-
-
-def _left_by_system(name: str) -> bool:
-    """.DS_Store, ._x, .nfs…, .directory, Thumbs.db, desktop.ini, and all in __MACOSX or a hidden folder."""
-    *folders, file = name.lower().split("/")
-    return (
-        file in ("thumbs.db", "desktop.ini")
-        or "__macosx" in folders
-        or any(part.startswith(".") for part in (*folders, file))
-    )
-
-
-def tables(cache_dir: str | Path, split: str) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """The passages and questions of one split, memory-mapped: nothing is read until it is used."""
-    batches = []
-    for name in ("passages", "questions"):
-        path = Path(cache_dir) / f"{split}-{name}.arrow"
-        try:
-            batches.append(pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0))
-        except FileNotFoundError as error:
-            held = ", ".join(read_manifest(cache_dir)["splits"])
-            raise RaceError(f"{cache_dir} has no {split} split (it holds: {held})") from error
-        except pa.ArrowInvalid as error:
-            raise RaceError(f"{path}: damaged ({error}); run generate_race_cache.py --verify {cache_dir}") from error
-    return batches[0], batches[1]
-
-
-def splits_of(manifest: dict) -> list[str]:
-    """The splits that a cache holds, in the order train, validation, test."""
+def splits_of(manifest):
     return [split for split in SPLITS if split in manifest["splits"]]
 
 
-def template_of(manifest: dict) -> Template:
-    """How the sequences of a cache are put together."""
-    if "template" not in manifest:  # as older caches keep it
-        cls, sep = ((manifest["tokenizer"][name],) for name in ("cls", "sep"))
-        return Template(before=cls, between=sep, after=sep, segments=(0, 0, 0, 1, 1))
-    kept = {name: tuple(ids) for name, ids in manifest["template"].items()}
-    if len(kept["segments"]) == 2:  # of before version 1.4: up to the question, and of the rest
-        first, second = kept["segments"]
-        lengths = [len(kept[name]) + 1 for name in ("before", "between", "after")]
-        kept["segments"] = (first,) * (sum(lengths[:2]) - 1) + (second,) * lengths[2]
-    return Template(**kept)
+def cache_identity(manifest):
+    source, tokenizer = manifest["source"], manifest["tokenizer"]["sha256"]
+    of_source = {"source": source["name"], "source_sha256": source["sha256"]}
+    return of_source | {"tokenizer": tokenizer, "max_qa_len": manifest["max_qa_len"]}
 
 
-def check_tokenizer(model: str | Path, manifest: dict, cache_dir: str | Path) -> None:
-    """Raise RaceError if a model has a tokenizer other than the cache's: the ids would be those of other words.
-
-    Descriptions differ between versions of transformers; the same vocabulary and the same ids of a text with quotes,
-    capitals, accents and digits are the same tokenizer.
-    """
-    try:
-        own = load_tokenizer(model)
-    except RaceError:
-        return  # a model without a tokenizer
-    if tokenizer_hash(own) == manifest["tokenizer"]["sha256"]:
-        return
-    kept = load_tokenizer(Path(cache_dir) / "model")
-    if own.get_vocab() != kept.get_vocab() or own(LINE)["input_ids"] != kept(LINE)["input_ids"]:
-        raise RaceError(f"{model} has another tokenizer than {cache_dir}: make a cache with --model {model}")
+def check_tokenizer(model, manifest, cache_dir):
+    open_cache(cache_dir).check_tokenizer(model)
 
 
-def encode_question(
-    cache_dir: str | Path, article: str, question: str, options: list[str], max_len: int = MAX_LEN
-) -> dict:
-    """A typed question as an item of RaceDataset, with the same ids as in the cache; raises RaceError."""
-    record = {"id": "typed", "article": article, "questions": [question], "options": [options], "answers": ["A"]}
-    if problems := record_problems(record):
-        raise RaceError("; ".join(problem for _, problem in problems))
-    manifest, tokenize = read_manifest(cache_dir), WordTokenizer(load_tokenizer(Path(cache_dir) / "model"))
-    (article_ids,) = tokenize([article]).to_pylist()
-    qa_ids = keep_last(tokenize([question_option(question, option) for option in options]), manifest["max_qa_len"])
-    return template_of(manifest).item(article_ids, qa_ids.to_pylist(), max_len, 0, "typed")
+def encode_question(cache_dir, *question):
+    return open_cache(cache_dir).encode_question(*question)
+
+
+def tables(cache_dir, split):
+    return open_cache(cache_dir).tables(split)

@@ -10,13 +10,31 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from race import MAX_LEN, RaceError
+
+CHUNK = 4096  # texts tokenised at a time: bounds memory
 
 
 def question_option(question: str, option: str) -> str:
     """The text of the second segment: the option in each blank, a run of `_`; without a blank, the option follows."""
     return re.sub("_+", lambda _: option, question) if "_" in question else f"{question} {option}"
+
+
+def tokenize(tokenizer, texts: list[str], desc: str = "tokenising") -> pa.ListArray:
+    """[N] texts → ListArray [N] of token ids without special tokens."""
+    kind = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.uint32()
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # which earlier calls may have set
+    backend.no_padding()
+    chunks, starts = [pa.array([], pa.list_(kind))], range(0, len(texts), CHUNK)
+    for start in tqdm(starts, desc=desc, unit=" texts", unit_scale=CHUNK, delay=2, leave=False):
+        encoded = backend.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
+        ids = [np.array(one.ids, kind.to_pandas_dtype()) for one in encoded]
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+        chunks.append(pa.ListArray.from_arrays(offsets, np.concatenate(ids)))
+    return pa.concat_arrays(chunks)
 
 
 def keep_last(lists: pa.ListArray, count: int) -> pa.ListArray:
@@ -95,28 +113,25 @@ class Template:
         return lengths if max_len is None else np.minimum(lengths, max_len)
 
 
-def check_encoding(tokenize, template: Template, passages: list, max_qa_len: int) -> None:
-    """Compare some fifty questions, the longest article's among them, with the pairs that the tokenizer encodes itself.
+def check_encoding(tokenizer, template: Template, articles: list[str], texts: list[str], max_qa_len: int) -> None:
+    """Compare sequences of articles with questions and options with the pairs that the tokenizer encodes itself.
 
-    tokenize: a WordTokenizer. Raises RaceError if a sequence differs.
+    Raises RaceError if one differs. Long questions, which the tokenizer would truncate otherwise, are not compared.
     """
-    sample = [*passages[:: max(1, len(passages) // 48)], max(passages, key=lambda passage: len(passage.article))]
-    articles = [passage.article for passage in sample]
-    texts = [question_option(p.questions[0], p.options[0][p.labels[0]]) for p in sample]
-    theirs = tokenize.tokenizer(
+    ours = zip(tokenize(tokenizer, articles).to_pylist(), tokenize(tokenizer, texts).to_pylist(), strict=True)
+    pairs = tokenizer(
         articles,
         texts,
-        truncation="longest_first",  # never fails; long questions, which it would cut, are not compared
+        truncation="longest_first",  # never fails
         max_length=MAX_LEN,
         return_token_type_ids=True,
         verbose=False,
     )
-    expected = zip(theirs["input_ids"], theirs["token_type_ids"], strict=True)
-    ours = zip(tokenize(articles).to_pylist(), tokenize(texts).to_pylist(), strict=True)
-    for passage, (article, qa), pair in zip(sample, ours, expected, strict=True):
+    theirs = zip(pairs["input_ids"], pairs["token_type_ids"], strict=True)
+    for text, (article, qa), pair in zip(texts, ours, theirs, strict=True):
         sequence = tuple(ids.tolist() for ids in template.sequence(article, qa, MAX_LEN))
         if len(qa) <= min(max_qa_len, MAX_LEN // 4) and sequence != pair:
             raise RaceError(
-                f"{tokenize.tokenizer.name_or_path}: its tokenizer encodes pairs of texts in another way than "
-                f"{template} (seen on {passage.example_id}); choose another model (docs/models.md)"
+                f"{tokenizer.name_or_path}: its tokenizer encodes pairs of texts in another way than {template} (seen "
+                f"on {text[:60]!r}); choose another model (docs/models.md)"
             )

@@ -13,23 +13,24 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from race import LETTERS, LEVELS, MAX_LEN, OPTIONS, SPLITS, RaceError, check_least
+from race import LETTERS, MAX_LEN, OPTIONS, SPLITS, RaceError
 from race.data.batches import ShuffledBatches, collate
-from race.data.cache import check_files, encode_question, read_manifest, splits_of, tables, template_of
+from race.data.cache import Cache, open_cache
+from race.parameters import check
 
 
 class RaceDataset(Dataset):
     """The questions of one split, memory-mapped: `len()` counts questions, tokens are read when they are used.
 
-    rows: which rows of the cache to use (None: all). Raises RaceError.
+    cache: a Cache or its folder. rows: which rows of the cache to use (None: all). Raises RaceError.
     """
 
-    def __init__(self, cache_dir: str | Path, split: str, max_len: int = MAX_LEN, rows: np.ndarray | None = None):
-        self.cache_dir, self.split, self.max_len, self.rows = cache_dir, split, max_len, rows
-        self._template = template_of(read_manifest(cache_dir))
+    def __init__(self, cache: Cache | str | Path, split: str, max_len: int = MAX_LEN, rows: np.ndarray | None = None):
+        self.cache, self.split, self.max_len, self.rows = open_cache(cache), split, max_len, rows
+        self._template = self.cache.template
         if max_len < (least := self._template.specials + 2):
             raise RaceError(f"max_len is {max_len}, expected {least} or more")
-        self._passages, self._questions = tables(cache_dir, split)
+        self._passages, self._questions = self.cache.tables(split)
         # from_dlpack shares the memory map; to_numpy() would load pandas
         self._passage, self._label = (np.from_dlpack(self._questions[name]) for name in ("passage", "label"))
         self._article_ids, self._article_offsets = _ragged(self._passages["article_ids"])
@@ -37,7 +38,7 @@ class RaceDataset(Dataset):
         self._rows = np.arange(len(self._label)) if rows is None else rows
 
     def __reduce__(self):  # for loader workers: a memory map is opened again, not copied
-        return RaceDataset, (self.cache_dir, self.split, self.max_len, self.rows)
+        return RaceDataset, (self.cache.name, self.split, self.max_len, self.rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -129,7 +130,7 @@ class RaceDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        cache_dir: str | Path,
+        cache_dir: str | Path | Cache,
         batch_size: int = 32,
         max_len: int = MAX_LEN,
         num_workers: int | None = None,
@@ -138,10 +139,8 @@ class RaceDataModule(pl.LightningDataModule):
         level: str | None = None,
     ):
         super().__init__()
-        check_least(batch_size=(batch_size, 1), seed=(seed, 0), limit_questions=(limit_questions, 1))
-        if level not in (None, *LEVELS):
-            raise RaceError(f"level is {level!r}, expected {', '.join(LEVELS)} or None")
-        self.cache_dir, self.batch_size, self.max_len = Path(cache_dir), batch_size, max_len
+        check(batch_size=batch_size, max_len=max_len, limit_questions=limit_questions, seed=seed, level=level)
+        self.cache, self.batch_size, self.max_len = open_cache(cache_dir), batch_size, max_len
         self.num_workers, self.limit_questions, self.seed, self.level = num_workers, limit_questions, seed, level
         self.longest_first = False  # within a training batch: for models that pad, so that like lengths go together
         self.train_dataset = self.val_dataset = self.test_dataset = None
@@ -149,41 +148,42 @@ class RaceDataModule(pl.LightningDataModule):
 
     @property
     def made_with(self) -> dict:
-        """The parameters that it was made with."""
-        names = ("BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "SEED", "LEVEL")
-        return {"CACHE_DIR": str(self.cache_dir)} | {name: getattr(self, name.lower()) for name in names}
+        """The arguments that it was made with, but num_workers."""
+        names = ("batch_size", "max_len", "limit_questions", "seed", "level")
+        return {"cache_dir": self.cache.name} | {name: getattr(self, name) for name in names}
+
+    @property
+    def cache_dir(self):  # until every room takes a Cache
+        return self.cache.name
 
     @property
     def manifest(self) -> dict:
         """The manifest of the cache."""
-        return read_manifest(self.cache_dir)
+        return self.cache.manifest
 
     def setup(self, stage: str | None = None) -> None:
         """Open the splits that the cache holds."""
         if self.train_dataset or self.val_dataset or self.test_dataset:
             return
-        held = splits_of(self.manifest)
-        for split in held:
-            check_files(self.cache_dir, split)
-        datasets = {split: self.open_split(split) for split in held}
+        for split in self.cache.splits:
+            self.cache.check_files(split)
+        datasets = {split: self.open_split(split) for split in self.cache.splits}
         self.train_dataset, self.val_dataset, self.test_dataset = map(datasets.get, SPLITS)
 
     def open_split(self, split: str) -> RaceDataset:
         """Open one split, without a check of its files; raises RaceError if the cache lacks it."""
         rows = None if self.level is None else self._rows_of_level(split)
-        dataset = RaceDataset(self.cache_dir, split, self.max_len, rows)
+        dataset = RaceDataset(self.cache, split, self.max_len, rows)
         if self.limit_questions is None or self.limit_questions >= len(dataset):
             return dataset
         sample = np.sort(np.random.default_rng(self.seed).choice(len(dataset), self.limit_questions, replace=False))
-        return RaceDataset(self.cache_dir, split, self.max_len, sample if rows is None else rows[sample])
+        return RaceDataset(self.cache, split, self.max_len, sample if rows is None else rows[sample])
 
     def _rows_of_level(self, split: str) -> np.ndarray:
-        rows = np.flatnonzero(RaceDataset(self.cache_dir, split).columns()["level"] == self.level)
+        rows = np.flatnonzero(RaceDataset(self.cache, split).columns()["level"] == self.level)
         if not len(rows):
             held = ", ".join(self.manifest["splits"][split]["levels"]) or "none"
-            raise RaceError(
-                f"LEVEL = {self.level!r}: {self.cache_dir} has no such questions in {split} (levels: {held})"
-            )
+            raise RaceError(f"LEVEL = {self.level!r}: {self.cache} has no such questions in {split} (levels: {held})")
         return rows
 
     def dataset(self, split: str) -> RaceDataset:
@@ -194,7 +194,7 @@ class RaceDataModule(pl.LightningDataModule):
 
     def encode_question(self, article: str, question: str, options: list[str]) -> dict:
         """A typed question as an item of a dataset, with the ids that it would have in the cache; raises RaceError."""
-        return encode_question(self.cache_dir, article, question, options, self.max_len)
+        return self.cache.encode_question(article, question, options, self.max_len)
 
     def start_at(self, epoch: int, batches: int) -> None:
         """Start `epoch` after its first `batches` batches, to resume a stage; other epochs start at 0."""

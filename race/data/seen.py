@@ -4,8 +4,6 @@ import base64
 
 import numpy as np
 
-from race.data.cache import cache_identity, read_manifest
-
 COLUMNS = {"train": "article_in_train", "validation": "article_in_validation"}  # what a column of `seen` is about
 
 
@@ -28,13 +26,13 @@ def seen(lineage: dict, dataset) -> dict[str, np.ndarray]:
     True, False, or None where that is not known. lineage: of a checkpoint; one without hashes, but of the same source
     as the cache, had the cache's own splits. dataset: RaceDataset.
     """
-    articles, manifest = lineage.get("articles"), read_manifest(dataset.cache_dir)
+    articles, cache = lineage.get("articles"), dataset.cache
     known, complete = {}, bool(articles and articles["complete"])
     if articles:
         known = {split: _unpacked(articles[split]) for split in COLUMNS}
-    elif _source(lineage.get("cache")) == _source(cache_identity(manifest)):
-        held = [split for split in COLUMNS if split in manifest["splits"]]
-        known = {split: type(dataset)(dataset.cache_dir, split).article_hashes() for split in held}
+    elif _source(lineage.get("cache")) == _source(cache.identity):
+        held = [split for split in COLUMNS if split in cache.splits]
+        known = {split: type(dataset)(cache, split).article_hashes() for split in held}
         complete = not lineage.get("chain")  # what the stages before were trained on is not recorded
     own, found = dataset.article_hashes(), {}
     for split, column in COLUMNS.items():

@@ -14,8 +14,8 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer
 from race import LETTERS, OPTIONS, RACE_QUESTIONS, SPLITS, RaceError
 from race.data import RaceDataModule, collate
 from race.data.cache import check_files, read_manifest, template_of
+from race.encoder import attention_dropout, longest_input, pads_left, takes_segments
 from race.export.card import model_card
-from race.families import attention_dropout, longest_input, pads_left, takes_segments
 from race.files import file_identity, known_hash, move_into_place, set_mode, temporary_folder
 from race.train.checkpoints import Checkpoint
 from race_module import RaceModule

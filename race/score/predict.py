@@ -13,9 +13,10 @@ from race import LETTERS, MAX_LEN, RaceError
 from race.data import RaceDataModule, collate
 from race.data.seen import seen
 from race.device import AUTOCAST, check_precision, default_device, default_precision, device_name, versions
+from race.memory import fit_memory, in_parts
+from race.parameters import from_root
 from race.score import results
 from race.score.statistics import PROBABILITIES, kind_of_question
-from race.settings import from_root
 from race.train.checkpoints import Checkpoint, short_names
 from race_module import RaceModule
 
@@ -169,7 +170,7 @@ def question_facts(dataset) -> pd.DataFrame:
 
 def _loaded(checkpoint: Checkpoint, cache_dir: str | Path, device) -> RaceModule:
     module = checkpoint.load(cache_dir).to(device).eval()
-    module.fit_memory(torch.device(device))
+    fit_memory(module, torch.device(device))
     return module
 
 
@@ -177,15 +178,9 @@ def _loaded(checkpoint: Checkpoint, cache_dir: str | Path, device) -> RaceModule
 def _probabilities(module: RaceModule, batch, precision: str) -> np.ndarray:
     """[B, 4] probabilities of the options of a batch, computed on the module's device, in micro-batches that fit."""
     half = AUTOCAST[precision]
-    while True:
-        parts, done = list(batch.to(module.device).micro_batches(module.token_budget, module.padded)), []
-        try:
-            with torch.autocast(module.device.type, half, enabled=half is not None):
-                for part in parts:
-                    done.append(module(part).double().softmax(1))
-            return torch.cat(done).cpu().numpy()
-        except torch.OutOfMemoryError as error:
-            module.halve_budget(parts[len(done)], error)
+    with torch.autocast(module.device.type, half, enabled=half is not None):
+        parts = in_parts(module, batch.to(module.device), lambda part, _: module(part).double().softmax(1))
+    return torch.cat(parts).cpu().numpy()
 
 
 def answer_question(

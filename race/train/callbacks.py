@@ -26,7 +26,7 @@ class StartInForce(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         """Compare every parameter group with the rate of the step that was taken."""
-        self._compare(trainer, module.rate_at(trainer.global_step - 1))
+        self._compare(trainer, module.learning_rate * module.schedule(trainer.global_step - 1))
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Compare every parameter group and all weights with what the stage was given."""

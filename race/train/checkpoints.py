@@ -11,7 +11,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from race import HUB_ID, MAX_LEN, MONITORS, RaceError
 from race.data.cache import check_tokenizer
 from race.files import file_identity, known_hash, read_archive, save_archive
-from race.model_files import local_copy
+from race.models import local_copy
 from race.train.weights import LIBRARIES, foreign_module, weight_files
 from race_module import RaceModule
 

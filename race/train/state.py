@@ -94,7 +94,7 @@ class KeepState(pl.Callback):
             self._weights = None
         self._saved_at = time.monotonic()
         if trainer.world_size == 1:  # several processes stop together, between steps
-            module.between_parts = lambda: self._end_within_step(module)
+            module.stop = lambda: self._end_within_step(module)
         # Lightning's own way of telling the processes of a SIGTERM waits for the GPU before each step; ours does not
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self._wishes = Wishes()
@@ -253,12 +253,13 @@ def _gathered(value: object, processes: int) -> list:
 def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule, monitor: str) -> dict:
     """What must be unchanged to resume a stage, by the names of the notebooks' parameters."""
     base = {"the base": "base", "the base's sha256": "base_sha256", "the cache": "cache"}
-    recipe = ["LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "weight_decay", "adam_epsilon"]
+    recipe = ["LEARNING_RATE", "MAX_GRAD_NORM", "weight_decay", "adam_epsilon"]
     recipe += ["ATTENTION_DROPOUT"]
     identity = {name: module.lineage.get(key) for name, key in base.items()}
     identity |= {name: getattr(module, name.lower()) for name in recipe}
-    if module.schedule != "constant" or 0 < module.warmup < 1:
-        identity["steps of the schedule (MAX_EPOCHS)"] = module.total_steps
+    identity |= {"SCHEDULE": module.schedule.name, "WARMUP": module.schedule.warmup}
+    if module.schedule.name != "constant" or 0 < module.schedule.warmup < 1:
+        identity["steps of the schedule (MAX_EPOCHS)"] = module.schedule.steps
     identity["MONITOR"] = monitor
     return identity | {name: value for name, value in data.made_with.items() if name != "CACHE_DIR"}
 

@@ -20,8 +20,8 @@ from race.data.cache import cache_identity, check_files, check_tokenizer, read_m
 from race.data.seen import seen_articles
 from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
-from race.model_files import load_config
-from race.settings import ROOT
+from race.models import load_config
+from race.parameters import ROOT
 from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
 from race.train.logs import further_loggers
@@ -48,12 +48,11 @@ def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
 
     Parts of more than `width` characters are shown without their middle.
     """
-    from transformers import AutoTokenizer
 
     def shortened(text: str) -> str:
         return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(dataset.cache_dir) / "model", trust_remote_code=False)
+    tokenizer = dataset.cache.tokenizer
     item, rows = dataset[index], []
     for option, (ids, parts) in enumerate(zip(item["input_ids"], dataset.parts(index), strict=True)):
         texts = [shortened(tokenizer.decode(part)) for part in parts]
@@ -156,9 +155,10 @@ def train_stage(
     precision = precision or default_precision(accelerator)
     check_precision(precision)
     further = further_loggers(loggers, stage.run_dir, stage.name)
-    module.total_steps = steps = max_epochs * data.batches_per_epoch()
-    if module.warmup >= max(1, steps):
-        raise RaceError(f"WARMUP is {module.warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
+    module.schedule.steps = steps = max_epochs * data.batches_per_epoch()
+    if module.schedule.warmup >= max(1, steps):
+        warmup = f"WARMUP is {module.schedule.warmup:g} steps"
+        raise RaceError(f"{warmup}, the stage has {steps}: give fewer, or a share such as 0.1")
     identity = stage_identity(module, data, monitor)
     state = _state_of(stage, int(fresh), identity)
     keeper = KeepState(stage, save_minutes, int(fresh) if state is None else state.get("fresh", 0))
@@ -276,7 +276,7 @@ def _fit(
             f"the disk is full ({error}): nothing that was finished is lost; make room and run this again to resume"
         ) from error
     finally:
-        module.__dict__.pop("between_parts", None)  # the signals of this run end nothing else
+        module.stop = None  # the signals of this run end nothing else
 
 
 def say(line: str) -> None:

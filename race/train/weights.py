@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from race import RaceError
 from race.files import read_archive
-from race.model_files import load_config, weights_problem
+from race.models import load_config, weights_problem
 from race_module import RaceModule
 
 HOLDERS = ("state_dict", "model_state_dict", "model")  # where a file may keep its weights

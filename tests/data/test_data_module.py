@@ -180,9 +180,9 @@ def test_missing_split_and_bad_parameters(corpus, tmp_path):
     with pytest.raises(RaceError, match="no validation split"):
         data.val_dataloader()
     with pytest.raises(RaceError, match="manifest.json: not found"):
-        RaceDataModule(tmp_path / "nothing").setup()
-    with pytest.raises(RaceError, match="batch_size is 0.*seed is -1.*limit_questions is -2"):
-        RaceDataModule(tmp_path, batch_size=0, limit_questions=-2, seed=-1)
+        RaceDataModule(tmp_path / "nothing")
+    with pytest.raises(RaceError, match="BATCH_SIZE is 0.*LIMIT_QUESTIONS is -2.*SEED is -1"):
+        RaceDataModule(tmp_path / "cache", batch_size=0, limit_questions=-2, seed=-1)
     with pytest.raises(RaceError, match="max_len is 4, expected 5 or more"):
         RaceDataModule(tmp_path / "cache", max_len=4).setup()
 

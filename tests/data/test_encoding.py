@@ -10,11 +10,10 @@ import sentencepiece
 from helpers import ALBERT, ROOT
 
 from race import RaceError
-from race.data.base_model import spiece_proto
-from race.data.cache import build_cache, encode_question, read_manifest, tables, template_of
+from race.data.cache import Cache, build_cache
 from race.data.encoding import Template, keep_last, question_option
 from race.data.module import RaceDataset
-from race.data.reference import albert_text
+from race.models import spiece_proto
 
 
 def test_question_option():
@@ -93,12 +92,16 @@ def test_every_sequence_of_real_dev_equals_the_tokenizer(real_cache):
             assert item["token_type_ids"][option].tolist() == segments, (texts[i]["example_id"], option)
 
 
+def albert_text(text: str) -> str:
+    """preprocess_text of google-research/albert, restated; `` and '' become ", as in transformers."""
+    text = unicodedata.normalize("NFKD", " ".join(text.split()).replace("``", '"').replace("''", '"'))
+    return "".join(c for c in text if not unicodedata.combining(c)).lower()
+
+
 def by_albert_s_authors(pieces: sentencepiece.SentencePieceProcessor, texts: list[str]) -> list[list[int]]:
-    """preprocess_text and encode_pieces of google-research/albert, restated; `` and '' become ", as in transformers."""
-    texts = [unicodedata.normalize("NFKD", " ".join(t.split()).replace("``", '"').replace("''", '"')) for t in texts]
-    texts = ["".join(c for c in text if not unicodedata.combining(c)).lower() for text in texts]
+    """encode_pieces of google-research/albert, restated."""
     rows = []
-    for row in pieces.encode(texts, out_type=str):
+    for row in pieces.encode([albert_text(text) for text in texts], out_type=str):
         split = []
         for piece in row:
             if len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit():
@@ -123,7 +126,7 @@ def test_all_of_real_dev_equals_sentencepiece_itself(real_cache):
     articles = dict(zip(dataset._passage.tolist(), (text["article"] for text in asked), strict=True))
     texts = list(articles.values())
     texts += [question_option(text["question"], option) for text in asked for option in text["options"]]
-    passages, questions = tables(real_cache, "validation")
+    passages, questions = Cache(real_cache).tables("validation")
     ours = passages["article_ids"].to_pylist() + questions["qa_ids"].flatten().to_pylist()
     assert len(articles) == 1389 and len(texts) == len(ours) == 12377
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(ALBERT / "spiece.model"))
@@ -131,7 +134,7 @@ def test_all_of_real_dev_equals_sentencepiece_itself(real_cache):
     (other,) = [i for i in range(len(texts)) if ours[i] != theirs[i]]
     assert "1,050" in texts[other] and "1,0" in pieces.id_to_piece(ours[other])
     as_in_json = sentencepiece.SentencePieceProcessor(
-        model_proto=spiece_proto(ALBERT / "spiece.model").SerializeToString()
+        model_proto=spiece_proto(ALBERT / "spiece.model", "albert").SerializeToString()
     )
     assert as_in_json.encode([albert_text(text) for text in texts]) == ours
 
@@ -174,13 +177,14 @@ def model_with_pairs(cache, folder, pair: str):
 def test_another_template_is_read_from_the_tokenizer_and_followed(corpus, cache, tmp_path):
     """Two separators in the middle and other segments: no line of code but the Template's knows of them."""
     tokenizer = model_with_pairs(cache, tmp_path / "model", "[CLS]:1 $A:1 [SEP]:1 [SEP]:1 $B [SEP]")
-    manifest = build_cache(str(corpus), str(tmp_path / "model"), tmp_path / "out")
+    build_cache(str(corpus), str(tmp_path / "model"), tmp_path / "out")
+    opened = Cache(tmp_path / "out")
     template = Template((2,), (3, 3), (3,), (1, 1, 1, 1, 0, 0))
-    assert template_of(manifest) == template_of(read_manifest(tmp_path / "out")) == template
+    assert opened.template == template
     dataset, total = RaceDataset(tmp_path / "out", "test", 60), 0
     for i in range(len(dataset)):
         item, text = dataset[i], dataset.text(i)
-        typed = encode_question(tmp_path / "out", text["article"], text["question"], text["options"], 60)
+        typed = opened.encode_question(text["article"], text["question"], text["options"], 60)
         for option in range(4):
             second = question_option(text["question"], text["options"][option])
             pair = tokenizer(
@@ -227,11 +231,11 @@ def test_real_questions_are_encoded_as_in_the_cache(real_cache):
 
 def assert_typed_as_cached(dataset, index: int) -> None:
     text, item = dataset.text(index), dataset[index]
-    typed = encode_question(dataset.cache_dir, text["article"], text["question"], text["options"], dataset.max_len)
+    typed = dataset.cache.encode_question(text["article"], text["question"], text["options"], dataset.max_len)
     for name in ("input_ids", "token_type_ids"):
         assert all(np.array_equal(a, b) for a, b in zip(typed[name], item[name], strict=True))
 
 
 def test_a_typed_question_must_be_whole(cache):
     with pytest.raises(RaceError, match=r"article: empty; .*3 options, not 4"):
-        encode_question(cache, " ", "Who?", ["a", "b", "c"])
+        Cache(cache).encode_question(" ", "Who?", ["a", "b", "c"])

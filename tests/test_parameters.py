@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 
 from race import RaceError
 from race.data import RaceDataModule
-from race.settings import ROOT, Settings, parse_set
+from race.parameters import ROOT, Settings, parse_set
 from race.train.stages import Stage
 from race.train.training import start_stage, train_stage
 
@@ -20,7 +20,7 @@ WORDS = {
     "LIMIT_QUESTIONS": "None",
     "SEED": "0",
     "PRECISION": 32,
-    "FRESH": "false",
+    "FRESH": False,
     "LEVEL": "high",
     "CHECKPOINTS": "a.ckpt",
     "BASE_MODEL": "albert-base-v2",
@@ -34,7 +34,7 @@ def test_what_is_meant_is_taken(tmp_path, monkeypatch):
     settings = Settings(WORDS)
     assert (settings.LEARNING_RATE, settings.MAX_EPOCHS, settings.BATCH_SIZE) == (1e-4, 3, 32)
     assert type(settings.MAX_EPOCHS) is type(settings.BATCH_SIZE) is int
-    assert settings.LIMIT_QUESTIONS is None and settings.SEED == 0 and not settings.FRESH
+    assert settings.LIMIT_QUESTIONS is None and settings.SEED == 0
     assert (settings.PRECISION, settings.LEVEL, settings.CHECKPOINTS) == ("32-true", "high", ["a.ckpt"])
     assert settings.CACHE_DIR == str(ROOT / "cache" / "race")
     assert settings.CHECKPOINT_DIR == "/elsewhere/checkpoints" and settings.BASE_MODEL == "albert-base-v2"
@@ -51,7 +51,7 @@ def test_where_and_how_to_compute():
     with pytest.raises(RaceError) as error:
         Settings(wrong)
     assert str(error.value) == (
-        "ACCELERATOR is 'cuda', expected cpu, gpu or None; DETERMINISTIC is 2, expected True or False; "
+        "ACCELERATOR is 'cuda', expected one of cpu, gpu, or None; DETERMINISTIC is 2, expected True or False; "
         "COMPILE is 'max', expected True or False"
     )
 
@@ -69,22 +69,20 @@ def test_what_a_command_line_says_of_recipes_and_loggers():
     with pytest.raises(RaceError) as error:
         Settings(wrong)
     assert len(str(error.value).split("; ")) == 4 and "SCHEDULE is 'step 3/2', expected constant" in str(error.value)
-    with pytest.raises(RaceError, match="LOGGERS is '{A: ', expected names of Lightning loggers"):
+    with pytest.raises(RaceError, match="LOGGERS is '{A: ', expected names, each"):
         Settings({"LOGGERS": "{A: "})
 
 
 def test_the_rest_is_refused_by_name():
     wrong = {"LEARNING_RATE": "fast", "MAX_EPOCHS": 2.5, "SEED": True, "SPLIT": "dev", "RUN_DIR": None}
-    wrong |= {"FRESH": "maybe"}
     with pytest.raises(RaceError) as error:
         Settings(wrong)
     for name, expected in (
-        ("LEARNING_RATE is 'fast'", "a number"),
-        ("MAX_EPOCHS is 2.5", "a whole number"),
-        ("SEED is True", "a whole number"),
+        ("LEARNING_RATE is 'fast'", "0 or more"),
+        ("MAX_EPOCHS is 2.5", "1 or more"),
+        ("SEED is True", "0 or more"),
         ("SPLIT is 'dev'", "one of train, validation, test"),
         ("RUN_DIR is None", "a folder"),
-        ("FRESH is 'maybe'", "True or False"),
     ):
         assert f"{name}, expected {expected}" in str(error.value)
 
