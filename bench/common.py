@@ -28,7 +28,7 @@ PLACES = {
     "race.demo.model": ["write_model"],
     "race.encoder": ["PACKED", "compile_layers", "takes_segments"],
     "race.files": ["file_hash"],
-    "race.memory": ["fit_memory"],
+    "race.memory": ["fit_memory", "in_parts"],
     "race.score.predictions": ["accuracy_table", "predict"],
     "race.train.precision": ["Autocast", "autocast"],
     "race.train.stages": ["Stage"],
