@@ -117,8 +117,8 @@ def _remove_folder(left: Path, age: float) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold a lock that ends with the process; raises BlockingIOError if another process holds it.
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock that ends with the process; if another one holds it, wait, or raise BlockingIOError.
 
     Gives False on a file system without locks. A POSIX record lock and not `filelock`, whose flock() is inherited by
     loader workers: they outlive a killed process by seconds, and would keep it locked.
@@ -126,7 +126,7 @@ def locked(path: Path) -> Iterator[bool]:
     with open(path, "w") as file:
         certain = True
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise BlockingIOError(error.errno, "held by another process", str(path)) from error

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
-from race.data.sources import Passage, read_source, record_problems
+from race.data.passages import Passage, read_source, record_problems
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
 from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, tokenizer_hash
 from race.parameters import check

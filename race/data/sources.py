@@ -1,171 +1,244 @@
-"""RACE as passages: what the readers found is checked, and told with its place; each question is counted once."""
+"""Sources of questions: folders, archives, files, saved data sets and the hub become records with their places."""
 
-from typing import NamedTuple
+import ast
+import csv
+import functools
+import io
+import json
+import operator
+import os
+import re
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from race import LETTERS, OPTIONS, SPLITS, RaceError
-from race.data.readers import FIELDS, Found, is_missing, read_records
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
 
-LABELS = {letter: label for label, letter in enumerate(LETTERS)}
-SHOWN = 20  # problems that a message lists
+from race import LEVELS, SPLITS, RaceError
+from race.demo.corpus import write_corpus
+
+SPLIT_OF = {split: split for split in SPLITS} | {"dev": "validation", "val": "validation"}
+SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+DIGITS = re.compile(r"(\d+)")  # 9.txt comes before 10.txt
+HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX(/|$))")  # what editors and macOS leave in folders and archives is no data
+WANTED = ("article", "question", "options", "answer")  # columns of a table
+OPTION = re.compile(r"(?:option)?([a-h])|option(\d)")  # or a column for each option: A, option_b, Option1
+LEVEL = re.compile(rf"({'|'.join(LEVELS)})(?![a-z])", re.IGNORECASE)  # with which a level or an id begins: high12.txt
+Files = list[tuple[str, Any]]  # name, and what it holds: bytes, a Path to read, or a table of the library `datasets`
+Values = list[tuple[str, Any]]  # place, and what stands there: a record, a row, something else, or a RaceError
 
 
-class Passage(NamedTuple):
-    """One article with its questions; `level` is "middle", "high" or "" if the source does not say."""
+def read_records(source: str, answers: bool) -> tuple[dict[str, Values], list[str], list[str]]:
+    """(place, record) per split, in a fixed order, not checked; problems with places; a line if files are left out."""
+    if source == "demo":
+        with tempfile.TemporaryDirectory() as folder:
+            write_corpus(Path(folder))
+            return read_records(folder, answers)
+    chosen, notes = _one_data_set(_files(source), answers)
+    records: dict[str, Values] = {}
+    problems: list[str] = []
+    names: dict[tuple, str] = {}  # of passages without id: the place where the article is met first
+    for split, level, name, file in tqdm(chosen, desc="reading", unit=" files", delay=2, leave=False):
+        values = attempt(_values, name, file, answers)
+        for place, value in [(name, values)] if isinstance(values, RaceError) else values:
+            record = attempt(_record, value, level, answers)
+            if isinstance(record, RaceError):
+                problems.append(f"{place}: {record}")
+                continue
+            if record.get("id") is None:
+                record["id"] = names.setdefault((split, level, str(record.get("article"))), place)
+            records.setdefault(split, []).append((place, record))
+    return records, problems, notes
 
-    example_id: str
-    level: str
-    article: str
-    questions: list[str]
-    options: list[list[str]]  # [questions][4]
-    labels: list[int]  # [questions], 0..3, or -1 where the answer is missing
-    places: list[int]  # [questions], of each question in its record, from 0
 
-
-def read_source(
-    source: str, skip_bad: bool = False, answers: bool = True
-) -> tuple[dict[str, list[Passage]], list[str]]:
-    """Passages per split, in a fixed order, and a line for each thing left out; splits that a source lacks are absent.
-
-    `source`: "demo", a folder, archive or file of RACE records or tables, or a hub id such as "ehovy/race".
-    Raises RaceError with all problems at once; with `skip_bad`, bad questions, and passages that are bad as a whole,
-    are left out instead. With `answers=False` answers may be missing, and a source that names no split is "test".
-    """
+def attempt(read: Callable, *arguments: Any) -> Any:
+    """What `read` returns; or a RaceError, whatever a parser raises at what is damaged, cut off or of another kind."""
     try:
-        records, notes = read_records(source, answers)
+        return read(*arguments)
     except RaceError as error:
-        raise _refusal(source, [str(error)]) from error
-    passages: dict[str, list[Passage]] = {}
-    problems, lines = [], []
-    for split in SPLITS:
-        checked = _Split(records.get(split, []), answers)
-        problems += checked.problems
-        lines += checked.lines
-        if checked.passages:
-            passages[split] = checked.passages
-        if checked.repeats:
-            counted = "question occurs twice and is" if checked.repeats == 1 else "questions occur twice and are"
-            notes.append(f"{split}: {checked.repeats:,} {counted} counted once")
-    if not passages and (skip_bad or not problems):
-        problems.append("no questions found")
-    if problems and not (skip_bad and passages):
-        raise _refusal(source, problems)
-    return passages, [*notes, *(f"{problem}; left out" for problem in problems), *lines]
+        return error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return RaceError(f"cannot be read ({reason})").with_traceback(error.__traceback__)
 
 
-def _refusal(source: str, problems: list[str]) -> RaceError:
-    lines = [f"{source}: {len(problems)} problem(s), nothing was written", *problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        lines.append(f"… and {len(problems) - SHOWN} more")
-    if len(problems) > 1:
-        lines.append("(--skip-bad leaves out what is bad, and lists it)")
-    return RaceError("\n  ".join(lines))
+def _files(source: str) -> Files:
+    path = Path(source)
+    if not path.exists() or any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+        return _tables(source)
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        return [(path.name, path)]
+    found = _folder_files(path) if path.is_dir() else _archive_files(path)
+    return [(name, file) for name, file in found if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name)]
 
 
-class _Split:
-    """The passages of one split, and what is wrong with its records."""
-
-    def __init__(self, records: list[Found], answers: bool) -> None:
-        self.passages: list[Passage] = []
-        self.problems: list[str] = []
-        self.lines: list[str] = []  # what is left out and no problem: passages without questions, questions in conflict
-        self.repeats = 0
-        self._ids: dict[tuple[str, str], str] = {}  # (level, id) → place
-        self._firsts: dict[tuple, tuple[Found, int, int]] = {}  # (article, question, *options) → record, index, label
-        for found in records:
-            wrong = record_problems(found.record, answers)
-            self.problems += [_told(found, *problem) for problem in wrong]
-            bad = {question for question, _ in wrong}
-            if None not in bad:
-                self._add(found, bad)
-
-    def _add(self, found: Found, bad: set[int | None]) -> None:
-        record, count = found.record, len(found.record["questions"])
-        labels = [LABELS.get(str(answer), -1) for answer in record.get("answers") or [None] * count]
-        kept = [i for i in range(count) if i not in bad and self._is_new(found, i, labels[i])]
-        if not count:
-            self.lines.append(f"{found.place}: a passage without questions, left out")
-        key = record["level"], record["id"]
-        place = self._ids.setdefault(key, found.place) if kept or not count else found.place
-        if place is not found.place:
-            self.problems.append(f"{found.place}: id {record['id']!r} is used by {place} already")
-        elif kept:
-            questions, options = ([record[field][i] for i in kept] for field in ("questions", "options"))
-            passage = record["id"], record["level"], record["article"], questions, options
-            self.passages.append(Passage(*passage, [labels[i] for i in kept], kept))
-
-    def _is_new(self, found: Found, i: int, label: int) -> bool:
-        """False if the question occurred before, with the same article and options; then the first one counts."""
-        question, options = found.record["questions"][i], found.record["options"][i]
-        this = found, i, label
-        first = self._firsts.setdefault((found.record["article"], question, *options), this)
-        if first is this:
-            return True
-        if first[2] == label or -1 in (first[2], label):
-            self.repeats += 1
-        else:
-            where = first[0].rows[first[1]] if first[0].rows else f"{first[0].place}, question {first[1]}"
-            self.lines.append(_told(found, i, f"question {i}: the same as {where}, with another answer; left out"))
-        return False
-
-
-def _told(found: Found, question: int | None, problem: str) -> str:
-    """A problem with its place; a question that is a row of its own needs no number."""
-    if question is None or not found.rows:
-        return f"{found.place}: {problem}"
-    return f"{found.rows[question]}: {problem.replace(f'question {question}', 'question', 1)}"
-
-
-def record_problems(record: object, answers: bool = True) -> list[tuple[int | None, str]]:
-    """What is wrong with a RACE record (article, questions, options, answers, id): (question from 0 or None, text).
-
-    Without `answers`, they may be missing.
-    """
-    if isinstance(record, RaceError):
-        return [(None, str(record))]
-    if not isinstance(record, dict):
-        return [(None, f"expected a JSON object, found {type(record).__name__}")]
-    if not answers and isinstance(record.get("questions"), list) and is_missing(record.get("answers") or None):
-        record = record | {"answers": [None] * len(record["questions"])}
-    expected = {"article": str, "questions": list, "options": list, "answers": list, "id": str}
-    problems = [
-        f"'{key}' is missing" if key not in record else f"'{key}' is not a {kind.__name__}"
-        for key, kind in expected.items()
-        if not isinstance(record.get(key), kind)
-    ]
-    problems += [f"unknown key {key!r}" for key in record if key not in {*expected, "level"}]
-    if problems:
-        return [(None, problem) for problem in problems]
-    counts = {key: len(record[key]) for key in FIELDS}
-    if len(set(counts.values())) > 1:
-        numbers = ", ".join(f"{key} ({count})" for key, count in counts.items())
-        return [(None, f"unequal numbers of {numbers}")]
-    found = [(None, problem) for key in ("article", "id") for problem in _text_problems(key, record[key])]
-    for i, question in enumerate(zip(*(record[key] for key in FIELDS), strict=True)):
-        found += [(i, problem) for problem in _question_problems(f"question {i}", *question, answers)]
+def _folder_files(folder: Path, above: str = "") -> Files:
+    if above.count("/") > 20:
+        raise RaceError(f"{above}: more than 20 folders deep; is one a link to a folder above?")
+    found = []
+    for entry in os.scandir(folder):
+        if entry.is_dir() and not HIDDEN.match(entry.name):
+            found += _folder_files(folder / entry.name, f"{above}{entry.name}/")
+        elif not entry.is_dir():
+            found.append((above + entry.name, folder / entry.name))
     return found
 
 
-def _question_problems(place: str, question: object, options: object, answer: object, answers: bool) -> list[str]:
-    problems = _text_problems(place, question)
-    if (answers or not is_missing(answer)) and (not isinstance(answer, str) or answer not in LABELS):
-        problems.append(f"{place}: the answer is {answer!r}, not one of {', '.join(LETTERS)}")
-    if not isinstance(options, list) or len(options) != OPTIONS:
-        count = f"{len(options)} options, not {OPTIONS}" if isinstance(options, list) else "options are not a list"
-        return [*problems, f"{place}: {count}"]
-    for letter, option in zip(LETTERS, options, strict=True):
-        problems += _text_problems(f"{place}, option {letter}", option)
-    return problems
+def _archive_files(path: Path) -> Files:
+    """Members are read in memory, never unpacked: a path in them cannot lead out of a folder."""
+    if path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            if any(b"PK\1\2" in member.comment + member.extra for member in archive.infolist()):
+                raise zipfile.BadZipFile("a damaged length took in the entries that follow it")
+            return [(member.filename.replace("\\", "/"), archive.read(member)) for member in archive.infolist()]
+    with tarfile.open(path) as tar:
+        opened = ((member.name, tar.extractfile(member)) for member in tar)
+        files = [(name, file.read()) for name, file in opened if file]  # None: a folder or device
+        tar.fileobj.seek(tar.offset)  # tarfile takes a damaged or missing header for the end, which is of zeros
+        if not (end := tar.fileobj.read()) or end.strip(b"\0"):
+            raise tarfile.ReadError("no end of the archive where one should be")
+    return files
 
 
-def _text_problems(place: str, text: object) -> list[str]:
-    if not isinstance(text, str):
-        return [f"{place}: expected text, found {type(text).__name__}"]
-    if not text.strip():
-        return [f"{place}: empty"]
-    if "\0" in text:
-        return [f"{place}: holds a NUL character"]
+def _tables(source: str) -> Files:
+    """Splits of a folder of save_to_disk, or of the hub: of the configuration "all", or else of the only one.
+
+    "all" is asked for by name: offline, no other part in the local cache stands for the whole."""
+    from datasets import Dataset, get_dataset_config_names, load_dataset, load_from_disk
+
+    if Path(source).exists():
+        data = load_from_disk(source)
+        if isinstance(data, Dataset):  # one split
+            data = {str(data.split) if data.split in SPLIT_OF else Path(source).resolve().name: data}
+        return list(data.items())
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return [f"{place}: holds half a surrogate pair at character {error.start}"]
-    return []
+        return list(load_dataset(source, "all").items())
+    except ValueError:
+        names = get_dataset_config_names(source)
+        if len(names) > 1:
+            raise RaceError(f"no configuration is named all ({', '.join(names)}): name a folder with one") from None
+        return list(load_dataset(source, *names).items())
+
+
+def _one_data_set(files: Files, answers: bool) -> tuple[list[tuple[str, str, str, Any]], list[str]]:
+    """(split, level, name, file) of the questions of one data set, and a line if others are left out."""
+    files = sorted(files, key=lambda file: [int(part) if part.isdecimal() else part for part in DIGITS.split(file[0])])
+    names = [name.encode("utf-8", "backslashreplace").decode() for name, _ in files]  # other bytes become \udcXX
+    marked = [(*_marks(name), name, file) for name, (_, file) in zip(names, files, strict=True)]
+    data_sets = sorted({data_set for data_set, split, *_ in marked if split})
+    if marked and not data_sets and not answers:  # questions that somebody wants answered: of no split
+        return [("test", *file[2:]) for file in marked], []
+    if not data_sets:
+        raise RaceError("no questions found: expected files or folders that are named train, dev (or val) and test")
+    if len(data_sets) > 1:  # such as all/, high/ and middle/ of the hub's repository: a question must not count twice
+        listed = ", ".join(data_set or "the top folder" for data_set in data_sets)
+        data_sets = [data_set for data_set in data_sets if data_set.rpartition("/")[2] == "all"]
+        if len(data_sets) != 1:
+            raise RaceError(f"several data sets lie side by side ({listed}): name the folder of one as --source")
+    kept = [file[1:] for file in marked if file[1] and file[0] == data_sets[0]]
+    others = [file[3] for file in marked if not (file[1] and file[0] == data_sets[0])]
+    note = f"{len(others)} file(s) of no split or of another data set are left out: {', '.join(others[:3])}"
+    return kept, [note] if others else []
+
+
+def _marks(name: str) -> tuple[str, str | None, str]:
+    """What a path names: the data set (all that stands before the split), the split and the level."""
+    *folders, file = name.split("/")
+    at = next((i for i, folder in enumerate(folders) if folder.lower() in SPLIT_OF), len(folders))
+    words = folders[at : at + 1] or re.findall(r"[^\W\d_]+", Path(file).stem)
+    splits = {SPLIT_OF[word.lower()] for word in words if word.lower() in SPLIT_OF}
+    level = next((folder.lower() for folder in reversed(folders) if folder.lower() in LEVELS), "")
+    return "/".join(folders[:at]), splits.pop() if len(splits) == 1 else None, level
+
+
+def _values(name: str, file: Any, answers: bool) -> Values:
+    content, suffix = file.read_bytes() if isinstance(file, Path) else file, Path(name).suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return _csv_rows(name, content.decode("utf-8-sig"), answers)
+    if suffix in (".txt", ".json", ".jsonl"):
+        return _json_values(name, content)
+    if isinstance(content, bytes):
+        table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
+        table.validate(full=True)
+    else:
+        table = content.with_format("arrow")[:]
+    _columns(tuple(table.column_names), answers)
+    return [(f"{name}, row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
+
+
+def _json_values(name: str, content: bytes) -> Values:
+    """A record, a list of records, or a record a line."""
+    value = attempt(json.loads, content)
+    if isinstance(value, list) and value:
+        return [(f"{name}, item {number}", item) for number, item in enumerate(value, 1)]
+    if isinstance(value, dict):
+        value.setdefault("id", name.rpartition("/")[2])
+    if isinstance(value, RaceError):
+        lines = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+        values = [(f"{name}, line {number}", attempt(json.loads, line)) for number, line in lines]
+        if any(isinstance(line, dict) for _, line in values):
+            return values
+    return [(name, value)]
+
+
+def _csv_rows(name: str, text: str, answers: bool) -> Values:
+    """Rows are counted as a spreadsheet shows them: the header is row 1. Commas, semicolons or tabs."""
+    csv.field_size_limit(2**31 - 1)
+    mark = max(",;\t", key=text.split("\n", 1)[0].count)
+    header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    _columns(tuple(header), answers)
+    wrong = RaceError(f"expected as many cells as the header has, {len(header)}")
+    return [
+        (f"{name}, row {number}", dict(zip(header, cells, strict=True)) if len(cells) == len(header) else wrong)
+        for number, cells in enumerate(rows, 2)
+        if any(cells)
+    ]
+
+
+@functools.lru_cache
+def _columns(names: tuple[str, ...], answers: bool) -> dict[str, Callable[[dict], Any]]:
+    """What takes the article, question, options, answer, level and id out of a row with these columns, or RaceError."""
+    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in names}  # without case and punctuation
+    columns = {key: [plain[key]] for key in (*WANTED, "level", "id") if key in plain}
+    if "exampleid" in plain:
+        columns["id"] = [plain["exampleid"]]
+    options = {match[1] or match[2]: name for word, name in plain.items() if (match := OPTION.fullmatch(word))}
+    if "".join(sorted(options)) in ("abcd", "0123", "1234"):
+        columns.setdefault("options", [options[key] for key in sorted(options)])
+    if not {*WANTED[: 4 if answers else 3]} <= columns.keys():
+        found = ", ".join(map(repr, names))[:200] or "none"
+        raise RaceError(f"expected the columns {', '.join(WANTED)} (or A, B, C, D in place of options); found: {found}")
+    return {key: operator.itemgetter(*names) for key, names in columns.items()}
+
+
+def _record(value: Any, level: str, answers: bool) -> dict:
+    """A record or a row (a record of one question) with a level: that of the folder, or else its own, or its id's."""
+    if not isinstance(value, dict):
+        raise value if isinstance(value, RaceError) else RaceError(f"expected an object, found {type(value).__name__}")
+    if "questions" not in value:
+        row = {key: cell(value) for key, cell in _columns(tuple(value), answers=False).items()}
+        lists = {"questions": [row["question"]], "options": [_listed(row["options"])], "answers": [row.get("answer")]}
+        name = None if is_missing(row.get("id")) else str(row["id"])
+        value = {"id": name, "level": row.get("level"), "article": row["article"]} | lists
+    elif not answers and isinstance(value["questions"], list) and is_missing(value.get("answers") or None):
+        value["answers"] = [None] * len(value["questions"])
+    matches = (LEVEL.match(str(value.get(key))) for key in ("level", "id"))
+    value["level"] = level or next((match[1].lower() for match in matches if match), "")
+    return value
+
+
+def _listed(options: Any) -> Any:
+    """The cells of several columns, or a list that a cell holds as text, JSON or Python; anything else as it is."""
+    parsers = (json.loads, ast.literal_eval) if isinstance(options, str) else ()
+    found = [options, *(attempt(parse, options) for parse in parsers)]
+    return next((list(one) for one in found if isinstance(one, list | tuple)), options)
+
+
+def is_missing(value: object) -> bool:
+    """None, NaN (which is not equal to itself) and blank text, as tables have them for an empty cell."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())

@@ -9,17 +9,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch, Patch
+from matplotlib.patches import Patch
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import PercentFormatter
 
 from race import CHANCE, LEVELS
 from race.files import atomic_write
-from race.written import SIGNIFICANT, percent, rate, signed
+from race.report.formats import SIGNIFICANT, percent, points
 
 INK, GREY = "#222222", "#767676"  # text, lines
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"  # Okabe and Ito's palette; a darker purple
 MARKS = {"middle": (GREEN, "^"), "high": (PURPLE, "v"), "all": (BLUE, "o")}  # colour and marker of each level
+LOOKS = list(zip((BLUE, ORANGE, GREEN, PURPLE, INK, GREY), "os^vDx", ("-", "--", "-.", ":", "-", "--"), strict=True))
 WIDTH = 8.6  # inches of every figure
 CHANCE_WORDS = f"chance ({100 * CHANCE:.0f} %)"
 STYLE = Path(__file__).with_name("figures.mplstyle")
@@ -87,22 +88,16 @@ def accuracy_axis(axes, label: str, start: float = -0.02) -> None:
     percent_axis(axes.xaxis)
 
 
-def quoted(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """The ends of the intervals by passage; where there are too few passages, Wilson's."""
-    return tuple(table[f"passage_{end}"].astype(float).fillna(table[f"ci_{end}"]) for end in ("low", "high"))
-
-
-def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
+def whiskers(value, low, high) -> np.ndarray:
     """[2, N] how far intervals reach below and above the values."""
     return np.maximum([value - low, high - value], 0)  # at 0 and 1 rounding may put an end a hair inside
 
 
-def level_marks(axes, level: str, places, *columns: pd.Series, fill: bool = True) -> None:
-    """Accuracies of a level, at these heights, and the ends of their intervals."""
-    accuracy, low, high = (column.astype(float) for column in columns)
-    color, marker = MARKS[level]
-    style = {"color": color, "markerfacecolor": color if fill else "white", "capsize": 3, "markersize": 4.5}
-    axes.errorbar(accuracy, places, xerr=whiskers(accuracy, low, high), fmt=marker, linewidth=1.2, **style)
+def marks(axes, look: tuple[str, str], places, *columns, fill=True, size=4.5, line=1.2) -> None:
+    """Values at these heights with their intervals (columns: value, low, high); look: colour and marker."""
+    value, low, high = (np.atleast_1d(np.asarray(column, float)) for column in columns)
+    style = {"color": look[0], "markerfacecolor": look[0] if fill else "white", "markersize": size, "linewidth": line}
+    axes.errorbar(value, places, xerr=whiskers(value, low, high), fmt=look[1], capsize=3, **style)
 
 
 def beside(axes, place: float, text: str) -> None:
@@ -120,8 +115,7 @@ def key(label: str, color: str = GREY, marker: str = "", line: str = "", fill: b
 @plt.style.context(STYLE)
 def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: str) -> Figure:
     """Accuracy of checkpoints, a row each (tables.comparison_table); reported: other people's numbers by stage."""
-    low, high = quoted(table)
-    table = table.assign(all=table["accuracy"], all_low=low, all_high=high)
+    table = table.rename(columns={"accuracy": "all", "accuracy_low": "all_low", "accuracy_high": "all_high"})
     theirs, levels = table["stage"].map(reported).astype(float), [it for it in LEVELS if table[it].notna().any()]
     drawn, keys = ["all", *(["reported"] if theirs.notna().any() else []), *levels], []
     figure, axes = row_figure([wrapped(name, 2.4) for name in table["name"]], 0.2 + 0.14 * len(drawn))
@@ -131,9 +125,9 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
             axes.plot(theirs, places, "x", color=INK)
             keys.append(key("reported by the original authors", INK, "x"))
         else:
-            level_marks(axes, level, places, *(table[level + end] for end in ("", "_low", "_high")))
+            marks(axes, MARKS[level], places, *(table[level + end] for end in ("", "_low", "_high")))
             keys.append(key(level, *MARKS[level]))
-    for place, accuracy in enumerate(table["accuracy"]):
+    for place, accuracy in enumerate(table["all"]):
         beside(axes, place - 0.1 * (len(drawn) - 1), percent(accuracy))  # level with its mark
     accuracy_axis(axes, "accuracy, 95 % interval by passage (at the right: all questions)")
     return finish(figure, *keys, key(CHANCE_WORDS, line=":"), title=title)
@@ -141,81 +135,25 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
 
 @plt.style.context(STYLE)
 def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
-    """Differences of accuracy in points with intervals, a row a pair (comparison.compare_pairs, score.recipes)."""
+    """Differences of accuracy in points with intervals, a row a pair: of checkpoints (compare_pairs) or of recipes."""
     names = zip(pairs["second"], pairs["first"], strict=True)
     both = [(second, "\n" if len(second + first) > 24 else " ", first) for second, first in names]
     figure, axes = row_figure([f"{wrapped(second, 2.4)}{gap}− {wrapped(first, 2.2)}" for second, gap, first in both])
+    sure, keys = pairs["p_holm"] < SIGNIFICANT, []
+    filled, hollow = f"filled: significant (Holm p < {SIGNIFICANT})", "hollow: not significant, or not tested"
+    for rows, color, words in ((sure, BLUE, filled), (~sure, ORANGE, hollow)):
+        if rows.any():
+            columns = (100 * pairs.loc[rows, name] for name in ("difference", "ci_low", "ci_high"))
+            marks(axes, (color, "o"), np.flatnonzero(rows), *columns, fill=color == BLUE, size=6, line=1.5)
+            keys.append(key(words, color, "o", fill=color == BLUE))
     for place, (_, row) in enumerate(pairs.iterrows()):
-        middle, low, high = (100 * row[name] for name in ("difference", "ci_low", "ci_high"))
-        color, fill = (BLUE, BLUE) if row["p_holm"] < SIGNIFICANT else (ORANGE, "white")
-        ends = np.maximum([[middle - low], [high - middle]], 0)
-        axes.errorbar(middle, place, xerr=ends, fmt="o", color=color, markerfacecolor=fill, capsize=3)
         counts = f", gained {row['gained']:,}, lost {row['lost']:,}" if "gained" in row else ""
-        beside(axes, place, f"{signed(middle)}{counts}")
+        beside(axes, place, f"{points(row['difference'])}{counts}")
     axes.axvline(0, color=GREY, linewidth=1)
+    known = ", 95 % interval" if pairs["ci_low"].notna().any() else ""
     better = "right of 0: the one named first is more accurate"
-    interval = ", 95 % interval" if pairs["ci_low"].notna().any() else ""
-    axes.set_xlabel(f"difference of accuracy (percentage points){interval}\n{better}")
+    axes.set_xlabel(f"difference of accuracy (percentage points){known}\n{better}")
     reach = 110 * np.nanmax(pairs[["difference", "ci_low", "ci_high"]].abs().to_numpy()) or 1
     axes.set_xlim(-reach, reach)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.6g}".replace("-", "−") if value else "0")
-    sure, keys = pairs["p_holm"] < SIGNIFICANT, []
-    keys += [key(f"filled: significant (Holm p < {SIGNIFICANT})", BLUE, "o")] if sure.any() else []
-    keys += [] if sure.all() else [key("hollow: not significant, or not tested", ORANGE, "o", fill=False)]
     return finish(figure, *keys, title=title)
-
-
-@plt.style.context(STYLE)
-def lineage_figure(lineage: pd.DataFrame) -> Figure:
-    """Where checkpoints come from (tables.lineage_table): a box each in rows, below its base and further right."""
-    rows, boxes = lineage.set_index("name").to_dict("index"), []  # boxes: (name, depth, place of its base)
-    named = lineage["base"].map("base: {}".format, na_action="ignore")
-    parents = lineage["parent"].where(lineage["parent"].isin(list(rows)), named)
-
-    def add(name: str, depth: int, above: int | None) -> None:
-        boxes.append((name, depth, above))
-        here = len(boxes) - 1
-        for child in lineage.loc[parents == name, "name"]:
-            add(child, depth + 1, here)
-
-    for root in parents.fillna(lineage["name"])[~parents.isin(list(rows))].unique():
-        add(root, 0, None)
-    chain = [name for name, *_ in boxes if name in rows]
-    single = all(above == place - 1 for place, (_, _, above) in enumerate(boxes) if place)
-    title = wrapped(" → ".join(chain) if single else "Where these checkpoints come from", WIDTH - 0.3, 11)
-    figure = plt.figure(figsize=(WIDTH, 1))
-    figure.set_layout_engine("none")
-    axes = figure.add_axes((0, 0, 1, 1))  # in inches, downwards
-    axes.text(0.1, 0.1, title, va="top", fontsize=11)
-    step, top, places = min(0.5, 2.6 / max(1, *(box[1] for box in boxes))), 0.42 + 0.21 * title.count("\n"), []
-    for name, depth, above in boxes:
-        left, color = 0.12 + step * depth, BLUE if name in rows else GREY
-        shown, words = wrapped(name, 5), wrapped(_settings(rows[name]), 5.4, 8) if name in rows else ""
-        below = top + 0.1 + 0.17 * (shown.count("\n") + 1)
-        bottom = below + (0.04 + 0.15 * (words.count("\n") + 1) if words else 0)
-        style = {"boxstyle": "round,pad=0.04", "facecolor": "none", "edgecolor": color}
-        axes.add_patch(FancyBboxPatch((left, top), 5.7, bottom - top, **style))
-        axes.text(left + 0.1, top + 0.04, shown, va="top", fontsize=9, weight="bold")
-        axes.text(left + 0.1, below, words, va="top", fontsize=8)
-        if above is not None:
-            turn, middle, line = left - step / 2, (top + bottom) / 2, "-" if boxes[above][0] in rows else "--"
-            axes.plot([turn, turn, left - 0.1], [places[above], middle, middle], line, color=GREY, linewidth=1)
-            axes.plot(left - 0.1, middle, ">", color=GREY, markersize=5)
-        places.append(bottom + 0.04)
-        top = bottom + 0.24
-    figure.set_figheight(top + 0.2)
-    axes.set(xlim=(0, WIDTH), ylim=(top + 0.2, 0))
-    axes.axis("off")
-    keys = key("base found by its hash", line="-"), key("base known by name only", line="--")
-    figure.legend(handles=keys, loc="lower left", ncols=2)
-    return figure
-
-
-def _settings(row: dict) -> str:
-    """What a checkpoint remembers of its training; unknown things are left out, except that its base is unknown."""
-    words = {"epochs": "epochs trained: {:.0f}", "chosen_epoch": "chosen: epoch {:.0f} (from 0)"}
-    words |= {"val_loss": "validation loss {:.3f}"}
-    also = f" ({row['schedule']})" if row.get("schedule", "constant") not in ("constant", None) else ""
-    known = [f"learning rate {rate(row['learning_rate'])}{also}"] if pd.notna(row["learning_rate"]) else []
-    known += [form.format(row[name]) for name, form in words.items() if pd.notna(row[name])]
-    return ", ".join(known + ["base unknown"] * pd.isna(row["base"])) or "nothing known of its training"

@@ -6,13 +6,22 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, chi2, fisher_exact, norm, rankdata, t
 
-from race import LETTERS, LEVELS, RaceError
+from race import LETTERS, LEVELS
 
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 SEEN_COLUMNS = {"trained_on": "article_in_train", "selected_on": "article_in_validation"}  # of results: of predictions
 FEW_ERRORS = 50  # with fewer, χ² is not a good approximation
-# kind → (rule in words, pattern or None); the first rule that fits counts
+
+
+def _first(word: str) -> str:
+    """The pattern of a text whose first question word is this one."""
+    others = "|".join(sorted({"why", "how", "what", "which", "who", "whom", "whose"} - {word}))
+    return rf"(?is)^(?:(?!\b(?:{others})\b).)*\b{word}\b"
+
+
+# kind → (rule in words, pattern); the first rule that fits counts. When and where count last: they often begin a clause
+# of a question that asks for something else.
 KIND_RULES = {
     "negated": (
         "says NOT or Not, except, or which … not",
@@ -25,53 +34,24 @@ KIND_RULES = {
         r"|purpose of (the|this|writing)|(passage|text|article|story) is (about|mainly))\b",
     ),
     "cloze": ("has a blank, _", "_"),
-    "why": ("its first question word is why", None),
-    "how": ("its first question word is how", None),
-    "what": ("its first question word is what", None),
-    "which": ("its first question word is which", None),
-    "who, when, where": ("its first question word is who, whom or whose; or it has none but when or where", None),
-    "other": ("everything else", None),
+    **{word: (f"its first question word is {word}", _first(word)) for word in ("why", "how", "what", "which")},
+    "who, when, where": (
+        "its first question word is who, whom or whose; or it has none but when or where",
+        r"(?i)\b(who|whom|whose|when|where)\b",
+    ),
+    "other": ("everything else", ""),
 }
 KINDS = list(KIND_RULES)
 
 
 def kind_of_question(question: str) -> str:
-    """One of KINDS. When and where count last: they often begin a clause of a question that asks for something else."""
-    for kind, (_, pattern) in KIND_RULES.items():
-        if pattern and re.search(pattern, question):
-            return kind
-    asked = re.search(r"\b(why|how|what|which|who|whom|whose)\b", question.lower())
-    if asked and asked[0] in KIND_RULES:
-        return asked[0]
-    return "who, when, where" if asked or re.search(r"\b(when|where)\b", question.lower()) else "other"
+    """One of KINDS."""
+    return next(kind for kind, (_, pattern) in KIND_RULES.items() if re.search(pattern, question))
 
 
 def is_correct(predictions: pd.DataFrame) -> np.ndarray:
-    """[N] whether each question is answered correctly; raises RaceError if there is none, or a letter is missing."""
-    columns = predictions[["answer", "prediction"]]
-    if not len(columns):
-        raise RaceError("there are no predictions: the split, LEVEL or LIMIT_QUESTIONS leaves no question")
-    if missing := int(columns.isna().any(axis=1).sum()):
-        raise RaceError(f"{missing:,} of {len(columns):,} predictions have no answer or no choice: score again")
-    return (columns["answer"] == columns["prediction"]).to_numpy(bool)
-
-
-def probabilities_of(predictions: pd.DataFrame) -> np.ndarray:
-    """[N, 4] the probabilities of the options; raises RaceError if one is not a number from 0 to 1."""
-    probabilities = predictions[PROBABILITIES].to_numpy(float)
-    if bad := int((~((probabilities >= 0) & (probabilities <= 1 + 1e-9))).any(1).sum()):
-        raise RaceError(f"{bad:,} of {len(predictions):,} predictions have a probability outside 0 to 1, or NaN")
-    return probabilities
-
-
-def most_probable(probabilities: np.ndarray) -> np.ndarray:
-    """[N] the letter of the highest of [N, 4] probabilities; among equal ones (to 1e-12) a fixed draw decides.
-
-    For ensembles, whose means tie; the first of equals would favour A.
-    """
-    highest = probabilities >= probabilities.max(1, keepdims=True) - 1e-12
-    drawn = np.random.default_rng(0).random(probabilities.shape)
-    return np.take(LETTERS, np.where(highest, drawn, -1).argmax(1))
+    """[N] whether each question is answered correctly."""
+    return (predictions["answer"] == predictions["prediction"]).to_numpy(bool)
 
 
 def wilson(correct, questions, alpha: float = 0.05):
@@ -120,6 +100,12 @@ def passages_within_levels(levels, example_ids) -> tuple[np.ndarray, np.ndarray]
     return passage, np.zeros_like(level) if (np.bincount(level) < 2).any() else level
 
 
+def quoted_interval(row: pd.Series) -> tuple[float, float, str]:
+    """(low, high, which) of the interval to quote for a row of results: by passage, or Wilson's where there is none."""
+    which = ("passage", "by passage") if pd.notna(row.get("passage_low")) else ("ci", "Wilson")
+    return row[f"{which[0]}_low"], row[f"{which[0]}_high"], which[1]
+
+
 def mostly_trained_on(predictions: pd.DataFrame) -> bool:
     """Whether more than half of the questions have an article that trained the checkpoint, as far as that is known."""
     known = predictions.get("article_in_train")
@@ -143,15 +129,14 @@ def accuracy_by(predictions: pd.DataFrame, groups, order: list | None = None) ->
 
 
 def macro_accuracy(levels: pd.DataFrame) -> tuple[float, float, float]:
-    """Mean of the levels' accuracies with its 95 % interval, from the rows of the levels in results.accuracy_table.
+    """Mean of the levels' accuracies with its 95 % interval, from the rows of the levels in an accuracy table.
 
-    The interval combines those of the levels by passage, or Wilson's (Zou and Donner 2008, Statistics in Medicine
-    27:1693).
+    The interval combines those that are quoted of the levels (Zou and Donner 2008, Statistics in Medicine 27:1693).
     """
-    mean, count = float(levels["accuracy"].mean()), len(levels)
-    ends = [levels[f"passage_{end}"].fillna(levels[f"ci_{end}"]) for end in ("low", "high")]
-    below, above = (float(np.sqrt(((levels["accuracy"] - end) ** 2).sum())) / count for end in ends)
-    return mean, mean - below, mean + above
+    mean = float(levels["accuracy"].mean())
+    ends = np.array([quoted_interval(row)[:2] for _, row in levels.iterrows()])
+    below, above = np.sqrt(((ends - levels["accuracy"].to_numpy()[:, None]) ** 2).sum(0)) / len(levels)
+    return mean, mean - float(below), mean + float(above)
 
 
 def length_groups(tokens, count: int = 5) -> tuple[np.ndarray, list[str]]:

@@ -1,345 +1,369 @@
-"""Every layout of RACE gives the same passages; whatever is wrong in a source is told at once, with its place."""
+"""Every form in which people have questions is read with the right ids, levels, options and labels, or refused."""
 
+import contextlib
+import csv
+import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
+from pathlib import Path
 
-import pandas as pd
+import datasets
 import pytest
 from helpers import RECORD, ROOT
 
 from race import RaceError
-from race.data.sources import read_source
+from race.data.passages import read_source
 
 
-def write(folder, name: str, content) -> None:
+def write(folder: Path, name: str, content) -> None:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
 
 
-def test_race_folder_levels_and_labels(tmp_path):
-    write(tmp_path, "RACE/dev/middle/1.txt", RECORD)
-    write(tmp_path, "RACE/dev/high/10.txt", RECORD | {"id": "high10.txt", "article": "Tom has an old dog."})
-    write(tmp_path, "RACE/dev/high/9.txt", RECORD | {"id": "high9.txt", "article": "Tom has a new dog."})
-    splits, notes = read_source(str(tmp_path))
-    assert list(splits) == ["validation"] and notes == []
-    assert [(p.example_id, p.level) for p in splits["validation"]] == [
-        ("high9.txt", "high"),
-        ("high10.txt", "high"),
-        ("middle1.txt", "middle"),
-    ]
-    assert splits["validation"][0].labels == [1, 2]
+def other(name: str) -> dict:
+    """A record with this id, and an article that no other has."""
+    return RECORD | {"id": name, "article": f"Tom has a dog. It sleeps in {name}."}
 
 
-def test_flat_json_folder_has_no_levels(tmp_path):
-    write(tmp_path, "train/a.json", RECORD)
-    write(tmp_path, "test/b.json", {key: value for key, value in RECORD.items() if key != "id"})
-    splits, _ = read_source(str(tmp_path))
-    assert [(p.example_id, p.level) for p in splits["train"] + splits["test"]] == [("middle1.txt", ""), ("b.json", "")]
+def row(number: int = 1, **columns) -> dict:
+    """A question with the columns of ehovy/race."""
+    row = {"example_id": f"high{number}.txt", "article": f"Ann has {number} hens.", "answer": "B"}
+    return row | {"question": "What has Ann?", "options": ["A cat", "Hens", "A cow", "A dog"]} | columns
 
 
-def test_tar_equals_folder(corpus, tmp_path):
-    with tarfile.open(tmp_path / "RACE.tar.gz", "w:gz") as tar:
-        tar.add(corpus, "RACE")
-    assert read_source(str(tmp_path / "RACE.tar.gz")) == read_source(str(corpus))
+def without(row: dict, *columns: str) -> dict:
+    return {key: value for key, value in row.items() if key not in columns}
 
 
-def test_parquet_with_the_features_of_the_hub(corpus, tmp_path):
-    """As a copy of the hub's files, in one folder."""
-    import datasets
-
-    from_files, _ = read_source(str(corpus))
-    for split, passages in from_files.items():
-        rows = [
-            {
-                "example_id": p.example_id,
-                "article": p.article,
-                "answer": "ABCD"[label],
-                "question": question,
-                "options": options,
-            }
-            for p in passages
-            for question, options, label in zip(p.questions, p.options, p.labels, strict=True)
-        ]
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
-    from_parquet, _ = read_source(str(tmp_path))
-    assert from_parquet == from_files
+def table(*rows: dict, mark: str = ",") -> bytes:
+    """Rows as CSV; a list as its Python text."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], delimiter=mark)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogatepass")
 
 
-def test_a_passage_without_questions_is_left_out_and_noted(tmp_path):
-    write(tmp_path, "train/a.json", RECORD)
-    write(tmp_path, "train/b.json", RECORD | {"id": "b", "questions": [], "options": [], "answers": []})
-    splits, notes = read_source(str(tmp_path))
-    assert len(splits["train"]) == 1
-    assert notes == ["train/b.json: a passage without questions, left out"]
+def parquet(path: Path, *rows: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(list(rows)).to_parquet(path)
 
 
-BAD = {
-    "not JSON": (b"{", "not JSON"),
-    "no object": ([1], "expected a JSON object, found list"),
-    "not UTF-8": (b'{"article": "\xff"}', "not UTF-8 at byte 13"),
-    "no article": ({k: v for k, v in RECORD.items() if k != "article"}, "'article' is missing"),
-    "article no text": (RECORD | {"article": 3}, "'article' is not a str"),
-    "unequal": (RECORD | {"answers": ["A"]}, "questions (2), options (2), answers (1)"),
-    "answer": (RECORD | {"answers": ["B", "E"]}, "question 1: the answer is 'E', not one of A, B, C, D"),
-    "answer no text": (RECORD | {"answers": ["B", ["A"]]}, "question 1: the answer is ['A']"),
-    "three options": (RECORD | {"options": [RECORD["options"][0], ["a", "b", "c"]]}, "question 1: 3 options, not 4"),
-    "five options": (RECORD | {"options": [["a", "b", "c", "d", "e"], RECORD["options"][1]]}, "question 0: 5 options"),
-    "empty option": (RECORD | {"options": [RECORD["options"][0], ["a", " ", "c", "d"]]}, "question 1, option B: empty"),
-    "empty question": (RECORD | {"questions": ["", "Tom has _ ."]}, "question 0: empty"),
-    "empty article": (RECORD | {"article": "\n"}, "article: empty"),
-    "surrogate": (RECORD | {"article": "a\ud800b"}, "article: holds half a surrogate pair at character 1"),
-    "NUL": (RECORD | {"article": "a\0b"}, "article: holds a NUL character"),
-}
+def packed(folder: Path, form: str) -> Path:
+    """An archive of what a folder holds, as `tar c .` and `zip -r` make it."""
+    path = folder.with_name(f"{folder.name}.{form}")
+    if form == "zip":
+        return Path(shutil.make_archive(str(folder), "zip", folder))
+    with tarfile.open(path, f"w:{form.partition('.')[2]}") as archive:
+        archive.add(folder, ".")
+    return path
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_records_are_named(case, tmp_path):
-    content, message = BAD[case]
-    write(tmp_path, "train/good.json", RECORD)
-    write(tmp_path, "train/high/7.txt", content)
+def refusal(source, *arguments) -> str:
     with pytest.raises(RaceError) as error:
-        read_source(str(tmp_path))
-    first, problem = str(error.value).splitlines()
-    assert first == f"{tmp_path}: 1 problem(s), nothing was written"
-    assert problem.startswith("  train/high/7.txt: ") and message in problem
+        read_source(str(source), *arguments)
+    return str(error.value)
 
 
-def test_all_problems_come_together_and_twenty_in_full(tmp_path):
-    for i in range(25):
-        write(tmp_path, f"train/{i}.json", RECORD | {"id": str(i), "answers": ["B", "x"]})
-    with pytest.raises(RaceError) as error:
-        read_source(str(tmp_path))
-    assert str(error.value).count("the answer is 'x'") == 20
-    assert "25 problem(s)" in str(error.value) and "… and 5 more" in str(error.value)
+def found(source, split: str = "train", **settings) -> list[tuple]:
+    """(id, level, labels) of every passage."""
+    return [(p.example_id, p.level, p.labels) for p in read_source(str(source), **settings)[0][split]]
 
 
-def test_same_id_twice_in_a_split(tmp_path):
-    write(tmp_path, "train/a.json", RECORD)
-    write(tmp_path, "train/b.json", RECORD | {"article": "Tom has a cow."})
-    with pytest.raises(RaceError, match=r"train/b.json: id 'middle1.txt' is used by train/a.json"):
-        read_source(str(tmp_path))
+def test_folders_of_records(tmp_path):
+    """In natural order; with the level of the folder or the id; without an id, with the name of the file."""
+    for name in ("middle/1.txt", "high/10.txt", "high/9.txt"):
+        write(tmp_path, f"RACE/dev/{name}", other(name.replace("/", "")))
+    write(tmp_path, "RACE/train/a.json", RECORD)
+    write(tmp_path, "RACE/train/highway.json", without(other(""), "id"))
+    assert list(read_source(str(tmp_path))[0]) == ["train", "validation"]
+    expected = [("high9.txt", "high"), ("high10.txt", "high"), ("middle1.txt", "middle")]
+    assert [passage[:2] for passage in found(tmp_path, "validation")] == expected
+    assert found(tmp_path) == [("middle1.txt", "middle", [1, 2]), ("highway.json", "", [1, 2])]
 
 
-def asked(source, split: str = "train", **settings) -> list[tuple]:
-    """(id, level, article, question, options, label) of every question."""
-    passages = read_source(str(source), **settings)[0][split]
-    return [
-        (p.example_id, p.level, p.article, *question)
-        for p in passages
-        for question in zip(p.questions, p.options, p.labels, strict=True)
-    ]
+@pytest.mark.parametrize("form", ["tar", "tar.gz", "tar.bz2", "tar.xz", "zip"])
+def test_archives_equal_the_folder(corpus, tmp_path, form):
+    shutil.copytree(corpus / "dev", tmp_path / "race" / "RACE" / "dev")
+    read = read_source(str(tmp_path / "race"))
+    assert len(read[0]["validation"]) == 16 and read_source(str(packed(tmp_path / "race", form))) == read
 
 
-def rows(record: dict = RECORD, **more) -> pd.DataFrame:
-    """A record as the hub has it: a row a question."""
-    questions = zip(record["questions"], record["options"], record["answers"], strict=True)
-    return pd.DataFrame(
-        [
-            {"example_id": record["id"], "article": record["article"], "answer": a, "question": q, "options": o} | more
-            for q, o, a in questions
-        ]
-    )
+@pytest.mark.parametrize("form", ["tar", "tar.gz", "tar.xz", "zip"])
+def test_every_damaged_archive_is_refused(tmp_path, form):
+    """Cut off anywhere, with a changed bit or an empty block: never a smaller data set without a word."""
+    rng = random.Random(0)
+    for name in ("1", "2", "3"):
+        write(tmp_path / "race", f"dev/{name}.json", other(name))
+    path = packed(tmp_path / "race", form)
+    content, whole = path.read_bytes(), read_source(str(path))
+    for _ in range(60):
+        path.write_bytes(content[: rng.randrange(len(content.rstrip(b"\0")) - 1)])
+        assert path.name in refusal(path)
+    for _ in range(400):
+        place, changed = rng.randrange(len(content)), bytearray(content)
+        if form == "tar":  # which has checksums of headers only
+            changed[place - place % 512 :][:512] = bytes(512)
+        else:
+            changed[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        with contextlib.suppress(RaceError):  # or, where a bit means nothing for what is read, the same passages
+            assert read_source(str(path)) == whole
 
 
-EXPECTED = [
-    ("middle1.txt", "middle", "Tom has a dog.", "What has Tom?", ["a cat", "a dog", "a cow", "a hen"], 1),
-    ("middle1.txt", "middle", "Tom has a dog.", "Tom has _ .", ["a car", "a hat", "a dog", "a bag"], 2),
-]
+def test_a_zip_of_windows(tmp_path):
+    with zipfile.ZipFile(tmp_path / "race.zip", "w") as archive:
+        archive.writestr("RACE\\test\\high\\1.txt", json.dumps(RECORD))
+    assert found(tmp_path / "race.zip", "test") == [("middle1.txt", "high", [1, 2])]
 
 
-# -------------------------------------------------------------------------------------------- each question counts once
+def test_links_in_a_tar_are_files_of_it(tmp_path):
+    write(tmp_path, "race/dev/1.json", RECORD)
+    os.link(tmp_path / "race" / "dev" / "1.json", tmp_path / "race" / "dev" / "2.json")
+    assert "2 question(s) occur again" in read_source(str(packed(tmp_path / "race", "tar")))[1][0]
+    (tmp_path / "race" / "dev" / "3.json").symlink_to("../../../etc/passwd.json")
+    assert "passwd" in refusal(packed(tmp_path / "race", "tar"))
 
 
-def test_configurations_of_the_hub_side_by_side_are_not_added_up(tmp_path):
-    """all/, high/ and middle/ as in the hub's repository: each question once."""
-    high = RECORD | {"id": "high2.txt", "article": "Ada has a hen."}
-    for name, parts in (("all", (RECORD, high)), ("middle", (RECORD,)), ("high", (high,))):
-        (tmp_path / name).mkdir()
-        table = pd.concat([rows(part) for part in parts])
-        table.to_parquet(tmp_path / name / "test-00000-of-00001.parquet", index=False)
-    found = asked(tmp_path, "test")
-    assert len(found) == 4 and {question[1] for question in found} == {"middle", "high"}
-    assert "several data sets lie side by side (all, high, middle): only all is read" in read_source(str(tmp_path))[1]
-    assert asked(tmp_path / "high", "test") == [question for question in found if question[1] == "high"]
-    (tmp_path / "all" / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(RaceError, match=r"several data sets lie side by side \(high, middle\): name the folder of one"):
-        read_source(str(tmp_path))
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    """A link to nowhere is a problem; folders that lead back to their parents, or are closed, are refused."""
+    write(tmp_path, "elsewhere/1.txt", RECORD)
+    train = tmp_path / "race" / "train"
+    train.mkdir(parents=True)
+    (train / "high").symlink_to(tmp_path / "elsewhere")
+    assert found(tmp_path / "race") == [("middle1.txt", "high", [1, 2])]
+    (train / "nowhere.json").symlink_to(tmp_path / "absent")
+    assert "train/nowhere.json: cannot be read (FileNotFoundError" in refusal(tmp_path / "race")
+    (train / "nowhere.json").rename(train / os.fsdecode(b"caf\xe9.json"))
+    assert read_source(str(tmp_path / "race"), skip_bad=True)[1][0].startswith("train/caf\\udce9.json: ")
+    (train / "up").symlink_to(train)
+    assert "train/up/up/up" in refusal(tmp_path / "race")
+    monkeypatch.setattr(os, "scandir", lambda path: exec("raise PermissionError(13, 'denied', str(path))"))
+    assert "PermissionError" in refusal(tmp_path / "race")
 
 
-def test_a_question_that_occurs_twice_counts_once(tmp_path):
-    """Whatever the source: as a file of its own, as a line, with another id."""
-    write(tmp_path, "train/1.txt", RECORD)
-    write(tmp_path, "train/all.txt", f"{json.dumps(RECORD)}\n{json.dumps(RECORD | {'id': 'copy'})}\n".encode())
-    splits, notes = read_source(str(tmp_path))
-    assert [(p.example_id, len(p.questions)) for p in splits["train"]] == [("middle1.txt", 2)]
-    assert notes == ["train: 4 questions occur twice and are counted once"]
+def test_paths_with_odd_characters(tmp_path):
+    source = tmp_path / "a [1] größe" / "100% *?" / "{x}"
+    parquet(source / "tables" / "test.parquet", row())
+    write(source, "records/test/high/1.txt", RECORD)
+    write(source, "test [a].csv", table(row()))
+    datasets.DatasetDict(test=datasets.Dataset.from_list([row()])).save_to_disk(source / "saved")
+    archives = [packed(source / "records", form) for form in ("tar", "zip")]
+    for path in (*archives, *(source / name for name in ("tables", "records", "test [a].csv", "saved"))):
+        assert len(found(path, "test")) == 1
 
 
-def test_of_one_question_with_two_answers_the_first_counts_and_a_note_says_so(tmp_path):
-    write(tmp_path, "train/a.json", RECORD)
-    write(tmp_path, "train/b.json", RECORD | {"id": "b", "answers": ["B", "D"]})
-    assert asked(tmp_path) == [("middle1.txt", "", *question[2:]) for question in EXPECTED]
-    assert read_source(str(tmp_path))[1] == [
-        "train: 1 question occurs twice and is counted once",
-        "train/b.json: question 1: the same as train/a.json, question 1, with another answer; left out",
-    ]
+@pytest.mark.parametrize("name", ["test.csv", "my-test_2.csv", "TEST (1).csv", "test-00000-of-00001.csv"])
+def test_a_name_says_the_split(tmp_path, name):
+    write(tmp_path, name, table(row()))
+    assert found(tmp_path, "test") == found(tmp_path / name, "test") == [("high1.txt", "high", [1])]
+
+
+@pytest.mark.parametrize("name", ["testimony.csv", "train_test.csv", "questions.csv"])
+def test_a_name_says_no_split(tmp_path, name):
+    write(tmp_path, name, table(row()))
+    assert "train, dev (or val) and test" in refusal(tmp_path) and "train, dev" in refusal(tmp_path / name)
+    assert found(tmp_path, "test", answers=False) == found(tmp_path / name, "test", answers=False)
+    write(tmp_path, "dev.csv", table(row()))
+    splits, (note,) = read_source(str(tmp_path))
+    assert list(splits) == ["validation"] and note.startswith("1 file(s) of no split") and note.endswith(name)
 
 
 def test_what_editors_and_desktops_leave_is_no_data(tmp_path):
     write(tmp_path, "race/train/a.json", RECORD)
-    other = RECORD | {"id": "other", "article": "Not this."}
-    for left in (
-        "train/.ipynb_checkpoints/a-checkpoint.json",
-        "__MACOSX/train/a.json",
-        ".git/train/a.json",
-        "train/.hidden/b.json",
-        "train/._a.json",
-        ".Trash/train/all.csv",
-    ):
-        write(tmp_path, f"race/{left}", other)
-    with tarfile.open(tmp_path / "race.tar", "w") as tar:
-        tar.add(tmp_path / "race", "race")
-    shutil.make_archive(str(tmp_path / "race"), "zip", tmp_path, "race")
-    for source in ("race", "race.tar", "race.zip"):
-        assert [question[0] for question in asked(tmp_path / source)] == ["middle1.txt"] * 2
+    left = ("train/.ipynb_checkpoints/a.json", "__MACOSX/train/a.json", ".git/train/a.json", "train/.hidden/b.json")
+    for name in (*left, "train/._a.json", ".Trash/train/all.csv"):
+        write(tmp_path, f"race/{name}", other("other"))
+    for source in (tmp_path / "race", packed(tmp_path / "race", "tar"), packed(tmp_path / "race", "zip")):
+        assert [passage[0] for passage in found(source)] == ["middle1.txt"]
 
 
-# --------------------------------------------------------------------------------------------------------- every layout
+def test_configurations_of_the_hub_side_by_side_are_not_added_up(tmp_path):
+    """all/, high/ and middle/ as in the hub's repository, or as in its branch of converted files."""
+    middle = row(2, example_id="middle2.txt")
+    for name, rows in (("all", (row(1), middle)), ("middle", (middle,)), ("high", (row(1),))):
+        parquet(tmp_path / name / "test-00000-of-00001.parquet", *rows)
+    splits, (note,) = read_source(str(tmp_path))
+    assert [(p.example_id, p.level) for p in splits["test"]] == [("high1.txt", "high"), ("middle2.txt", "middle")]
+    assert "2 file(s)" in note and "high/test" in note
+    assert [passage[:2] for passage in found(tmp_path / "high", "test")] == [("high1.txt", "high")]
+    shutil.rmtree(tmp_path / "all")
+    assert "(high, middle)" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["train.csv", "train/questions.csv", "my [1] data/train-00000-of-00001.csv"])
-def test_csv_with_options_in_a_list_or_in_four_columns(name, tmp_path):
-    """Read as text: an option that says NA, None or null is one."""
-    record = RECORD | {"options": [["NA", "None", "null", '"a", b'], RECORD["options"][1]]}
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    expected = [(*EXPECTED[0][:4], record["options"][0], 1), EXPECTED[1]]
-    table = rows(record)
-    for form in (repr, json.dumps):
-        table.assign(options=table["options"].map(form)).to_csv(tmp_path / name, index=False)
-        assert asked(tmp_path) == expected
-    for header, mark in ((list("ABCD"), ","), ([f"option_{i}" for i in range(4)], ";"), ([*"abcd"], "\t")):
-        four = pd.DataFrame(table["options"].tolist(), columns=header)
-        four = table.drop(columns="options").join(four)
-        four.to_csv(tmp_path / name, index=False, sep=mark, encoding="utf-8-sig")
-        assert asked(tmp_path) == expected
-    problem = four.assign(**{header[2]: ["x", ""], "answer": ["E", "C"]})
-    problem.to_csv(tmp_path / name, index=False)
-    with pytest.raises(RaceError) as error:
-        read_source(str(tmp_path))
-    assert "row 2: question: the answer is 'E'" in str(error.value)
-    assert "row 3: question, option C: empty" in str(error.value)
-    four.drop(columns="article").to_csv(tmp_path / name, index=False)
-    with pytest.raises(RaceError, match="expected the columns article, question, options, answer.*; found: example_id"):
-        read_source(str(tmp_path))
-
-
-def test_json_lines_of_records_or_of_rows(tmp_path):
-    for name, lines in (
-        ("train/high/all.txt", [RECORD | {"id": "1"}]),
-        ("dev.jsonl", rows().to_dict("records")),
-        ("test.json", rows().to_dict("records")),
-    ):
-        write(tmp_path, name, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
-    assert [question[:2] for question in asked(tmp_path)] == [("1", "high")] * 2
-    assert asked(tmp_path, "validation") == asked(tmp_path, "test") == EXPECTED
-    write(tmp_path, "train/high/all.txt", f"{json.dumps(RECORD)}\n{{\n".encode())
-    with pytest.raises(RaceError, match=r"train/high/all.txt, line 2: not JSON"):
-        read_source(str(tmp_path))
-
-
-def test_zip_equals_folder_and_a_damaged_one_is_refused(corpus, tmp_path):
-    path = shutil.make_archive(str(tmp_path / "RACE"), "zip", corpus)
-    assert read_source(path) == read_source(str(corpus))
-    content = (tmp_path / "RACE.zip").read_bytes()
-    for damaged in (content[:-1000], content[: len(content) // 2], content[:9000] + b"\0" * 64 + content[9064:]):
-        (tmp_path / "RACE.zip").write_bytes(damaged)
-        with pytest.raises(RaceError, match="not a tar or zip file that can be read, or damaged or cut off"):
-            read_source(path)
-
-
-def test_folders_of_save_to_disk(tmp_path):
-    import datasets
-
-    split = datasets.Dataset.from_pandas(rows())
-    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / "both")
-    datasets.Dataset.from_pandas(rows(), split="validation").save_to_disk(tmp_path / "one")
-    assert asked(tmp_path / "both") == asked(tmp_path / "both", "test") == EXPECTED
-    assert asked(tmp_path / "one", "validation") == EXPECTED
-    (tmp_path / "one" / "state.json").write_text("{")
-    with pytest.raises(RaceError, match="a folder of save_to_disk that cannot be read"):
-        read_source(str(tmp_path / "one"))
-
-
-WARM = """
-import sys
-from pathlib import Path
-from datasets import load_dataset
-from race.data.sources import read_source
-
-home, source = Path(sys.argv[1]), sys.argv[2]
-if source == "make":
-    load_dataset("parquet", data_files={"test": str(home / "test.parquet")}, cache_dir=str(home / "made"))
-    (made,) = [path for path in (home / "made" / "parquet").glob("*/*/*") if path.is_dir()]
-    there = home / "cache" / "ehovy___race" / "all" / "0.0.0" / made.name
-    there.parent.mkdir(parents=True)
-    made.rename(there)
-    for file in there.glob("parquet-*"):
-        file.rename(there / file.name.replace("parquet-", "race-"))
-    info = (there / "dataset_info.json").read_text()
-    (there / "dataset_info.json").write_text(info.replace('"parquet"', '"race"').replace('"default"', '"all"'))
-else:
-    print(sum(len(passage.questions) for passage in read_source(source)[0]["test"]))
-"""
-
-
-def test_the_hubs_data_set_from_a_warm_cache_offline(tmp_path):
-    """As on a compute node after a download on the login node; only its configuration "all" was ever asked for."""
-    rows().to_parquet(tmp_path / "test.parquet", index=False)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    for source in ("make", "ehovy/race"):
-        command = [sys.executable, "-c", WARM, str(tmp_path), source]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2"]
-
-
-# ------------------------------------------------------------------------------------------------------ without answers
-
-
-@pytest.mark.parametrize("answer", [None, ""])
-def test_without_answers(answer, tmp_path):
-    """Any file of questions will do, and needs no split in its name; to train or to score, an answer is missed."""
-    table = rows().assign(answer=answer, options=[repr(options) for options in RECORD["options"]])
-    table.to_csv(tmp_path / "mine.csv", index=False)
-    found = asked(tmp_path / "mine.csv", "test", answers=False)
-    assert [question[-1] for question in found] == [-1, -1] and [q[3] for q in found] == RECORD["questions"]
-    with pytest.raises(RaceError, match="no folder or file is named after a split; name folders or files train"):
-        read_source(str(tmp_path / "mine.csv"))
-    (tmp_path / "mine.csv").rename(tmp_path / "train.csv")
-    with pytest.raises(RaceError, match=r"train.csv, row 2: question: "):
-        read_source(str(tmp_path / "train.csv"))
-
-
-def test_answers_that_are_there_are_kept_or_refused(tmp_path):
-    write(tmp_path, "mine.json", RECORD | {"answers": ["B", None]})
-    assert [question[-1] for question in asked(tmp_path / "mine.json", "test", answers=False)] == [1, -1]
-    write(tmp_path, "mine.json", RECORD | {"answers": ["X", None]})
-    with pytest.raises(RaceError, match="question 0: the answer is 'X'"):
-        read_source(str(tmp_path / "mine.json"), answers=False)
-
-
-@pytest.mark.parametrize("source", ["/no/such/folder", "no such id!"])
-def test_no_such_source(source):
-    with pytest.raises(RaceError, match="no such folder"):
-        read_source(source)
-
-
-def test_folder_of_something_else(tmp_path):
+def test_no_such_source_or_none_with_questions(tmp_path):
+    for source in ("questions.csv", "data/race.zip", "/no/such/folder", "no such id!"):
+        assert f"{source}: no such folder or file" in refusal(source)
+    assert "no questions found" in refusal(tmp_path)
     write(tmp_path, "notes/readme.txt", b"hello")
-    with pytest.raises(RaceError, match="no questions found"):
-        read_source(str(tmp_path))
+    write(tmp_path, "file.tar", b"no tar at all")
+    assert "no questions found" in refusal(tmp_path) and "file.tar: cannot be read" in refusal(tmp_path / "file.tar")
+
+
+@pytest.mark.parametrize("name", ["train/high/all.txt", "train/high/all.json", "train/high/all.jsonl", "train.jsonl"])
+def test_a_record_a_line(tmp_path, name):
+    lines = [other("high1.txt"), other("high2.txt"), without(other("none"), "id"), row(7)]
+    write(tmp_path, name, b"\xef\xbb\xbf" + b"\r\n\n".join(json.dumps(line).encode() for line in lines) + b"\n")
+    level = "high" if "high" in name else ""
+    expected = [("high1.txt", "high", [1, 2]), ("high2.txt", "high", [1, 2]), (f"{name}, line 5", level, [1, 2])]
+    assert found(tmp_path) == [*expected, ("high7.txt", "high", [1])]
+
+
+def test_problems_of_lines_come_together(tmp_path):
+    records = [other("1"), RECORD | {"answers": "AB"}, row(1, options=["a"]), {"question": 1}]
+    lines = [json.dumps(record).encode() for record in records]
+    lines[1:1] = [b"{", b'{"article": "\xff"}']
+    write(tmp_path, "train/high/all.txt", b"\n".join(lines))
+    said = refusal(tmp_path)
+    assert "5 problem(s)" in said
+    for line, word in ((2, "JSON"), (3, "utf-8"), (4, "'answers'"), (5, "4 options"), (6, "columns article")):
+        assert any(f"all.txt, line {line}: " in problem and word in problem for problem in said.splitlines())
+
+
+def test_a_list_of_records_and_rows(tmp_path):
+    write(tmp_path, "dev/all.json", [RECORD, row(1), row(1, question="Who has hens?"), row(2)])
+    expected = [("middle1.txt", "middle", [1, 2]), ("high1.txt", "high", [1, 1]), ("high2.txt", "high", [1])]
+    assert found(tmp_path, "validation") == expected
+    for content, place in (([RECORD, 7], "dev/all.json, item 2: "), ([], "dev/all.json: ")):
+        write(tmp_path, "dev/all.json", content)
+        assert place in refusal(tmp_path)
+
+
+OPTIONS = ["NA", "None", "null", "007"]  # texts, whatever a reader of tables may think
+SPELLED = {
+    "JSON": {"options": json.dumps(OPTIONS)},
+    "tuple": {"options": repr(tuple(OPTIONS))},
+    "option_A": {f"option_{letter}": option for letter, option in zip("ABCD", OPTIONS, strict=True)},
+    "Option1": {f"Option{number}": option for number, option in enumerate(OPTIONS, 1)},
+    "option_0": {f"option_{number}": option for number, option in enumerate(OPTIONS)},
+    "in another order": dict(zip("DCBA", OPTIONS[::-1], strict=True)),
+}
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("spelled", SPELLED)
+def test_csv_however_it_is_written(tmp_path, spelled, mark):
+    articles = [f'Ann,\n"my"; aunt\r\nhas\t{number} hens.' for number in (1, 2)]
+    rows = [without(row(i, answer="D", article=article), "options") for i, article in enumerate(articles, 1)]
+    write(tmp_path, "dev.csv", b"\xef\xbb\xbf" + table(*(row | SPELLED[spelled] for row in rows), mark=mark))
+    passages = read_source(str(tmp_path))[0]["validation"]
+    assert [p.article for p in passages] == articles and [p.example_id for p in passages] == ["high1.txt", "high2.txt"]
+    assert [(p.options, p.labels, p.level) for p in passages] == [([OPTIONS], [3], "high")] * 2
+
+
+def test_csv_without_ids_and_with_levels(tmp_path):
+    """Rows of one article make a passage, named after the file and its first row."""
+    rows = [row(1, level="Middle"), row(1, question="Who has hens?", level="Middle"), row(2, level="")]
+    write(tmp_path, "train.csv", table(*(without(row, "example_id") for row in rows)))
+    passages = read_source(str(tmp_path / "train.csv"))[0]["train"]
+    assert [(p.example_id, p.level, p.places) for p in passages] == [
+        ("train.csv, row 2", "middle", [0, 1]),
+        ("train.csv, row 4", "", [0]),
+    ]
+
+
+def test_problems_of_rows_come_together(tmp_path):
+    """Rows are counted as a spreadsheet shows them; empty ones are nothing."""
+    rows = table(row(1), row(2, answer="E"), row(3, options="a, b"), row(4, article=""))
+    write(tmp_path, "train.csv", rows + b"high5.txt,Ann\r\n\r\n,,,,\r\n")
+    said = refusal(tmp_path)
+    assert "4 problem(s)" in said
+    for line in (
+        "row 3: the answer is 'E'",
+        "row 4: expected a list of 4",
+        "row 5: article: ",
+        "row 6: expected as many",
+    ):
+        assert f"  train.csv, {line}" in said
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.parquet"])
+def test_a_table_without_the_columns_is_one_problem(tmp_path, name):
+    """Also where it has five columns of options."""
+    five = without(row(), "options") | dict.fromkeys("ABCDE", "x")
+    for rows in ([{"example_id": "1", "question": "Who?", "a": "x", "b": "y", "c": "z"}] * 2, [five] * 2):
+        parquet(tmp_path / name, *rows) if name.endswith("parquet") else write(tmp_path, name, table(*rows))
+        said = refusal(tmp_path)
+        assert "1 problem(s)" in said and f"{name}: expected the columns article, question, options, answer" in said
+
+
+DAMAGED = {
+    "train.csv": [b"", table(row())[:-3], table(row(article="A caf\u00e9.")).decode().encode("latin-1")],
+    "train.parquet": [b"", b"PAR1 and then nothing of the kind", b"version https://git-lfs.github.com/spec/v1\n"],
+    "train.json": [json.dumps([row()] * 2, indent=1).encode()[:-3]],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name in DAMAGED for content in DAMAGED[name]])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    write(tmp_path, name, content)
+    write(tmp_path, "dev.csv", table(row()))
+    assert f"{name}: cannot be read (" in refusal(tmp_path)
+
+
+def test_parquet_and_saved_folders_as_the_hub_has_them(corpus, tmp_path):
+    from_files, _ = read_source(str(corpus))
+    saved = {}
+    for split, passages in from_files.items():
+        rows = [
+            {"example_id": p.example_id, "article": p.article, "answer": "ABCD"[label], "question": q, "options": o}
+            for p in passages
+            for q, o, label in zip(p.questions, p.options, p.labels, strict=True)
+        ]
+        saved[split] = datasets.Dataset.from_list(rows)
+        parquet(tmp_path / "files" / f"{split}-00000-of-00001.parquet", *rows)
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    assert read_source(str(tmp_path / "files"))[0] == read_source(str(tmp_path / "saved"))[0] == from_files
+    (tmp_path / "saved" / "test" / "state.json").write_text("{")
+    assert "saved: cannot be read" in refusal(tmp_path / "saved")
+
+
+def test_one_split_of_save_to_disk_is_named_after_its_folder(tmp_path):
+    data = datasets.Dataset.from_list([row(1), row(2), row(2, question="Who has hens?")])
+    data.select([2, 0]).save_to_disk(tmp_path / "dev")
+    assert [passage[0] for passage in found(tmp_path / "dev", "validation")] == ["high2.txt", "high1.txt"]
+    (tmp_path / "dev").rename(tmp_path / "mine")
+    assert "train, dev (or val) and test" in refusal(tmp_path / "mine")
+    assert list(read_source(str(tmp_path / "mine"), answers=False)[0]) == ["test"]
+
+
+@pytest.mark.parametrize("config", ["all", "high"])
+def test_the_hub_offline(tmp_path, config):
+    """As on a compute node after a download: "all" is read; a part of it never stands for the whole."""
+    datasets.Dataset.from_list([row(1)]).save_to_disk(tmp_path / "saved")
+    kept = tmp_path / "ehovy___race" / config / "0.0.0" / "0123456789abcdef"
+    kept.mkdir(parents=True)
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(kept / "race-test.arrow")
+    split = {"name": "test", "num_bytes": 1, "num_examples": 1, "dataset_name": "race"}
+    info = json.loads((tmp_path / "saved" / "dataset_info.json").read_text())
+    info |= {"config_name": config, "dataset_name": "race", "builder_name": "parquet", "splits": {"test": split}}
+    (kept / "dataset_info.json").write_text(json.dumps(info))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    code = "from race.data.passages import read_source; print(read_source('ehovy/race')[0]['test'][0].labels)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "[1]\n" if config == "all" else "ehovy/race: " in done.stderr and "'high'" in done.stderr
+
+
+def test_all_or_the_only_configuration_of_the_hub_is_taken(monkeypatch):
+    configs = {"high": 1, "all": 2}
+
+    def load(source: str, name: str) -> dict:
+        if name not in configs:
+            raise ValueError(f"BuilderConfig '{name}' not found")
+        return {"test": datasets.Dataset.from_list([row(configs[name])])}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda source: list(configs))
+    assert found("somebody/race", "test") == [("high2.txt", "high", [1])]
+    del configs["all"]
+    assert found("somebody/race", "test") == [("high1.txt", "high", [1])]
+    configs["middle"] = 3
+    assert "(high, middle)" in refusal("somebody/race")

@@ -17,10 +17,10 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 from helpers import ROOT
+from race.score.predict import score
 
 from race.data import RaceDataModule
 from race.data.cache import verify_cache
-from race.score.predict import score
 from race.score.statistics import PROBABILITIES
 from race.train.logs import read_log
 from race.train.stages import Stage

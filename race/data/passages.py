@@ -1,0 +1,124 @@
+"""RACE as passages: records are checked, and what is wrong is said with its place; each question is counted once."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from race import LETTERS, OPTIONS, SPLITS, RaceError
+from race.data.sources import attempt, is_missing, read_records
+
+LABELS = {letter: label for label, letter in enumerate(LETTERS)}
+LISTS = ("questions", "options", "answers")  # of a record
+
+
+class Passage(NamedTuple):
+    """One article with its questions; `level` is "middle", "high" or "" if the source does not say."""
+
+    example_id: str
+    level: str
+    article: str
+    questions: list[str]
+    options: list[list[str]]  # [questions][4]
+    labels: list[int]  # [questions], 0..3, or -1 where the answer is missing
+    places: list[int]  # [questions], of each question in its record, from 0
+
+
+def read_source(
+    source: str, skip_bad: bool = False, answers: bool = True
+) -> tuple[dict[str, list[Passage]], list[str]]:
+    """Passages per split, in a fixed order, and a line for each thing left out; splits that a source lacks are absent.
+
+    `source`: "demo", a folder, archive or file of RACE records or tables, or a hub id such as "ehovy/race".
+    Raises RaceError with all problems at once; with `skip_bad`, bad questions, and passages that are bad as a whole,
+    are left out instead. With `answers=False` answers may be missing, and a source that names no split is "test".
+    """
+    found = attempt(read_records, source, answers)
+    if isinstance(found, RaceError):
+        here = "" if Path(source).exists() else "no such folder or file, and from the hub: "
+        raise RaceError(f"{source}: {here}{found}") from found
+    records, problems, lines = found
+    checked = {split: _checked(split, records.get(split, []), answers, problems, lines) for split in SPLITS}
+    passages = {split: passages for split, passages in checked.items() if passages}
+    if not passages and (skip_bad or not problems):
+        problems.append("no questions found")
+    if problems and not (skip_bad and passages):
+        lines = [f"{source}: {len(problems)} problem(s), nothing was written", *problems[:20]]
+        raise RaceError("\n  ".join([*lines, "(--skip-bad leaves out what is bad, and lists all of it)"]))
+    return passages, [*lines, *(f"{problem}; left out" for problem in problems)]
+
+
+def _checked(split: str, records: list, answers: bool, problems: list[str], lines: list[str]) -> list[Passage]:
+    """The passages of a split; adds to `problems`, and to `lines` what is left out and no problem.
+
+    Records with the same id, level and article, such as rows of a table, are one passage.
+    """
+    passages: dict[tuple, Passage] = {}
+    ids: dict[tuple, tuple[str, str]] = {}  # (id, level) → article and place of the first record that has them
+    firsts: dict[tuple, tuple[str, int]] = {}  # (article, question, *options) → place and label of the first
+    repeats = 0
+    for place, record in records:
+        wrong = record_problems(record, answers)
+        problems += [f"{_place(place, record, i)}: {problem}" for i, problem in wrong]
+        bad = {i for i, _ in wrong}
+        if None in bad:
+            continue
+        if not record["questions"]:
+            lines.append(f"{place}: a passage without questions, left out")
+        passage, kept = (record["id"], record["level"], record["article"]), []
+        start = passages[passage].places[-1] + 1 if passage in passages else 0
+        for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
+            if i in bad:
+                continue
+            here, label = _place(place, record, i), LABELS.get(answer, -1)
+            first, first_label = firsts.setdefault((record["article"], question, *options), (here, label))
+            if here == first:
+                kept.append((question, options, label, start + i))
+            elif label == first_label or -1 in (label, first_label):
+                repeats += 1
+            else:
+                lines.append(f"{here}: the same as {first}, with another answer; left out")
+        if not kept:
+            continue
+        article, first = ids.setdefault(passage[:2], (record["article"], place))
+        if article != record["article"]:
+            problems.append(f"{place}: id {record['id']!r} is used by {first} already")
+            continue
+        lists = passages.setdefault(passage, Passage(*passage, [], [], [], []))[3:]
+        for values, more in zip(lists, zip(*kept, strict=True), strict=True):
+            values.extend(more)
+    if repeats:
+        lines.append(f"{split}: {repeats:,} question(s) occur again and are counted once")
+    return [*passages.values()]
+
+
+def _place(place: str, record: Any, question: int | None) -> str:
+    """Where a question is; the only one of a record, such as a row of a table, is where its record is."""
+    return place if question is None or len(record["questions"]) == 1 else f"{place}, question {question}"
+
+
+def record_problems(record: dict, answers: bool = True) -> list[tuple[int | None, str]]:
+    """What is wrong with a RACE record (article, questions, options, answers, id): (question from 0 or None, text).
+
+    Without `answers`, some may be missing.
+    """
+    sizes = {len(record[key]) if isinstance(record.get(key), list) else None for key in LISTS}
+    if len(sizes) > 1 or None in sizes or not {*record} <= {"article", "id", "level", *LISTS}:
+        found = (f"{key!r} of {len(value)}" if isinstance(value, list) else repr(key) for key, value in record.items())
+        expected = "article, id, and lists of one length: questions, options, answers"
+        return [(None, f"expected {expected}; found: {', '.join(found)[:300]}")]
+    problems: list[tuple[int | None, str]] = []
+    texts = [(None, key, record.get(key)) for key in ("article", "id")]
+    for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
+        texts.append((i, "question", question))
+        if isinstance(options, list) and len(options) == OPTIONS:
+            texts += [(i, f"option {letter}", option) for letter, option in zip(LETTERS, options, strict=True)]
+        else:
+            problems.append((i, f"expected a list of {OPTIONS} options, found {options!r:.60}"))
+        if answer not in LETTERS and (answers or not is_missing(answer)):
+            problems.append((i, f"the answer is {answer!r:.60}, not one of {', '.join(LETTERS)}"))
+    expected = "expected text that is not empty, without NUL and half surrogate pairs"
+    return problems + [(i, f"{key}: {expected}, found {text!r:.60}") for i, key, text in texts if not _is_text(text)]
+
+
+def _is_text(text: Any) -> bool:
+    is_whole = isinstance(text, str) and text == text.encode(errors="replace").decode()
+    return is_whole and "\0" not in text and not is_missing(text)
