@@ -12,8 +12,9 @@ from race.score.statistics import quoted_interval
 
 SHOWN = 3  # so many others are named one by one
 RULES = {"val_loss_epoch": "validation loss", "val_acc": "validation accuracy"}
-BUDGET = {"questions": "questions trained on", "checkpoints": "checkpoints to choose from"}
-BUDGET |= {"monitor": "chosen by", "learning_rates_tried": "learning rates tried"}
+BUDGET = {"questions": "questions trained on", "fewest_epochs": "epochs of the shortest run"}
+BUDGET |= {"checkpoints": "checkpoints to choose from", "monitor": "chosen by"}
+BUDGET |= {"learning_rates_tried": "learning rates tried"}
 
 
 def finding(row: pd.Series) -> str:
@@ -286,8 +287,6 @@ def budget(table: pd.DataFrame) -> str:
     row, text = table.iloc[0], ""
     if table["questions"].nunique() == 1:
         text = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."
-    if len(uneven := table[table["fewest_epochs"] < table["epochs"]]):
-        text += f" Some seeds of {listed(uneven['recipe'])} had fewer epochs than others."
     had = pd.DataFrame(list(table["also"])).rename(columns=lambda name: name.replace("_", " "))
     had = had.assign(**{words: table[column].to_numpy() for column, words in BUDGET.items()})
     had = had.astype(object).where(had.notna(), "unknown")
