@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from tiny_models import TOKENIZERS, tiny_config, write_tiny_model
 from transformers import AutoTokenizer, BertTokenizer
 
-import race.models
 from race import RaceError
-from race.data import RaceDataModule, collate
+from race.data import RaceDataModule
 from race.data.cache import Cache, build_cache
 from race.data.encoding import question_option
 from race.models import LINE, check_tokenizer_of_source, load_tokenizer, local_copy, plain, tokenizer_hash
@@ -355,33 +354,6 @@ def test_weights_of_the_hub_are_fetched_in_one_format_and_once(there, fetched, t
     for _ in range(2):
         assert local_copy(f"some/model-{fetched}") == tmp_path
     assert len(calls) == fetched and {path.name for path in tmp_path.iterdir()} == {there[0], "config.json"}
-
-
-OLD = {
-    "albert_config": lambda self, hidden, mask=None: hidden,
-    "bert_config": lambda self, input_ids, position_ids, token_type_ids: input_ids,
-}
-
-
-@pytest.mark.parametrize("config", OLD)
-def test_layers_that_do_not_know_packing_are_told_with_the_version(config, items, request, monkeypatch):
-    """As in transformers 4, and whatever its number is: only a call that fails is refused; other errors stay."""
-    module, batch = RaceModule(config=request.getfixturevalue(config)).eval(), collate(items(2))
-    part = module.model.base_model
-    if config == "albert_config":
-        part = part.encoder.albert_layer_groups[0].albert_layers[0]
-    monkeypatch.setattr(race.models, "version", lambda name: "4.40.0")
-    module(batch)
-    monkeypatch.setattr(type(part), "forward", OLD[config])
-    with pytest.raises(RaceError, match="^transformers 4.40.0 does not run packed .* requirements.txt$"):
-        module(batch)
-
-    def forward(self, *arguments, **settings):
-        raise TypeError("of another kind")
-
-    monkeypatch.setattr(type(part), "forward", forward)
-    with pytest.raises(TypeError, match="of another kind"):
-        module(batch)
 
 
 def test_attention_that_cannot_be_chosen_is_told(albert_config, monkeypatch):
