@@ -14,9 +14,9 @@ def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: 
     """The loggers of these names, each with its arguments; nothing is imported that is not asked for.
 
     A name is one of pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
-    save_dir is `run_dir`/loggers and name is the stage. Raises RaceError with all that cannot be made.
+    save_dir is `run_dir`/loggers and name is the stage. Raises RaceError.
     """
-    made, problems, defaults = [], [], {"save_dir": str(Path(run_dir) / "loggers"), "name": stage}
+    made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": stage}
     for name, given in (wanted or {}).items():
         module, _, kind = name.rpartition(".")
         try:
@@ -24,9 +24,7 @@ def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: 
             taken = inspect.signature(make).parameters
             made.append(make(**({key: it for key, it in defaults.items() if key in taken} | given)))
         except Exception as error:  # whatever its package raises: not installed, not logged in, unknown argument
-            problems.append(f"LOGGERS, {name}: {error}")
-    if problems:
-        raise RaceError("; ".join(problems))
+            raise RaceError(f"LOGGERS, {name}: {error}") from error
     return made
 
 
