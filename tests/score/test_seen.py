@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from race.score.predictions import predict, score
 from small_stage import e1
 from small_stage import stage as train_e1
 
@@ -15,6 +14,7 @@ from race.data.cache import build_cache
 from race.demo.corpus import write_corpus
 from race.export.folder import export_checkpoint
 from race.report import sentences
+from race.score.predictions import predict, score
 from race.train.checkpoints import Checkpoint
 from race.train.stages import Stage
 from race.train.training import start_stage, train_stage
