@@ -24,13 +24,12 @@ PLACES = {
     "race.data": ["RaceDataModule", "collate"],
     "race.data.cache": ["build_cache", "write_manifest"],
     "race.data.module": ["RaceDataset"],
-    "race.data.sources": ["read_source"],
+    "race.data.passages": ["read_source"],
     "race.demo.model": ["write_model"],
-    "race.encoder": ["compile_layers"],
-    "race.families": ["PACKED", "takes_segments"],
+    "race.encoder": ["PACKED", "compile_layers", "takes_segments"],
     "race.files": ["file_hash"],
-    "race.score.predict": ["predict"],
-    "race.score.results": ["accuracy_table"],
+    "race.memory": ["fit_memory", "in_parts"],
+    "race.score.predictions": ["accuracy_table", "predict"],
     "race.train.precision": ["Autocast", "autocast"],
     "race.train.stages": ["Stage"],
     "race.train.training": ["start_stage", "train_stage"],
@@ -181,7 +180,7 @@ def our_module(config, device: str, half: bool = False):
     """RaceModule for steps without a trainer, on the device, its micro-batches fitted to the memory there."""
     module = used("RaceModule")(config=config)
     module.manual_backward, module.log = torch.Tensor.backward, lambda *_, **__: None
-    module.to(device).fit_memory(torch.device(device), half=half)
+    used("fit_memory")(module.to(device), torch.device(device), half=half)
     return module
 
 

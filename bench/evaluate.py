@@ -47,7 +47,7 @@ def answers(options: argparse.Namespace, cache: str) -> dict:
     """How many answers bf16 changes, its largest effect on a probability, and how far an answer leads in fp32."""
     options.precision = "bf16-mixed"
     module = common.RaceModule.load_from_checkpoint(options.checkpoint, options.device).eval()
-    module.fit_memory(module.device)
+    common.fit_memory(module, module.device)
     data = _data(cache, options)
     half, full = (np.array(_ours(module, data, side, options)) for side in (OURS, OURS_FP32))
     best = np.sort(full, 1)
@@ -87,8 +87,9 @@ def _ours(model, data, side: str, options: argparse.Namespace) -> list:
     probabilities = []
     with common.side_autocast(side, options):
         for batch in data.ordered_loader("validation"):
-            for part in batch.to(model.device).micro_batches(model.token_budget):
-                probabilities.append(model(part).double().softmax(1))
+            probabilities += common.in_parts(
+                model, batch.to(model.device), lambda part, _: model(part).double().softmax(1)
+            )
         return torch.cat(probabilities).tolist()
 
 
