@@ -17,8 +17,7 @@ import psutil
 
 from generate_race_cache import main as generate_race_cache
 from race import CHAIN, RACE_QUESTIONS, RaceError
-from race.data import RaceDataModule
-from race.data.cache import Cache
+from race.data import Cache, RaceDataModule
 from race.files import atomic_write
 from race.parameters import ROOT, Settings, check, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name

@@ -18,7 +18,7 @@ from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
 
 from race import LETTERS, MONITORS, RaceError
-from race.data.cache import Cache, open_cache
+from race.data import Cache, open_cache
 from race.data.seen import seen_articles
 from race.device import AUTOCAST, default_device, default_precision, processes, versions
 from race.encoder import compile_layers
