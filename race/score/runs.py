@@ -15,8 +15,7 @@ from race.score.comparison import against_baseline
 from race.score.predictions import Predictions, kept_predictions, save_results
 from race.score.statistics import is_correct, mostly_trained_on
 from race.train.checkpoints import Checkpoint
-from race.train.logs import read_log
-from race.train.stages import Stage, stages_of
+from race.train.stages import Stage, read_log, stages_of
 from race.train.state import read_state
 
 Correct = dict[str, np.ndarray]  # [seeds, questions] right or wrong, by recipe or by stage

@@ -22,8 +22,7 @@ from race.data import RaceDataModule
 from race.data.cache import verify_cache
 from race.score.predictions import score
 from race.score.statistics import PROBABILITIES
-from race.train.logs import read_log
-from race.train.stages import Stage
+from race.train.stages import Stage, read_log
 from race.train.training import start_stage, train_stage
 
 SETS = ["before", "before_1_5/albert", "before_1_5/bert", "before_1_5/deberta-v2"]

@@ -17,8 +17,7 @@ from race import RaceError
 from race.data import RaceDataModule
 from race.data.cache import build_cache
 from race.files import locked, read_archive, save_archive
-from race.train.logs import read_log
-from race.train.stages import Stage
+from race.train.stages import Stage, read_log
 from race.train.state import SIGNALS, KeepState
 from race.train.training import start_stage, train_stage
 

@@ -13,8 +13,7 @@ from race import RaceError
 from race.data import RaceDataModule, collate
 from race.data.cache import build_cache
 from race.train.checkpoints import weights_hash
-from race.train.logs import read_log
-from race.train.stages import Stage
+from race.train.stages import Stage, read_log
 from race.train.training import decoded_question, start_stage, train_stage
 from race_module import RaceModule
 
