@@ -165,7 +165,7 @@ def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
 def training_curves(
     log: pd.DataFrame, stage: str, monitor: str = MONITORS[0], max_grad_norm: float | None = None
 ) -> Figure:
-    """Loss, accuracy and learning rate over the optimizer steps of one stage (race.train.logs.read_log).
+    """Loss, accuracy and learning rate over the optimizer steps of one stage (race.train.stages.read_log).
 
     monitor: which number picks the best checkpoint. The gradient's norm is drawn if it was logged, with max_grad_norm.
     """
@@ -251,7 +251,7 @@ def _ring(axes, x: float, y: float, color: str) -> None:
 
 @plt.style.context(STYLE)
 def story_figure(story: pd.DataFrame) -> Figure:
-    """Validation loss and accuracy over all stages, with their learning rates (race.train.logs.learning_story)."""
+    """Validation loss and accuracy over all stages, with their learning rates (race.train.stages.learning_story)."""
     stages = dict(list(story.groupby("stage", sort=False)))
     labels = [wrapped(f"{stage}, {rate(part['learning_rate'].iloc[0])}", 1.6) for stage, part in stages.items()]
     strip, start, before = row_height(labels, 0.3) * len(stages), 0, None

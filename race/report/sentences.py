@@ -148,18 +148,6 @@ def letters(predictions: pd.DataFrame) -> str:
     )
 
 
-def longest_option(predictions: pd.DataFrame) -> str:
-    """Length bias: whether the longest of the four options is chosen as often as it is correct."""
-    found = statistics.longest_option_test(predictions)
-    if not found["questions"]:
-        return "No question has one longest option."
-    return (
-        f"On the {found['questions']:,} questions with one longest option, it is chosen on {percent(found['chosen'])} "
-        f"and correct on {percent(found['correct'])}: the difference is {_significance(found['p'])} "
-        f"(exact McNemar test, {p_value(found['p'])})."
-    )
-
-
 def _significance(p: float) -> str:
     return "significant" if p < SIGNIFICANT else "not significant"
 
@@ -247,23 +235,30 @@ def difference(row: pd.Series, margin: float) -> str:
     """What was found of one recipe, or stage, against another over seeds; margin: points that would matter."""
     found, (first, second) = finding(row), row[["first", "second"]]
     text = f"{second} − {first} = {points(row['difference'])} points"
-    if min(row["seeds_first"], row["seeds_second"]) < 2:
-        return (
-            f"{text} on these {row['questions']:,} questions. One seed cannot say how far another seed would be away: "
-            "this is about these checkpoints, and says nothing of the recipes."
-        )
+    over = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''} and {row['questions']:,} questions"
+    if row["seeds"] == 1:
+        return f"{text} on {over}. This is about these checkpoints, and says nothing of another seed."
+    if pd.isna(row["ci_low"]):
+        return f"{text} on {over}; not tested: the same answers in all runs, or questions of one passage only."
+    text += f" (95 % interval {interval(row['ci_low'], row['ci_high'], points)}, over {over}"
     if found == "not tested":
-        return f"{text}; not tested: the same answers in all runs, or questions of one passage only."
-    paired = ", compared seed by seed" if row["same_base"] else ""
-    text += f" (95 % interval {interval(row['ci_low'], row['ci_high'], points)}, over seeds and questions{paired}; "
-    text += f"Holm {p_value(row['p_holm'])}): "
+        return f"{text}); too few seeds for a verdict."
     beyond = 100 * max(abs(row["ci_low"]), abs(row["ci_high"]))
     unlikely = f"not significant; a difference beyond {beyond:.1f} points is unlikely"
+    text += f"; Holm {p_value(row['p_holm'])}): "
     text += unlikely if found == "not significant" else f"{second} is {found} than {first}"
     if max(abs(row["low_90"]), abs(row["high_90"])) <= margin / 100:
-        alike = f"{second} is as good as {first} within" if found == "not significant" else "the difference is below"
-        text += f"; {alike} {_points(margin)} (90 % interval)"
+        text += f"; the difference is below {_points(margin)} (90 % interval)"
     return f"{text}."
+
+
+def over_seeds(means: pd.DataFrame, compared: pd.DataFrame) -> str:
+    """How the stages of one recipe do over its seeds (runs.accuracies), each against the first (against_baseline)."""
+    lines = []
+    for row in means.itertuples():
+        spread = f"; standard deviation {100 * row.sd:.2f} points" if len(row.each) > 1 else ""
+        lines.append(f"{row.recipe}: {percent(row.accuracy)} ({', '.join(map(percent, row.each))}{spread})")
+    return "\n".join([*lines, *(difference(row, 1.0) for _, row in compared.iterrows())])
 
 
 def budget(table: pd.DataFrame) -> str:

@@ -11,11 +11,11 @@ import pandas as pd
 from race import RaceError
 from race.data import RaceDataModule
 from race.recipes import run_name
+from race.score.comparison import against_baseline
 from race.score.predictions import Predictions, kept_predictions, save_results
 from race.score.statistics import is_correct, mostly_trained_on
 from race.train.checkpoints import Checkpoint
-from race.train.logs import read_log
-from race.train.stages import Stage, stages_of
+from race.train.stages import Stage, read_log, stages_of
 from race.train.state import read_state
 
 Correct = dict[str, np.ndarray]  # [seeds, questions] right or wrong, by recipe or by stage
@@ -223,10 +223,11 @@ def accuracies(chosen: Correct, last: Correct | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[Correct, pd.DataFrame]:
-    """(answers of the best checkpoint of each stage over the seeds, predictions for their facts); raises RaceError.
+def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The best checkpoints of each stage over the seeds: (accuracies, against_baseline: each against the first stage).
 
-    runs: of one recipe, one for each seed, which keeps its own predictions; how: precision and accelerator.
+    runs: of one recipe, one for each seed, which keeps its own predictions; how: precision and accelerator. Raises
+    RaceError.
     """
     if problems := unlike(runs):
         raise RaceError("\n".join(problems))
@@ -235,4 +236,5 @@ def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) 
         for stage in run.stages:
             facts = _on_new_questions(stage.best(), data, split, run.run_dir, **how).table
             answers.setdefault(stage.name, []).append(is_correct(facts))
-    return {stage: np.stack(each) for stage, each in answers.items()}, facts
+    correct = {stage: np.stack(each) for stage, each in answers.items()}
+    return accuracies(correct), against_baseline(correct, facts)

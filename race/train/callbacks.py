@@ -10,8 +10,6 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from race import CHANCE, MONITORS
-from race.device import AUTOCAST, hardware
-from race.encoder import attention_kernel
 from race.train.checkpoints import Checkpoint
 from race.train.state import check_finite, say
 
@@ -79,14 +77,16 @@ class LossWatch(pl.Callback):
 class StageReport(pl.Callback):
     """The speed in the log, a line after each epoch, and after the first minute how long the stage will take."""
 
-    def __init__(self, after_seconds: float = 60.0):
-        self.after_seconds, self.estimated = after_seconds, False
+    def __init__(self, device: str, after_seconds: float = 60.0):
+        self.device, self.after_seconds, self.estimated = (
+            device,
+            after_seconds,
+            False,
+        )  # device: how it computes, in words
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Say what is in force; start the clock; log short epochs more often, so that a trial run has curves too."""
-        device, precision = trainer.strategy.root_device, trainer.precision
-        kernel = attention_kernel(module.model.config, device, AUTOCAST.get(precision))
-        say(f"training on {hardware(device)}, {precision}, {kernel}; TOKEN_BUDGET {module.token_budget:,}")
+        say(f"training on {self.device}; TOKEN_BUDGET {module.token_budget:,}")
         self._batches = trainer.datamodule.batches_per_epoch()
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self._batches // 20))
         self._started, self._first_step = time.perf_counter(), trainer.global_step

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import importlib
+import inspect
 import logging
 import os
 import subprocess
@@ -18,16 +20,15 @@ from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
 
 from race import LETTERS, MONITORS, RaceError
-from race.data.cache import Cache, open_cache
+from race.data import Cache, open_cache
 from race.data.seen import seen_articles
-from race.device import AUTOCAST, default_device, default_precision, processes, versions
-from race.encoder import compile_layers
+from race.device import AUTOCAST, default_device, default_precision, hardware, processes, versions
+from race.encoder import attention_kernel, compile_layers
 from race.files import locked, remove_unfinished
 from race.models import load_config
 from race.parameters import ROOT, check
 from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
-from race.train.logs import further_loggers
 from race.train.stages import Stage, read_checkpoints
 from race.train.state import (
     KeepState,
@@ -144,16 +145,19 @@ def train_stage(
     """
     check(max_epochs=max_epochs, early_stopping=early_stopping, save_minutes=save_minutes, precision=precision)
     precision, monitor = precision or default_precision(accelerator), stage.monitor or MONITORS[0]
+    device = default_device(accelerator)
     module.schedule.steps = steps = max_epochs * data.batches_per_epoch()
     if (warmup := module.schedule.warmup) >= max(1, steps):
         raise RaceError(f"WARMUP is {warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
     state, keeper = read_state(stage.state_path), KeepState(stage, save_minutes, stage_identity(module, data, monitor))
-    watching = [keeper, NewestOfEpoch(stage), LossWatch(), StageReport(), *callbacks]
+    kernel = attention_kernel(module.model.config, device, AUTOCAST.get(precision))
+    report = StageReport(f"{hardware(device)}, {precision}, {kernel}")
+    watching = [keeper, NewestOfEpoch(stage), LossWatch(), report, *callbacks]
     if early_stopping is not None:
         mode = "max" if monitor == "val_acc" else "min"
         watching.append(EarlyStopping(monitor, mode=mode, patience=early_stopping))
     of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "callbacks": watching}
-    trainer = _trainer(stage, module, state, precision, default_device(accelerator), loggers, of_run)
+    trainer = _trainer(stage, module, state, precision, device, loggers, of_run)
     if state is None:
         _begin(stage, module, data, trainer)
     else:
@@ -179,6 +183,24 @@ def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule, train
     recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": stage.monitor or MONITORS[0]}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
+
+
+def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: str) -> list:
+    """The loggers of these names, each with its arguments; nothing is imported that is not asked for.
+
+    A name is one of pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
+    save_dir is `run_dir`/loggers and name is the stage. Raises RaceError.
+    """
+    made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": stage}
+    for name, given in (wanted or {}).items():
+        module, _, kind = name.rpartition(".")
+        try:
+            make = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), kind)
+            taken = inspect.signature(make).parameters
+            made.append(make(**({key: it for key, it in defaults.items() if key in taken} | given)))
+        except Exception as error:  # whatever its package raises: not installed, not logged in, unknown argument
+            raise RaceError(f"LOGGERS, {name}: {error}") from error
+    return made
 
 
 class MixedPrecision(plugins.MixedPrecision):

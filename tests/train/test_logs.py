@@ -13,7 +13,7 @@ from small_stage import stage as train_e1
 from statsmodels.stats.proportion import proportion_confint
 
 from race import RaceError
-from race.train.logs import learning_story, read_log
+from race.train.stages import learning_story, read_log
 
 
 class Seen(pl.Callback):
