@@ -16,16 +16,7 @@ SHORT = 128  # tokens; up to here one attention call with a mask is faster than 
 
 
 def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout: float = 0.0,
-    scaling=None,
-    packing=None,
-    sliding_window: int | None = None,
-    **kwargs,
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, sliding_window=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """Attention inside each sequence of a PackedBatch: query [1, heads, T or 4B, d] → [1, T or 4B, heads, d].
 
@@ -75,9 +66,7 @@ def _varlen_attention(query, key, value, packing, one_row_each: bool, reach: int
     return varlen_attn(query, key, value, query_ends, ends, rows, longest, scale=scaling, **window)
 
 
-def _masked_attention(
-    query, key, value, packing, one_row_each: bool, reach: int | None = None, **settings
-) -> torch.Tensor:
+def _masked_attention(query, key, value, packing, one_row_each: bool, reach: int | None, **settings) -> torch.Tensor:
     """All sequences in one padded and masked call, for short ones."""
     count, longest = len(packing.lengths), packing.max_seqlen
     lengths = packing.cu_seqlens.diff()

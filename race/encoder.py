@@ -101,10 +101,7 @@ def option_logits(model: nn.Module, batch) -> torch.Tensor:
     if longest and batch.max_seqlen > longest:
         raise RaceError(f"a sequence of {batch.max_seqlen} tokens; the model takes {longest}: set MAX_LEN")
     if not is_packed(model.config):
-        try:
-            return at_least_float32(model(**padded_inputs(model, batch)).logits).view(-1, 1)
-        except AssertionError as error:  # of a separator within a text, in Longformer
-            raise RaceError(f"{type(model).__name__}: {error}") from error
+        return at_least_float32(model(**padded_inputs(model, batch)).logits).view(-1, 1)
     states = encode(model, batch)
     with full_precision(states):
         return PACKED[model.config.model_type](model, at_least_float32(states))
@@ -242,9 +239,6 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):  # as each layer of these families is
             layer.compile(dynamic=True, backend=backend)
-
-
-# -------------------------------------------------------------------------------------------------- families
 
 
 BERTS = ("bert", "camembert", "data2vec-text", "ernie", "roberta", "xlm-roberta")

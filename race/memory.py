@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from torch.cuda import max_memory_allocated, memory_reserved
 
 from race import MAX_LEN, OPTIONS, RaceError
@@ -29,9 +28,9 @@ def in_parts(module, batch, run: Callable, undo: Callable | None = None, stop: C
                 results.append(run(part, part is parts[-1]))
             return results
         except torch.OutOfMemoryError as error:
-            part, training = parts[len(results)], undo is not None
+            part, exchanging = parts[len(results)], undo is not None and module.processes > 1
             tokens, single = part.tokens(module.padded), len(part) == 1
-            if single or (training and module.processes > 1 and part is parts[-1]):
+            if single or (exchanging and part is parts[-1]):
                 what = "one question" if single else "a micro-batch, while processes exchange their gradients,"
                 raise RaceError(
                     f"the GPU's memory is full: {what} of {tokens:,} tokens does not fit. Set a smaller MAX_LEN, or "
@@ -46,24 +45,19 @@ def in_parts(module, batch, run: Callable, undo: Callable | None = None, stop: C
 
 def free_unused(device: torch.device, batch_idx: int) -> None:
     """Every 16 batches, give memory back if a GPU's cache has blocks that steps of these sizes do not use."""
-    if device.type == "cuda" and batch_idx % 16 == 15:
-        if memory_reserved(device) > 1.25 * max_memory_allocated(device):
-            torch.cuda.empty_cache()
+    now = device.type == "cuda" and batch_idx % 16 == 15
+    if now and memory_reserved(device) > 1.25 * max_memory_allocated(device):
+        torch.cuda.empty_cache()
 
 
 def fit_memory(module, device: torch.device, half: bool = False) -> None:
     """Choose a RaceModule's token budget for a device, if none was given; half: under autocast."""
     if module.token_budget is None:
-        module.token_budget = token_budget(module.model, device, half)
-
-
-def token_budget(model: nn.Module, device: torch.device, half: bool) -> int:
-    """Tokens of a micro-batch: as many as a training step fits into what is free of a GPU's memory; half: autocast."""
-    if device.type != "cuda":
-        return CPU_TOKENS
-    torch.cuda.empty_cache()  # what this process keeps, and does not use, is free too
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return token_budget_for(model.config, parameters, torch.cuda.mem_get_info(device)[0], half)
+        module.token_budget = CPU_TOKENS
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what this process keeps, and does not use, is free too
+            free, parameters = torch.cuda.mem_get_info(device)[0], sum(it.numel() for it in module.parameters())
+            module.token_budget = token_budget_for(module.model.config, parameters, free, half)
 
 
 def token_budget_for(config, parameters: int, free: int, half: bool) -> int:

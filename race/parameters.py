@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import yaml
 
-from race import LEVELS, MONITORS, SPLITS, RaceError
+from race import LEVELS, MONITORS, ROOT, SPLITS, RaceError
 from race.schedule import NAMES, is_schedule
 
-ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 OF_DATA = ("CACHE_DIR", "BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "LEVEL", "SEED")

@@ -32,9 +32,7 @@ class Schedule:
         if self.name == "constant" and not self.warmup:
             return 1.0
         if self.steps is None:
-            raise RaceError(
-                "the schedule needs to know all steps of the stage: set schedule.steps, as train_stage does"
-            )
+            raise RaceError("a schedule needs to know all steps of the stage: set schedule.steps, as train_stage does")
         warmup = math.ceil(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
         if step < warmup:
             return step / warmup

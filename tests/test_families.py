@@ -183,7 +183,6 @@ def test_longest_input_leaves_out_the_places_before_the_first():
     [
         ("bert", {"is_decoder": True}, "makes a decoder of it"),
         ("xlnet", {"attn_type": "uni"}, "makes a decoder of it"),
-        ("roformer", {"rotary_value": True}, "rotary_value: its answer to a question depends on the padding"),
     ],
 )
 def test_settings_that_make_another_model_are_refused(family, settings, message):

@@ -274,7 +274,7 @@ def answer_question(
     checkpoint: Checkpoint, data: RaceDataModule, article: str, question: str, options: list[str], accelerator=None
 ) -> pd.DataFrame:
     """A checkpoint's answer to a typed question: letter, option and probability, a row each; in float32."""
-    batch = collate([data.encode_question(article, question, options)])
+    batch = collate([data.cache.encode_question(article, question, options, data.max_len)])
     probabilities = _probabilities(_loaded(checkpoint, data, accelerator), batch, "32-true")[0]
     return pd.DataFrame({"letter": LETTERS, "option": options, "probability": probabilities})
 

@@ -246,18 +246,3 @@ def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     drawn = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, len(wrong))) @ (steps[0] - steps[1]).T
     as_large = ((drawn @ inverse) * drawn).sum(1) >= statistic * (1 - 1e-9)
     return statistic, freedom, float((as_large.sum() + 1) / (len(as_large) + 1))
-
-
-def longest_option_test(predictions: pd.DataFrame) -> dict:
-    """The longest option: how often it is chosen, how often it is correct (fractions), and McNemar's p of the two.
-
-    Keys: questions (with one longest option), ties (without: left out), chosen, correct, p.
-    """
-    known = predictions[predictions["longest_option"].notna()]
-    found = {"questions": len(known), "ties": len(predictions) - len(known)}
-    if known.empty:
-        return found | {"chosen": np.nan, "correct": np.nan, "p": np.nan}
-    chosen = (known["prediction"] == known["longest_option"]).to_numpy(bool)
-    correct = (known["answer"] == known["longest_option"]).to_numpy(bool)
-    p = mcnemar(int((chosen & ~correct).sum()), int((correct & ~chosen).sum()))
-    return found | {"chosen": float(chosen.mean()), "correct": float(correct.mean()), "p": p}

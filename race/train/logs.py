@@ -14,9 +14,9 @@ def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: 
     """The loggers of these names, each with its arguments; nothing is imported that is not asked for.
 
     A name is one of pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
-    save_dir is `run_dir`/loggers and name is the stage. Raises RaceError with all that cannot be made.
+    save_dir is `run_dir`/loggers and name is the stage. Raises RaceError.
     """
-    made, problems, defaults = [], [], {"save_dir": str(Path(run_dir) / "loggers"), "name": stage}
+    made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": stage}
     for name, given in (wanted or {}).items():
         module, _, kind = name.rpartition(".")
         try:
@@ -24,9 +24,7 @@ def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: 
             taken = inspect.signature(make).parameters
             made.append(make(**({key: it for key, it in defaults.items() if key in taken} | given)))
         except Exception as error:  # whatever its package raises: not installed, not logged in, unknown argument
-            problems.append(f"LOGGERS, {name}: {error}")
-    if problems:
-        raise RaceError("; ".join(problems))
+            raise RaceError(f"LOGGERS, {name}: {error}") from error
     return made
 
 
@@ -51,21 +49,18 @@ def learning_story(
     from statsmodels.stats.proportion import proportion_confint
 
     columns = ["stage", "monitor", "epoch", "questions", "val_loss", "val_acc", "val_low", "val_high", "learning_rate"]
-    parts, notes, seen = [pd.DataFrame(columns=columns)], [], 0
+    parts, notes, asked = [], [], validation_questions or math.nan
     for stage, monitor in stages.items():
         try:
             log = read_log(run_dir, stage)
-            rate = log["learning_rate"].max()
-            epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last")
-        except (RaceError, KeyError, IndexError):
+            epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last").astype({"epoch": int})
+            of_stage = {"stage": stage, "monitor": monitor, "learning_rate": log["learning_rate"].max()}
+        except (RaceError, KeyError):
             notes.append(f"no log of {stage} with a validated epoch in {run_dir}/logs: it is missing from the figure")
             continue
-        part = epochs.rename(columns={"val_loss_epoch": "val_loss"}).assign(stage=stage, monitor=monitor)
-        part["learning_rate"] = rate
-        part["epoch"] = part["epoch"].astype(int)
-        part["questions"] = seen + (part["epoch"] + 1) * questions_per_epoch
-        asked = validation_questions or math.nan
-        part["val_low"], part["val_high"] = proportion_confint(part["val_acc"] * asked, asked, method="wilson")
-        parts.append(part[columns])
-        seen = part["questions"].max()
-    return pd.concat(parts[1:] or parts, ignore_index=True), notes
+        before = parts[-1]["questions"].max() if parts else 0
+        questions = before + (epochs["epoch"] + 1) * questions_per_epoch
+        low, high = proportion_confint(epochs["val_acc"] * asked, asked, method="wilson")
+        of_stage |= {"questions": questions, "val_loss": epochs["val_loss_epoch"], "val_low": low, "val_high": high}
+        parts.append(epochs.assign(**of_stage)[columns])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), notes

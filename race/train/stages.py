@@ -33,11 +33,6 @@ class Stage:
             raise RaceError(f"MONITOR is {self.monitor!r}, expected one of {', '.join(MONITORS)}")
 
     @property
-    def notebook(self) -> str:
-        """The notebook that trains it."""
-        return f"{CHAIN[self.name]}.ipynb"
-
-    @property
     def before(self) -> "Stage | None":
         """The stage whose best checkpoint this one starts from."""
         earlier = list(CHAIN)[: list(CHAIN).index(self.name)]
@@ -79,7 +74,8 @@ class Stage:
     def best(self) -> Checkpoint:
         """The checkpoint with the lowest validation loss, or highest accuracy (`rule`); raises RaceError if none is."""
         if not self.saved:
-            raise RaceError(f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: run {self.notebook} first")
+            first = f"run {CHAIN[self.name]}.ipynb first"
+            raise RaceError(f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: {first}")
         if math.isinf(_cost(self.saved[0], MONITORS[0])[0]):
             raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no checkpoint has a finite validation loss")
         return self.saved[0]

@@ -144,10 +144,9 @@ class KeepState(pl.Callback):
         budgets = state.get("token_budgets", [])  # the same micro-batches give the same bits
         if module.budget_is_fitted and len(budgets) == trainer.world_size:
             module.token_budget = budgets[trainer.global_rank]
-        sums = np.array(state["sums"])  # [processes, 3]
-        if len(sums) != trainer.world_size:  # other processes than before: the first one takes all
-            sums = np.concatenate([sums.sum(0, keepdims=True), np.zeros((trainer.world_size - 1, 3))])
-        module.sums = {"train": torch.tensor(sums[trainer.global_rank], dtype=torch.float64, device=module.device)}
+        sums, rank = torch.tensor(state["sums"], dtype=torch.float64), trainer.global_rank  # [processes, 3]
+        same = len(sums) == trainer.world_size  # otherwise the first process takes all
+        module.sums = {"train": sums[rank] if same else sums.sum(0) * (rank == 0)}
         if trainer.is_global_zero:
             _restore_log(trainer.logger, state["log"])
 
