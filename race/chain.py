@@ -17,14 +17,13 @@ import psutil
 
 from generate_race_cache import main as generate_race_cache
 from race import CHAIN, RACE_QUESTIONS, RaceError
-from race.data import RaceDataModule
-from race.data.cache import Cache
+from race.data import Cache, RaceDataModule
 from race.files import atomic_write
 from race.parameters import ROOT, Settings, check, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
-from race.report.sentences import planning
+from race.report.sentences import over_seeds, planning
 from race.score.predictions import RESULT_COLUMNS, write_json
-from race.score.runs import Run, seeds_report
+from race.score.runs import Run, stages_over_seeds
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
@@ -192,9 +191,13 @@ def report(options: argparse.Namespace, evaluated: list[dict]) -> dict[str, str]
         settings = Settings(evaluated[0] | {"SEED": 0, "RUN_DIR": f"runs/{run_name(options.run, name)}-over-seeds"})
         how, data = settings.scoring(), RaceDataModule(**settings.data())  # one sample of questions for all seeds
         try:
-            seeds_report(runs, data, how.pop("split"), ROOT / how.pop("run_dir"), **how)
+            split, out = how.pop("split"), ROOT / how.pop("run_dir")
+            means, compared = stages_over_seeds(runs, data, split, **how)
         except RaceError as error:
             return {"over seeds": f"the results over seeds: {error}"}
+        print(text := over_seeds(means, compared))
+        found = {"verdict": text.splitlines(), "accuracies": means, "differences": compared}
+        write_json(out / f"stages-{split}.json", found)
     return {}
 
 

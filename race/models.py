@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import unicodedata
-from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
@@ -245,9 +244,3 @@ def check_family(config, model: str | Path = "this model") -> None:
     if family not in HEADS:
         known = ", ".join(sorted(HEADS.keys() - REFUSED))
         raise RaceError(f"{model}: the type {family!r} has no multiple-choice head in transformers; those are {known}")
-
-
-def wrong_transformers() -> RaceError:
-    """What to say when the installed transformers cannot run packed sequences."""
-    found = version("transformers")
-    return RaceError(f"transformers {found} does not run packed sequences; install the version in requirements.txt")

@@ -172,12 +172,6 @@ def read(given: dict) -> dict:
     return _meant({name: given[name] for name in given if name in OF_NOTEBOOKS})
 
 
-def from_root(path: Path) -> str:
-    """A path as seen from the repository, if it is in there."""
-    path = path.resolve()
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
 def parse_set(pairs: list[str], stage: str | None = None) -> dict[str, str]:
     """NAME=VALUE pairs of a command line → {name: value} for one stage; raises RaceError for names nobody knows."""
     general, own, problems = {}, {}, []

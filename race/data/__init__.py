@@ -2,11 +2,12 @@
 
 import importlib
 
-HOMES = {"RaceDataModule": "race.data.module", "collate": "race.data.batches"}
+HOMES = {"RaceDataModule": "race.data.module", "RaceDataset": "race.data.module", "collate": "race.data.batches"}
+HOMES |= {"Cache": "race.data.cache", "open_cache": "race.data.cache", "build_cache": "race.data.cache"}
 
 
 def __getattr__(name: str):
-    """`from race.data import RaceDataModule, collate`, without loading torch for those who only make a cache."""
+    """What other rooms use, such as `from race.data import RaceDataModule`; torch is loaded only where it is needed."""
     if name in HOMES:
         return getattr(importlib.import_module(HOMES[name]), name)
     raise AttributeError(f"module 'race.data' has no attribute {name!r}")

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from race import LETTERS, MAX_LEN, OPTIONS, SPLITS, RaceError
+from race import MAX_LEN, OPTIONS, SPLITS, RaceError
 from race.data.batches import ShuffledBatches, collate
 from race.data.cache import Cache, open_cache
 from race.parameters import check
@@ -88,20 +87,15 @@ class RaceDataset(Dataset):
     def facts(self):
         """[N] rows of what analyses need to know of each question, as a pandas table.
 
-        question (text); article_tokens (before truncation); truncated (any of its sequences); longest_option ("A".."D"
-        by characters; None where two are equally long).
+        question (text); article_tokens (before truncation); truncated (any of its sequences).
         """
         import pandas as pd
 
-        characters = pc.utf8_length(self._questions["options"].values).to_numpy().reshape(-1, OPTIONS)
         article_lengths, qa_lengths = self._part_lengths()
-        characters = characters[self._rows]
-        tied = (characters == characters.max(1, keepdims=True)).sum(1) > 1
         facts = {
             "question": self._questions["question"].take(pa.array(self._rows)).to_pylist(),
             "article_tokens": article_lengths[:, 0],
             "truncated": (self._template.lengths(article_lengths, qa_lengths) > self.max_len).any(1),
-            "longest_option": np.where(tied, None, np.take(np.array(LETTERS, object), characters.argmax(1))),
         }
         return pd.DataFrame(facts)
 

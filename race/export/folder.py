@@ -12,9 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from race import LETTERS, OPTIONS, RACE_QUESTIONS, RaceError
-from race.data import collate
-from race.data.cache import Cache, open_cache
-from race.data.module import RaceDataset
+from race.data import Cache, RaceDataset, collate, open_cache
 from race.encoder import attention_dropout, longest_input, pads_left, takes_segments
 from race.export.card import model_card
 from race.files import file_identity, known_hash, move_into_place, set_mode, temporary_folder

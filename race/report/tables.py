@@ -21,7 +21,7 @@ def _decimals(digits: int):
     return lambda value: f"{value:.{digits}f}".replace("-", "−")
 
 
-FORMATS = dict.fromkeys(["difference", "95 % interval", "90 % interval"], points)
+FORMATS = dict.fromkeys(["difference", "95 % interval"], points)
 FORMATS |= dict.fromkeys(["epochs", "chosen_epoch", "freedom"], _decimals(0)) | {"log_loss": _decimals(4)}
 FORMATS |= {"val_loss": _decimals(3), "icc": _decimals(2), "design_effect": _decimals(2), "monitor": RULES.get}
 FORMATS |= {"p": p_number, "p_holm": p_number, "learning_rate": rate}
@@ -121,11 +121,9 @@ def comparison_style(table: pd.DataFrame):
 
 
 def pairs_style(pairs: pd.DataFrame):
-    """Differences for reading, in points: of checkpoints (compare_pairs) or of recipes (runs.compare)."""
-    shown = pairs.rename(columns={"low_90": "ninety_low", "high_90": "ninety_high"})
-    columns = "choice second first gained lost both neither difference ci ninety p p_holm freedom"
-    headings = {"choice": "checkpoints", "second": "name", "first": "against", "freedom": "degrees of freedom"}
-    return styled(shown, columns, ci="95 % interval", ninety="90 % interval", **headings)
+    """Differences for reading, in points: of checkpoints (compare_pairs) or of recipes (against_baseline)."""
+    columns = "second first gained lost both neither difference ci p p_holm"
+    return styled(pairs, columns, ci="95 % interval", second="name", first="against")
 
 
 def reported_accuracy(tables: list[pd.DataFrame]) -> dict[str, float]:
@@ -159,4 +157,4 @@ def budgets_style(table: pd.DataFrame):
 
 def accuracies_style(table: pd.DataFrame):
     """runs.accuracies for reading."""
-    return styled(table, sd="standard deviation", each="chosen, each seed")
+    return styled(table, "recipe accuracy each sd last_epoch", sd="standard deviation", each="of each seed")

@@ -16,13 +16,11 @@ import torch
 from tqdm.auto import tqdm
 
 from race import LETTERS, LEVELS, RaceError
-from race.data import RaceDataModule, collate
-from race.data.cache import build_cache
+from race.data import RaceDataModule, build_cache, collate
 from race.data.seen import seen
 from race.device import AUTOCAST, default_device, default_precision, device_name, versions
-from race.files import atomic_write, file_hash, locked
+from race.files import atomic_write, file_hash, from_root, locked
 from race.memory import fit_memory, in_parts
-from race.parameters import from_root
 from race.score import statistics
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
 from race.train.checkpoints import Checkpoint, short_names

@@ -194,10 +194,8 @@ def check_identity(state: dict, identity: dict, stage) -> None:
     old = {"SCHEDULE": "constant", "WARMUP": 0, "MONITOR": MONITORS[0]} | state["identity"]  # as before version 1.5
     changed = [f"{name} was {old.get(name)!r}, is {new!r}" for name, new in identity.items() if old.get(name) != new]
     if changed:
-        raise RaceError(
-            f"{stage.name} was begun with other settings: {'; '.join(changed)}. Set them back to resume. "
-            f"{stage.trained_again}"
-        )
+        begun = f"{stage.name} was begun with other settings: {'; '.join(changed)}. Set them back to resume"
+        raise RaceError(f"{begun}. {stage.trained_again}")
 
 
 @contextlib.contextmanager
@@ -210,9 +208,7 @@ def ended_by_signals(keeper: KeepState, trainer: pl.Trainer) -> Iterator[None]:
         keeper.signal = number
         os.write(2, f"{signal.Signals(number).name}: saving and ending\n".encode())  # print is not for handlers
 
-    trainer._signal_connector.register_signal_handlers = lambda: (
-        None
-    )  # Lightning's may end a process without the others
+    trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's end one process alone
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         _handle(dict.fromkeys(SIGNALS, remember))

@@ -12,7 +12,7 @@ from race import RaceError
 from race.data import RaceDataModule
 from race.data.cache import build_cache
 from race.data.module import RaceDataset
-from race.report.error_browser import browsed_rows, confident_mistakes, error_browser, mistake_cards
+from race.report.error_browser import browsed_rows, error_browser
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_mistakes_come_first_and_the_most_confident_are_always_there():
     assert len(set(rows)) == 42 and not right[rows[:30]].any() and right[rows[30:]].all()
     assert (np.diff(sure[rows[:30]]) <= 0).all() and (np.diff(sure[rows[30:]]) >= 0).all()
     surest = np.flatnonzero(~right)[np.argsort(-sure[~right])][:10]
-    assert rows[:10].tolist() == surest.tolist() == confident_mistakes(predictions).tolist()
+    assert rows[:10].tolist() == surest.tolist()
     assert browsed_rows(predictions, 30, 12).tolist() == rows.tolist()
     assert len(browsed_rows(predictions, 1000, 1000)) == 400
 
@@ -94,7 +94,6 @@ def test_no_mistakes_and_nothing_right(dataset, predictions):
     for answer, counts in (("A", "0 of 0 mistakes and 2 of 2 correct"), ("B", "2 of 2 mistakes and 0 of 0 correct")):
         table = predictions.assign(answer=[answer] * 2)
         assert counts in error_browser(table, dataset).data
-        assert ("No mistakes" in mistake_cards(table, dataset).data) == (answer == "A")
 
 
 def test_questions_of_another_sample_are_refused(cache):
@@ -102,6 +101,6 @@ def test_questions_of_another_sample_are_refused(cache):
     chosen = RaceDataModule(cache, limit_questions=6, seed=1).dataset("test")
     columns = {name: values for name, values in chosen.columns().items() if name != "label"}
     predictions = made("AAAAAA", "BBBBBB").assign(**columns, kind="other")
-    assert len(cards(mistake_cards(predictions, chosen).data)) == 6
+    assert len(cards(error_browser(predictions, chosen).data)) == 6
     with pytest.raises(RaceError, match="open it with the split, LIMIT_QUESTIONS and SEED of the predictions"):
-        mistake_cards(predictions, RaceDataModule(cache, limit_questions=6, seed=2).dataset("test"))
+        error_browser(predictions, RaceDataModule(cache, limit_questions=6, seed=2).dataset("test"))

@@ -17,8 +17,8 @@ from race.chain import run_notebook
 from race.data import RaceDataModule
 from race.data.cache import Cache
 from race.files import file_hash
+from race.report.figures import courses_figure
 from race.report.sentences import budget, difference, recipes_verdict
-from race.report.training_figures import courses_figure
 from race.score.runs import (
     Run,
     accuracies,
