@@ -2,8 +2,13 @@
 
 import importlib
 
-HOMES = {"RaceDataModule": "race.data.module", "RaceDataset": "race.data.module", "collate": "race.data.batches"}
-HOMES |= {"Cache": "race.data.cache", "open_cache": "race.data.cache", "build_cache": "race.data.cache"}
+ROOMS = {
+    "batches": ["collate"],
+    "cache": ["Cache", "build_cache", "open_cache"],
+    "module": ["RaceDataModule", "RaceDataset"],
+    "seen": ["seen_before", "seen_articles"],
+}
+HOMES = {name: f"race.data.{room}" for room, names in ROOMS.items() for name in names}
 
 
 def __getattr__(name: str):

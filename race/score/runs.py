@@ -14,7 +14,6 @@ from race.recipes import run_name
 from race.score.comparison import against_baseline
 from race.score.predictions import Predictions, kept_predictions, save_results
 from race.score.statistics import is_correct, mostly_trained_on
-from race.train.checkpoints import Checkpoint
 from race.train.stages import Stage, read_log, stages_of
 from race.train.state import read_state
 
@@ -42,12 +41,12 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     @functools.cached_property
-    def chosen(self) -> Checkpoint:
+    def chosen(self):
         """The best checkpoint of its last stage."""
         return self.stages[-1].best()
 
     @property
-    def last_epoch(self) -> Checkpoint:
+    def last_epoch(self):
         """The checkpoint of the last epoch of its last stage."""
         return max(self.stages[-1].saved, key=lambda it: it.epoch)
 
@@ -79,7 +78,7 @@ class Run:
         return None
 
 
-def _settings(checkpoint: Checkpoint) -> dict:
+def _settings(checkpoint) -> dict:
     """The recipe of a checkpoint and its cache, without what does not change the training."""
     recipe, cache = (checkpoint.lineage.get(name) or {} for name in ("recipe", "cache"))
     own = {name: value for name, value in recipe.items() if name not in ("seed", "token_budget")}
@@ -205,7 +204,7 @@ def correct_answers(
     return chosen, last, next(iter(scored.values())).table
 
 
-def _on_new_questions(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
+def _on_new_questions(checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
     predictions = kept_predictions(checkpoint, data, split, run_dir, **how)
     if mostly_trained_on(predictions.table):
         raise RaceError(f"most of these questions trained {checkpoint}: choose another SPLIT")

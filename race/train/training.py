@@ -20,8 +20,7 @@ from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
 
 from race import LETTERS, MONITORS, RaceError
-from race.data import Cache, open_cache
-from race.data.seen import seen_articles
+from race.data import Cache, open_cache, seen_articles
 from race.device import AUTOCAST, default_device, default_precision, hardware, processes, versions
 from race.encoder import attention_kernel, compile_layers
 from race.files import locked, remove_unfinished

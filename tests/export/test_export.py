@@ -21,8 +21,7 @@ from race.data import collate
 from race.data.cache import build_cache
 from race.data.module import RaceDataset
 from race.export.__main__ import main
-from race.export.card import model_card
-from race.export.folder import ancestry, export_checkpoint, hub_id, is_race, public_name
+from race.export.folder import ancestry, export_checkpoint, hub_id, is_race, model_card, public_name
 from race.files import file_hash
 from race.score.statistics import PROBABILITIES
 from race_module import RaceModule
