@@ -10,6 +10,7 @@ from race.report import tables
 from race.score.comparison import compare_pairs
 from race.score.predictions import accuracy_table
 from race.train.checkpoints import Checkpoint, short_names
+from race.train.stages import lineage_table, stages_behind
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def three(tmp_path):
 
 
 def test_lineage_follows_hashes(three):
-    table = tables.lineage_table(three, short_names(three)).set_index("name")
+    table = lineage_table(three, short_names(three)).set_index("name")
     assert table["parent"].fillna("").to_dict() == {"e1": "", "e2": "e1", "other": ""}
     assert table["base"].fillna("").tolist() == ["albert-base-v2", "e1-a.ckpt", ""]
     assert table.loc["e1", ["chosen_epoch", "val_loss"]].tolist() == [1, 0.9]
@@ -33,8 +34,8 @@ def test_lineage_follows_hashes(three):
     changed = torch.load(three[0].path, weights_only=True)
     torch.save(changed | {"more": 1}, three[0].path)  # the same name, another file
     again = [Checkpoint(checkpoint.path) for checkpoint in three]
-    assert tables.lineage_table(again, short_names(again)).set_index("name")["parent"].isna().all()
-    assert tables.stages_behind(three[1:]) == dict.fromkeys(["e1", "e2"], "val_loss_epoch")
+    assert lineage_table(again, short_names(again)).set_index("name")["parent"].isna().all()
+    assert stages_behind(three[1:]) == dict.fromkeys(["e1", "e2"], "val_loss_epoch")
 
 
 def test_comparison_has_a_row_for_each_checkpoint(three):
@@ -42,7 +43,7 @@ def test_comparison_has_a_row_for_each_checkpoint(three):
         accuracy_table(made("AB", "AB", levels=["middle", "high"]), "e1", three[0].name, "test"),
         accuracy_table(made("AB", "AA"), "other", three[2].name, "test"),
     ]
-    table = tables.comparison_table(scored, [three[0], three[2]], ["e1", "e3"])
+    table = tables.comparison_table(scored, lineage_table([three[0], three[2]], ["e1", "e3"]))
     first, second = table.iloc[0], table.iloc[1]
     assert first[["name", "accuracy", "middle", "high", "base"]].tolist() == ["e1", 1.0, 1.0, 1.0, "albert-base-v2"]
     assert first["middle_low"] < 1 == first["middle_high"] and first["accuracy_low"] == pytest.approx(0.342, abs=1e-3)
