@@ -79,9 +79,9 @@ def calibration_style(table: pd.DataFrame):
 
 
 def comparison_table(tables: list[pd.DataFrame], lineage: pd.DataFrame) -> pd.DataFrame:
-    """One row a checkpoint: what it remembers (stages.lineage_table), its accuracy and that of each level with the interval to quote.
+    """One row a checkpoint: what it remembers (stages.lineage_table), its accuracy and that of each level.
 
-    The ends: accuracy_low, accuracy_high, middle_low, middle_high, high_low, high_high.
+    The ends of the intervals to quote: accuracy_low, accuracy_high, middle_low, middle_high, high_low, high_high.
     """
     scores = []
     for table in tables:
