@@ -39,7 +39,7 @@ race: $(VENV)/run.stamp ## the whole chain on RACE with albert-base-v2, on a GPU
 	$(BIN)/python -m race.chain race
 
 compare: $(VENV)/run.stamp ## five recipes with three seeds each on the demo, and how sure the differences are
-	$(BIN)/python -m race.chain demo --recipe chain constant resets step linear --seeds 1 2 3 --jobs 2
+	$(BIN)/python -m race.chain demo --recipe chain constant resets step linear --seeds 1 2 3
 
 test: $(VENV)/dev.stamp lint ## lint, unit tests, and all notebooks on a small demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -64,9 +64,6 @@ bench: $(VENV)/run.stamp ## measure everything against what a user would otherwi
 	$(BIN)/python -m bench.evaluate --device $(BENCH_DEVICE) --rounds 1
 	$(BIN)/python -m bench.loader --device $(BENCH_DEVICE)
 	$(BIN)/python -m bench.families
-	$(BIN)/python -m bench.scaling --device $(BENCH_DEVICE)
-	$(BIN)/python -m bench.startup
-	$(BIN)/python -m bench.analyses
 	$(BIN)/python -m bench.tables
 
 lint: $(VENV)/dev.stamp ## ruff, and no notebook with outputs

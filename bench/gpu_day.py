@@ -22,20 +22,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench import common, evaluate, loader, scaling, train_step
+from bench import common, evaluate, loader, train_step
 from bench.carried import CARRIED, prepare
 
 NEEDED = {"prepare": (), "parity": (), "speed": ("pyarrow",)}
 NEEDED["chain"] = ("pyarrow", "pandas", "psutil", "scipy", "tensorboard")
-RATES = {
-    "e1": 1e-4,
-    "e2": 1e-4,
-    "e3": 1e-5,
-}  # the recipe's 2e-5, 2e-5, 2e-6 times five, for so small a model; not tuned
+RATES = {"e1": 1e-4, "e2": 1e-4, "e3": 1e-5}  # five times the recipe's, for so small a model; not tuned
 EPOCHS = {"e1": 4, "e2": 2, "e3": 2}
-RACE_TRAIN = 87866  # questions in RACE's training split
 FLOAT32_ERROR = 1e-3  # relative, for logits and for gradients
 TIMES_THEIRS = 2.0  # how much more than Hugging Face's own bf16 ours may be off
+FAMILIES = ("albert", "bert", "roberta", "electra", "modernbert", "deberta-v2")
+SMALL = (1000, 128, 2, 256, 3)  # vocabulary, hidden, heads (of 64 places, as in the real ones), intermediate, layers
+WINDOW = {"modernbert": {"local_attention": 64, "global_attn_every_n_layers": 2}}
+PRECISION = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,9 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["RACE_BENCH_CACHE"] = str(options.carried)
     deadline = time.monotonic() + 60 * (options.minutes - 1)
     for name, run in PARTS[options.part](options).items():
-        path = common.RESULTS / f"{name}{'-cuda' if options.device == 'cuda' else ''}.json"
-        if path.exists():
-            print(f"── {name}: done before, {path}")
+        if common.kept_result(name, options.device):
+            print(f"── {name}: done before")
             continue
         if time.monotonic() > deadline:
             print(f"── {name}: no time left in this call; call again to resume")
@@ -72,9 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def missing(options: argparse.Namespace) -> list[str]:
     """What this machine lacks for the part."""
-    problems = [
-        f"the package {name} is not installed" for name in NEEDED[options.part] if not importlib.util.find_spec(name)
-    ]
+    packages = [name for name in NEEDED[options.part] if not importlib.util.find_spec(name)]
+    problems = [f"{', '.join(packages)}: not installed"] if packages else []
     if options.device == "cuda" and not torch.cuda.is_available():
         problems.append("torch sees no CUDA GPU (--device cpu --small runs a small form)")
     if options.part != "parity" and not (options.carried / "manifest.json").exists():
@@ -85,41 +82,15 @@ def missing(options: argparse.Namespace) -> list[str]:
 # -------------------------------------------------------------------------------------------------- parity
 
 
-def parity(options: argparse.Namespace) -> dict[str, Callable]:
-    """Forward and gradients, and a loss curve."""
-    return {"gpu_parity": lambda: gradients(options), "gpu_curve": lambda: curve(options)}
-
-
-FAMILIES = ("albert", "bert", "roberta", "electra", "modernbert", "deberta-v2")
-OWN = {
-    "roberta": {"max_position_embeddings": 514, "type_vocab_size": 2},
-    "electra": {"embedding_size": 128},
-    "modernbert": {"local_attention": 64, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}
-    | {"bos_token_id": 1, "eos_token_id": 2},
-    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 128},
-}
-
-
 def small_config(family: str):
-    """A small model of a family without dropout, with heads of 64 places as in the real ones."""
-    from transformers import CONFIG_MAPPING
-
-    sizes = {"vocab_size": 1000, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256}
-    sizes |= {"num_hidden_layers": 3, "initializer_range": 0.05, "pad_token_id": 0} | OWN.get(family, {})
-    default = CONFIG_MAPPING[family]().to_dict()
-    none = {name: 0.0 for name, value in default.items() if "dropout" in name and isinstance(value, float)}
-    return CONFIG_MAPPING[family](**sizes | none)
+    """A small model of a family without dropout."""
+    return common.config(family, *SMALL, initializer_range=0.05, **WINDOW.get(family, {}))
 
 
 def random_items(questions: int, longest: int = 512, seed: int = 0) -> list[dict]:
     """Questions of random tokens and unequal lengths, as RaceDataset gives them."""
-    rng, items = np.random.default_rng(seed), []
-    for _ in range(questions):
-        lengths = rng.integers(10, longest + 1, 4)
-        segments = [np.repeat([0, 1], [length - 5, 5]) for length in lengths]
-        ids = [rng.integers(5, 1000, length) for length in lengths]
-        items.append({"input_ids": ids, "token_type_ids": segments, "label": int(rng.integers(4))})
-    return items
+    rng = np.random.default_rng(seed)
+    return common.random_items(rng.integers(10, longest + 1, (questions, 4)), rng, SMALL[0], second=5)
 
 
 def gradients(options: argparse.Namespace) -> dict:
@@ -130,7 +101,7 @@ def gradients(options: argparse.Namespace) -> dict:
     items, errors, problems = random_items(*((3, 160) if options.small else (8, 512))), {}, []
     for family in FAMILIES:
         exact = _padded(family, items, "cpu", torch.float64)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in PRECISION:
             name = f"{family} {str(dtype).removeprefix('torch.')}"
             ours = relative_errors(_packed(family, items, options.device, dtype), exact)
             theirs = relative_errors(_padded(family, items, options.device, dtype), exact)
@@ -141,23 +112,23 @@ def gradients(options: argparse.Namespace) -> dict:
                     problems.append(f"{name}, {kind}: off by {ours[kind]:.2g}, allowed {allowed:.2g}")
     if problems:
         raise RuntimeError("this repository differs from Hugging Face: " + "; ".join(problems))
-    result = {"relative_errors": errors}
-    common.report("gpu_parity", result, options.device)
-    return result
+    return common.report("gpu_parity", {"relative_errors": errors}, options.device)
+
+
+def _theirs(family: str):
+    from transformers import AutoModelForMultipleChoice
+
+    torch.manual_seed(0)
+    return AutoModelForMultipleChoice.from_config(small_config(family))
 
 
 def _padded(family: str, items: list[dict], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Logits and gradients of Hugging Face's model, padded."""
-    from transformers import AutoModelForMultipleChoice
-
-    from race.families import takes_segments
-
-    torch.manual_seed(0)
-    model = AutoModelForMultipleChoice.from_config(small_config(family)).to(device).train()
+    model = _theirs(family).to(device).train()
     if dtype == torch.float64:
         model.double()
-    batch = {name: tensor.to(device) for name, tensor in common.pad(items, None).items()}
-    if not takes_segments(model):
+    batch = common.pad(items, None, device)
+    if not common.takes_segments(model):
         batch.pop("token_type_ids")
     with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(**batch).logits
@@ -166,19 +137,11 @@ def _padded(family: str, items: list[dict], device: str, dtype: torch.dtype) -> 
 
 def _packed(family: str, items: list[dict], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Logits and gradients of RaceModule with the same weights, packed."""
-    from transformers import AutoModelForMultipleChoice
-
-    from race.data import collate
-    from race.train.precision import autocast
-    from race_module import RaceModule
-
-    torch.manual_seed(0)
-    module = RaceModule(config=small_config(family))
-    torch.manual_seed(0)
-    module.model.load_state_dict(AutoModelForMultipleChoice.from_config(small_config(family)).state_dict())
-    batch = collate(items).to(device)
+    module = common.RaceModule(config=small_config(family))
+    module.model.load_state_dict(_theirs(family).state_dict())
+    batch = common.collate(items).to(device)
     module.to(device)
-    with autocast(device, "32-true" if dtype == torch.float32 else "bf16-mixed"):
+    with common.autocast(device, PRECISION[dtype]):
         logits = module(batch)
     return _backward(module.model, logits, batch.labels)
 
@@ -197,28 +160,22 @@ def relative_errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tenso
 def curve(options: argparse.Namespace) -> dict:
     """The losses of a small ALBERT over 50 steps: bf16 on the device against float32 on the CPU, same batches."""
     steps = 5 if options.small else 50
-    there, here = (losses(steps, device, dtype)
-                   for device, dtype in ((options.device, torch.bfloat16), ("cpu", torch.float32)))  # fmt: skip
+    there, here = losses(steps, options.device, "bf16-mixed"), losses(steps, "cpu", "32-true")
     difference = max(abs(a - b) for a, b in zip(there, here, strict=True))
     if not difference <= 0.05:
         raise RuntimeError(f"the loss curves part: by {difference:.3f} within {steps} steps")
     result = {"steps": steps, "largest_difference": difference, "device": there, "cpu": here}
-    common.report("gpu_curve", result, options.device)
-    return result
+    return common.report("gpu_curve", result, options.device)
 
 
-def losses(steps: int, device: str, dtype: torch.dtype) -> list[float]:
+def losses(steps: int, device: str, precision: str) -> list[float]:
     """The training losses of so many AdamW steps from the same weights on the same batches."""
-    from race.data import collate
-    from race.train.precision import autocast
-    from race_module import RaceModule
-
     torch.manual_seed(0)
-    module = RaceModule(config=small_config("albert"), learning_rate=1e-4).to(device).train()
+    module = common.RaceModule(config=small_config("albert"), learning_rate=1e-4).to(device).train()
     optimizer, values = module.configure_optimizers(), []
     for step in range(steps):
-        batch = collate(random_items(8, longest=128, seed=step)).to(device)
-        with autocast(device, "32-true" if dtype == torch.float32 else "bf16-mixed"):
+        batch = common.collate(random_items(8, longest=128, seed=step)).to(device)
+        with common.autocast(device, precision):
             loss = F.cross_entropy(module(batch).float(), batch.labels)
         optimizer.zero_grad()
         loss.backward()
@@ -232,35 +189,24 @@ def losses(steps: int, device: str, dtype: torch.dtype) -> list[float]:
 
 def speed(options: argparse.Namespace) -> dict[str, Callable]:
     """The benchmarks of this folder on the device, and an epoch of the trainer."""
-    device, shape = ["--device", options.device], ["--shape", "tiny" if options.small else "base"]
-    few = ["--questions", "4", "--rounds", "1"] if options.small else []
-    suffix = "-tiny" if options.small else ""
+    device, shape = ["--device", options.device], "tiny" if options.small else "base"
+    few = ["--shape", shape, *(["--questions", "4", "--rounds", "1"] if options.small else [])]
+    suffix, batches = ("-tiny", "5") if options.small else ("", "300")
     parts = {
-        f"train_step{suffix}": lambda: train_step.main([*device, *shape, *few]),
+        f"train_step{suffix}": lambda: train_step.main([*device, *few]),
         "gpu_epoch": lambda: epoch(options),
-        f"evaluate{suffix}": lambda: evaluate.main([*device, *shape, *few]),
-        "loader": lambda: loader.main([*device, "--batches", "5" if options.small else "300", "--rounds", "1"]),
+        f"evaluate{suffix}": lambda: evaluate.main([*device, *few]),
+        "loader": lambda: loader.main([*device, "--batches", batches, "--rounds", "1"]),
     }
     if not options.small:
         for name in ("large", "xlarge"):
             parts[f"train_step-{name}"] = lambda name=name: train_step.main([*device, "--shape", name, "--rounds", "5"])
-        parts["step_sizes"] = lambda: step_sizes(options)
     return parts
-
-
-def step_sizes(options: argparse.Namespace) -> dict:
-    """A step's seconds and memory by number of tokens, to hold against the token budget's formula."""
-    result = {"shape": "base", "step": scaling.step_sizes(str(common.real_cache()), "base", options.device)}
-    common.report("step_sizes", result, options.device)
-    return result
 
 
 def epoch(options: argparse.Namespace) -> dict:
     """Seconds a step of the trainer as a stage uses it, over 200 steps after 20, and what a RACE epoch would take."""
     import pytorch_lightning as pl
-
-    from race.data import RaceDataModule
-    from race_module import RaceModule
 
     warm_up, steps = (1, 3) if options.small else (20, 200)
     marks: list[float] = []
@@ -272,60 +218,44 @@ def epoch(options: argparse.Namespace) -> dict:
                     torch.cuda.synchronize()
                 marks.append(time.perf_counter())
 
-    data = RaceDataModule(options.carried, batch_size=2 if options.small else 32)
-    module = RaceModule(config=common.albert_config("tiny" if options.small else "base", options.carried))
-    precision = common.default_precision(options.device)
+    data = common.RaceDataModule(options.carried, batch_size=2 if options.small else 32)
+    module = common.RaceModule(config=common.albert_config("tiny" if options.small else "base", options.carried))
+    precision = common.PRECISION[options.device]
     common.trainer(precision, options.device, warm_up + steps, [Clock()]).fit(module, data)
-    seconds = (marks[1] - marks[0]) / steps
+    seconds, of_race = (marks[1] - marks[0]) / steps, -(-common.RACE_QUESTIONS["train"] // data.batch_size)
     result = {"steps": steps, "questions_a_step": data.batch_size, "seconds_a_step": seconds, "precision": precision}
-    result |= {"token_budget": module.token_budget, "race_epoch_seconds": seconds * -(-RACE_TRAIN // data.batch_size)}
-    result["peak_mb"] = common.peak_mb()
-    common.report("gpu_epoch", result, options.device)
-    return result
+    result |= {"token_budget": module.token_budget, "race_epoch_seconds": seconds * of_race}
+    return common.report("gpu_epoch", result | {"peak_mb": common.peak_mb()}, options.device)
 
 
 # -------------------------------------------------------------------------------------------------- chain
 
 
-def chain(options: argparse.Namespace) -> dict[str, Callable]:
-    """The three stages, one after the other."""
-    return {f"gpu_chain-{stage}": (lambda stage=stage: run_stage(stage, options)) for stage in RATES}
-
-
-def run_stage(stage: str, options: argparse.Namespace) -> dict:
+def run_stage(name: str, options: argparse.Namespace) -> dict:
     """Train a stage as its notebook does, choose its best checkpoint on validation, score it on the test split.
 
     The carried cache's test split is RACE/dev; its validation split is held out of RACE/train.
     """
-    from race.score.predict import predict
-    from race.score.results import accuracy_table
-    from race.train.stages import Stage
-    from race.train.training import start_stage, train_stage
-
-    folder, data = common.WORK / "gpu_day", _chain_data(options)
-    place = Stage(stage, folder / "checkpoints", folder / "run")
-    module = start_stage(place, options.carried, learning_rate=RATES[stage])
+    folder, limit = common.WORK / "gpu_day", 64 if options.small else None
+    data = common.RaceDataModule(options.carried, batch_size=32, limit_questions=limit)
+    stage = common.Stage(name, folder / "checkpoints", folder / "run")
+    module = common.start_stage(stage, options.carried, learning_rate=RATES[name])
     started = time.perf_counter()
-    trainer = train_stage(place, module, data, 1 if options.small else EPOCHS[stage], fresh=True)
-    seconds = time.perf_counter() - started
-    best = place.best()
-    predictions = predict(best, options.carried, "test", limit_questions=data.limit_questions)
-    table = accuracy_table(predictions, stage, best.name, "RACE/dev")
-    scores = table.query("level == 'all'").iloc[0]
-    result = {"stage": stage, "learning_rate": RATES[stage], "epochs": trainer.current_epoch, "seconds": seconds}
+    trainer = common.train_stage(stage, module, data, 1 if options.small else EPOCHS[name])
+    seconds, best = time.perf_counter() - started, stage.best()
+    predictions = common.predict(best, data, "test", accelerator="gpu" if options.device == "cuda" else "cpu")
+    scores = common.accuracy_table(predictions, name, best.name, "RACE/dev").query("level == 'all'").iloc[0]
+    result = {"stage": name, "learning_rate": RATES[name], "epochs": trainer.current_epoch, "seconds": seconds}
     result |= {"train_questions": len(data.dataset("train")), "checkpoint": best.name}
-    result |= {name: float(scores[name]) for name in ("questions", "correct", "accuracy", "ci_low", "ci_high")}
-    common.report(f"gpu_chain-{stage}", result, options.device)
-    return result
+    result |= {it: float(scores[it]) for it in ("questions", "correct", "accuracy", "ci_low", "ci_high")}
+    return common.report(f"gpu_chain-{name}", result, options.device)
 
 
-def _chain_data(options: argparse.Namespace):
-    from race.data import RaceDataModule
-
-    return RaceDataModule(options.carried, batch_size=32, limit_questions=64 if options.small else None)
-
-
-PARTS = {"parity": parity, "speed": speed, "chain": chain}
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Callable]]] = {  # of each part: {result: how it is made}
+    "parity": lambda options: {"gpu_parity": lambda: gradients(options), "gpu_curve": lambda: curve(options)},
+    "speed": speed,
+    "chain": lambda options: {f"gpu_chain-{name}": (lambda name=name: run_stage(name, options)) for name in RATES},
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,29 +3,20 @@
 import torch
 import torch.nn.functional as F
 
-from race.model_files import wrong_transformers
+from race import RaceError
 
 try:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 except ImportError as error:
-    raise wrong_transformers() from error
+    raise RaceError("this transformers cannot run packed sequences; install requirements.txt") from error
 
 SHORT = 128  # tokens; up to here one attention call with a mask is faster than one call per sequence
 
 
 def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout: float = 0.0,
-    scaling=None,
-    packing=None,
-    sliding_window: int | None = None,
-    **kwargs,
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, sliding_window=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """Attention inside each sequence of a PackedBatch: query [1, heads, T or 4B, d] → [1, T or 4B, heads, d].
 
@@ -75,9 +66,7 @@ def _varlen_attention(query, key, value, packing, one_row_each: bool, reach: int
     return varlen_attn(query, key, value, query_ends, ends, rows, longest, scale=scaling, **window)
 
 
-def _masked_attention(
-    query, key, value, packing, one_row_each: bool, reach: int | None = None, **settings
-) -> torch.Tensor:
+def _masked_attention(query, key, value, packing, one_row_each: bool, reach: int | None, **settings) -> torch.Tensor:
     """All sequences in one padded and masked call, for short ones."""
     count, longest = len(packing.lengths), packing.max_seqlen
     lengths = packing.cu_seqlens.diff()

@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
-import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -16,271 +17,228 @@ import psutil
 
 from generate_race_cache import main as generate_race_cache
 from race import CHAIN, RACE_QUESTIONS, RaceError
-from race.data.cache import read_manifest, splits_of
+from race.data import Cache, RaceDataModule
 from race.files import atomic_write
-from race.parameters import ROOT, parse_set, read
+from race.parameters import ROOT, Settings, check, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
-from race.report.recipes import planning
-from race.score.results import RESULT_COLUMNS, write_json
-from race.score.seeds import main as report_over_seeds
+from race.report.sentences import over_seeds, planning
+from race.score.predictions import RESULT_COLUMNS, write_json
+from race.score.runs import Run, stages_over_seeds
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
 COMPARISON = "compare_recipes"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+MADE_FROM = {"race": {"source": "ehovy/race", "model": "albert-base-v2"}, "demo": {"source": "demo", "model": "demo"}}
+OF_A_RUN = {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"}  # of several runs each has its own
+GONE = {
+    "--fresh": "--fresh is gone: to train a stage again, move its files away or give other folders, with "
+    "--set CHECKPOINT_DIR=… RUN_DIR=… (docs/resuming.md)",
+    "--jobs": "--jobs is gone: start the command once for each seed, as --seeds 1 and --seeds 2, then with all of them",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipes of "demo" or "race", once or with each seed; returns the exit status."""
-    options = parse(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("papermill").setLevel(logging.WARNING)
-    cache = ROOT / parse_set(options.pairs).get("CACHE_DIR", f"cache/{options.name}")
+    folder = ROOT / parse_set(options.pairs).get("CACHE_DIR", f"cache/{options.name}")
     if options.difference is not None:
-        print(planned(options, cache))
+        known = Cache(folder).manifest["splits"]["test"]["questions"] if folder.exists() else RACE_QUESTIONS["test"]
+        runs = len(options.seeds or [None]), max(1, len(options.recipes) - 1)
+        print(planning(options.difference, min(known, options.limit_questions or known), *runs))
         return 0
-    if status := prepare_cache(cache, options):
+    if status := prepare_cache(folder, options):
         return status
-    splits = splits_of(read_manifest(cache))
-    if options.stages and (missing := {"train", "validation"} - set(splits)):
-        print(f"error: {cache} has no {' and no '.join(sorted(missing))} split; the stages need both", file=sys.stderr)
-        return 1
-    if "test" not in splits:
+    split = "test" if "test" in Cache(folder).splits else "validation"
+    if split == "validation":
         print("this cache has no test split: the evaluations use validation, which also chose the checkpoints")
-    split = "test" if "test" in splits else "validation"
     runs = {}
-    for seed in options.seeds or [None]:
-        for recipe in options.recipes:
-            notebooks = plan(options, recipe, split, seed)
-            folder = notebooks[0][1]["RUN_DIR"]
-            write_json(ROOT / folder / "recipe.json", recipe.record())
-            again = options.fresh or not (options.seeds or len(options.recipes) > 1)
-            runs[folder] = notebooks if again else unfinished(notebooks)
-    failed = run_all(runs, options.jobs)
-    if len(options.recipes) > 1 and failed == {}:
+    for seed, recipe in itertools.product(options.seeds or [None], options.recipes):
+        notebooks = plan(options, recipe, split, seed)
+        run = notebooks[0][1]["RUN_DIR"]
+        write_json(ROOT / run / "recipe.json", recipe.record())
+        runs[run] = notebooks
+    several = options.seeds or len(options.recipes) > 1
+    failed = run_all({run: itertools.dropwhile(finished, runs[run]) if several else runs[run] for run in runs})
+    if failed == {} and len(options.recipes) > 1:
         failed = run_all({COMPARISON: [comparison(options, split)]})
-    if failed is None:
-        return STOPPED
-    if len(options.recipes) == 1:
-        failed |= report(options, runs, failed)
+    elif failed is not None and len(options.recipes) == 1:
+        failed |= report(options, [runs[run][-1][1] for run in runs if run not in failed])
     if failed:
         print("\n".join(["", "not finished:", *failed.values()]), file=sys.stderr)
-    return 1 if failed else 0
+    return STOPPED if failed is None else int(bool(failed))
 
 
-def report(options: argparse.Namespace, runs: dict, failed: dict[str, str]) -> dict[str, str]:
-    """Print the results of one recipe: of its run, or over seeds; {what: what failed}."""
-    if options.seeds:
-        out = ROOT / "runs" / f"{_name(options, options.recipes[0])}-over-seeds" / "results.csv"
-        if options.limit_questions is not None:
-            print("a trial run: each seed has its own sample of questions, which adds to the spread")
-        done = [str(ROOT / folder) for folder in runs if folder not in failed]
-        if done and report_over_seeds([*done, *(["--out", str(out)] if len(runs) > 1 else [])]):
-            return {"over seeds": "the results over seeds cannot be reported (above)"}
-    elif not failed:
-        ((folder, notebooks),) = runs.items()
-        print(pd.read_csv(ROOT / folder / "results.csv")[RESULT_COLUMNS].to_string(index=False))
-        print(f"notebooks, figures and predictions: {folder}; checkpoints: {notebooks[0][1]['CHECKPOINT_DIR']}")
-    return {}
-
-
-def planned(options: argparse.Namespace, cache: Path) -> str:
-    """How many seeds and questions a difference needs, before anything is run."""
-    known = read_manifest(cache)["splits"] if (cache / "manifest.json").exists() else {}
-    questions = known.get("test", {}).get("questions") or RACE_QUESTIONS["test"]
-    questions = min(questions, options.limit_questions or questions)
-    return planning(options.difference, questions, len(options.seeds or [None]), max(1, len(options.recipes) - 1))
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m race.chain", description=__doc__)
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line; ends the process after --help or a usage error."""
+    about = f"parameters that --set takes, those in capitals:\n\n{table()}"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m race.chain", description=__doc__, epilog=about, formatter_class=layout)
     add = parser.add_argument
-    add("name", choices=("demo", "race"), help="the embedded corpus, or RACE with albert-base-v2")
-    add("--source", help="source of the cache of 'race' (default ehovy/race)")
-    add("--model", help="base model of 'race' (default albert-base-v2)")
+    add("name", choices=MADE_FROM, help="the embedded corpus, or RACE with albert-base-v2")
+    add("--source", help="source of the cache (of 'race': ehovy/race)")
+    add("--model", help="base model (of 'race': albert-base-v2)")
     add("--limit-questions", type=int, metavar="N", help="trial run on N random questions of each split")
     named = "chain (the default), constant, resets, step, linear, cosine, or a TOML file; several are compared"
     add("--recipe", nargs="+", action="extend", metavar="NAME", dest="recipes", help=named)
-    add("--stages", nargs="*", choices=CHAIN, default=list(CHAIN), help="only these; none: the evaluations only")
+    add("--stages", nargs="*", choices=CHAIN, help="only these; none: the evaluations only")
     add("--base-checkpoint", help="checkpoint from which the first of --stages starts (e2 or e3)")
-    add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished runs")
+    add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished notebooks")
     plan_only = "only say how many seeds and questions a true difference of so many points of accuracy takes"
     add("--difference", type=float, metavar="POINTS", help=plan_only)
-    add("--jobs", type=int, default=1, metavar="N", help="so many runs side by side, which share the CPU's cores")
-    again = "train the stages again from their start, once (--fresh 2: once more); old files move to earlier/"
-    add("--fresh", nargs="?", const=1, default=0, type=int, metavar="N", help=again)
     given = "parameters of the notebooks, such as MAX_EPOCHS=3; e3.MAX_EPOCHS=3 for one stage"
     add("--set", nargs="+", action="extend", default=[], dest="pairs", metavar="NAME=VALUE", help=given)
+    for argument in arguments:
+        if gone := GONE.get(argument.partition("=")[0]):
+            parser.error(gone)
     options = parser.parse_args(arguments)
     try:
-        for stage in CHAIN:
-            read(parse_set(options.pairs, stage))
-        named = parse_set(options.pairs)
-        options.recipes = named_recipes(options.recipes or [BASELINE], options.name)
+        _complete(options)
     except RaceError as error:
         parser.error(str(error))
-    if options.name == "demo" and "CACHE_DIR" in named:
-        parser.error("--set CACHE_DIR: the demo makes a cache of its own")
-    several = options.seeds or len(options.recipes) > 1
-    if several and (taken := {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"} & named.keys()):
-        parser.error(f"--set {', '.join(sorted(taken))}: --seeds and several recipes set it for each run")
-    own = {name for recipe in options.recipes for given in recipe.stages.values() for name in given}
-    taken = own & {pair.partition("=")[0].rpartition(".")[2] for pair in options.pairs}
-    if len(options.recipes) > 1 and taken:
-        parser.error(f"--set {', '.join(sorted(taken))}: the recipes set it; write recipes of your own in a TOML file")
-    if len(options.recipes) > 1 and (options.stages != list(CHAIN) or options.base_checkpoint):
-        parser.error("--stages and --base-checkpoint go with one recipe")
-    for recipe in options.recipes if options.stages != list(CHAIN) else ():
-        if missing := [stage for stage in options.stages if stage not in recipe.stages]:
-            parser.error(f"--stages {' '.join(missing)}: recipe {recipe.name} has {', '.join(recipe.stages)} only")
-    if options.difference is not None and not options.difference > 0:
-        parser.error(f"--difference {options.difference}: expected points of accuracy above 0")
-    if options.jobs < 1:
-        parser.error(f"--jobs {options.jobs}: expected 1 or more")
-    if options.base_checkpoint and options.stages[:1] in ([], ["e1"]):
-        parser.error("--base-checkpoint goes with --stages e2 or e3: e1 starts from the pretrained model")
-    if sorted(set(options.stages)) != options.stages:
-        parser.error(f"--stages {' '.join(options.stages)}: name each once, in the order of the chain")
-    if options.seeds and len(set(options.seeds)) < len(options.seeds):
-        parser.error(f"--seeds {' '.join(map(str, options.seeds))}: name each once")
     return options
 
 
-def prepare_cache(cache: Path, options: argparse.Namespace) -> int:
+def _complete(options: argparse.Namespace) -> None:
+    """What follows from the options, such as recipes from their names; RaceError for what does not go together."""
+    check(limit_questions=options.limit_questions, seeds=options.seeds, difference=options.difference)
+    if options.base_checkpoint:
+        if not options.stages or "e1" in options.stages:
+            raise RaceError("--base-checkpoint goes with --stages e2 or e3: e1 starts from the pretrained model")
+        options.pairs.append(f"{min(options.stages)}.BASE_CHECKPOINT={options.base_checkpoint}")
+    for stage in CHAIN:
+        read(parse_set(options.pairs, stage))
+    options.recipes = named_recipes(options.recipes or [BASELINE], options.name)
+    for recipe in options.recipes:
+        if missing := sorted(set(options.stages or ()) - recipe.stages.keys()):
+            raise RaceError(f"--stages {' '.join(missing)}: recipe {recipe.name} has {', '.join(recipe.stages)} only")
+    options.run = options.name + ("" if options.limit_questions is None else "-trial")  # apart from real results
+    options.seeds = options.seeds and list(dict.fromkeys(options.seeds))
+    own = OF_A_RUN if options.seeds or len(options.recipes) > 1 else set()
+    if len(options.recipes) > 1:
+        own = own.union(*(given for recipe in options.recipes for given in recipe.stages.values()))
+    if taken := own & {pair.partition("=")[0].rpartition(".")[2] for pair in options.pairs}:
+        what = "--seeds and the recipes set it for each run; recipes of your own go into a TOML file"
+        raise RaceError(f"--set {', '.join(sorted(taken))}: {what}")
+
+
+def prepare_cache(folder: Path, options: argparse.Namespace) -> int:
     """Make the cache, or verify one that was made before on a node with internet; returns the exit status."""
-    if options.name == "demo":
-        return generate_race_cache(["--source", "demo", "--out", str(cache), "--force"])
-    if not (cache / "manifest.json").exists():
-        made_from = ["--source", options.source or "ehovy/race", "--model", options.model or "albert-base-v2"]
-        return generate_race_cache([*made_from, "--out", str(cache)])
-    manifest = read_manifest(cache)
-    for asked, part in ((options.source, "source"), (options.model, "model")):
-        if asked not in (None, manifest[part]["name"]):
-            made_from = f"{part} {manifest[part]['name']}, not {asked}"
-            print(f"error: {cache} was made from {made_from}; move it away", file=sys.stderr)
+    asked = {"source": options.source, "model": options.model}
+    if options.name == "demo" or not folder.exists():
+        made_from = MADE_FROM[options.name] | {part: name for part, name in asked.items() if name}
+        return generate_race_cache([*(f"--{part}={name}" for part, name in made_from.items()), f"--out={folder}"])
+    for part, name in asked.items():
+        if (made := Cache(folder).manifest[part]["name"]) != (name or made):
+            print(f"error: {folder} was made from {part} {made}, not {name}; move it away", file=sys.stderr)
             return 1
-    return generate_race_cache(["--verify", str(cache)])
+    return generate_race_cache([f"--verify={folder}"])
 
 
 def plan(options: argparse.Namespace, recipe: Recipe, split: str, seed: int | None = None) -> list[tuple[str, dict]]:
     """The notebooks of one run, in order, each with its parameters; of several recipes the stages only."""
-    name = _name(options, recipe, seed)
-    common = {
-        "CACHE_DIR": f"cache/{options.name}",
-        "CHECKPOINT_DIR": f"checkpoints/{name}",
-        "RUN_DIR": f"runs/{name}",
-        "LIMIT_QUESTIONS": options.limit_questions,
-    }
-    common |= {} if seed is None else {"SEED": seed}
-    notebooks = []
-    for stage in (stage for stage in options.stages if stage in recipe.stages):
-        own = {"FRESH": options.fresh} | recipe.stages[stage]
-        if options.base_checkpoint and stage == options.stages[0]:
-            own |= {"BASE_CHECKPOINT": options.base_checkpoint}
-        notebooks.append((CHAIN[stage], common | own, stage))
-    if len(options.recipes) == 1:
-        notebooks += [(notebook, common | {"SPLIT": split}, None) for notebook in EVALUATIONS]
-    return [(notebook, parameters | _given(options, notebook, stage)) for notebook, parameters, stage in notebooks]
-
-
-def _given(options: argparse.Namespace, notebook: str, stage: str | None) -> dict:
-    """What --set says for a notebook: those of its parameters that are named."""
-    import papermill
-
-    known = papermill.inspect_notebook(Path(__file__).parents[1] / f"{notebook}.ipynb")
-    return {name: value for name, value in parse_set(options.pairs, stage).items() if name in known}
+    name = run_name(options.run, recipe.name, seed)
+    own = {"CHECKPOINT_DIR": f"checkpoints/{name}", "RUN_DIR": f"runs/{name}"}
+    own |= {} if seed is None else {"SEED": seed}
+    stages = recipe.stages if options.stages is None else [stage for stage in CHAIN if stage in options.stages]
+    notebooks = [prepared(options, CHAIN[stage], own | recipe.stages[stage], stage) for stage in stages]
+    evaluations = EVALUATIONS if len(options.recipes) == 1 else ()
+    return notebooks + [prepared(options, notebook, own | {"SPLIT": split}) for notebook in evaluations]
 
 
 def comparison(options: argparse.Namespace, split: str) -> tuple[str, dict]:
     """The notebook that compares all recipes of the command, with its parameters."""
-    name, recipes = _name(options), [recipe.name for recipe in options.recipes]
+    recipes = [recipe.name for recipe in options.recipes]
     compared = "-".join([*recipes, f"{len(options.seeds)}-seeds"] if options.seeds else recipes)
-    parameters = {
-        "CACHE_DIR": f"cache/{options.name}",
-        "CHECKPOINT_DIR": f"checkpoints/{name}",
-        "RUNS": f"runs/{name}",
-        "RUN_DIR": f"runs/{name}-recipes/{compared}",
-        "RECIPES": recipes,
-        "SEEDS": options.seeds,
-        "LIMIT_QUESTIONS": options.limit_questions,
-        "SPLIT": split,
-    }
-    return COMPARISON, parameters | _given(options, COMPARISON, None)
+    own = {"CHECKPOINT_DIR": f"checkpoints/{options.run}", "RUNS": f"runs/{options.run}", "SPLIT": split}
+    own |= {"RUN_DIR": f"runs/{options.run}-recipes/{compared}", "RECIPES": recipes, "SEEDS": options.seeds}
+    return prepared(options, COMPARISON, own)
 
 
-def _name(options: argparse.Namespace, recipe: Recipe | None = None, seed: int | None = None) -> str:
-    """The name of a run's folders; a trial run is kept apart from real results."""
-    name = options.name if options.limit_questions is None else f"{options.name}-trial"
-    return run_name(name, recipe.name if recipe else BASELINE, seed)
+def prepared(options: argparse.Namespace, notebook: str, own: dict, stage: str | None = None) -> tuple[str, dict]:
+    """A notebook with its parameters: those of all notebooks, its own, and those of --set that it has."""
+    import papermill
+
+    known = papermill.inspect_notebook(Path(__file__).parents[1] / f"{notebook}.ipynb")
+    given = {name: value for name, value in parse_set(options.pairs, stage).items() if name in known}
+    return notebook, {"CACHE_DIR": f"cache/{options.name}", "LIMIT_QUESTIONS": options.limit_questions} | own | given
 
 
-def unfinished(notebooks: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """The notebooks from the first one on that was not finished with its parameters, as run_notebook noted in it."""
-    for number, (notebook, parameters) in enumerate(notebooks):
+def finished(notebook: tuple[str, dict]) -> bool:
+    """Whether a notebook was finished with these parameters, as run_notebook noted in it."""
+    name, parameters = notebook
+    try:
+        executed = (ROOT / parameters["RUN_DIR"] / f"{name}.ipynb").read_text(encoding="utf-8")
+        noted = json.loads(executed)["metadata"]["papermill"]
+        same = noted["finished"] and noted["parameters"] == parameters
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+    if same:
+        print(f"── {parameters['RUN_DIR']}: {name} skipped, finished {noted['end_time']}", flush=True)
+    return same
+
+
+def report(options: argparse.Namespace, evaluated: list[dict]) -> dict[str, str]:
+    """Print the results of one recipe, from the parameters of its runs' last notebook; {what: what failed}."""
+    if evaluated and not options.seeds:
+        folder = evaluated[0]["RUN_DIR"]
+        print(pd.read_csv(ROOT / folder / "results.csv")[RESULT_COLUMNS].to_string(index=False))
+        print(f"notebooks, figures and predictions: {folder}; checkpoints: {evaluated[0]['CHECKPOINT_DIR']}")
+    elif evaluated:
+        name = options.recipes[0].name
+        runs = [Run(name, it["SEED"], str(ROOT / it["CHECKPOINT_DIR"]), str(ROOT / it["RUN_DIR"])) for it in evaluated]
+        settings = Settings(evaluated[0] | {"SEED": 0, "RUN_DIR": f"runs/{run_name(options.run, name)}-over-seeds"})
+        how, data = settings.scoring(), RaceDataModule(**settings.data())  # one sample of questions for all seeds
         try:
-            path = ROOT / parameters["RUN_DIR"] / f"{notebook}.ipynb"
-            noted = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
-            if not noted["finished"] or noted["parameters"] != parameters:
-                return notebooks[number:]
-        except (FileNotFoundError, ValueError, KeyError):
-            return notebooks[number:]
-        print(f"── {parameters['RUN_DIR']}: {notebook} skipped, finished {noted['end_time']}", flush=True)
-    return []
+            split, out = how.pop("split"), ROOT / how.pop("run_dir")
+            means, compared = stages_over_seeds(runs, data, split, **how)
+        except RaceError as error:
+            return {"over seeds": f"the results over seeds: {error}"}
+        print(text := over_seeds(means, compared))
+        found = {"verdict": text.splitlines(), "accuracies": means, "differences": compared}
+        write_json(out / f"stages-{split}.json", found)
+    return {}
 
 
-def run_all(runs: dict[str, list[tuple[str, dict]]], jobs: int = 1) -> dict[str, str] | None:
-    """Run the notebooks of each run in their order, `jobs` runs side by side; {run: what failed in it}.
+def run_all(runs: dict[str, Iterable[tuple[str, dict]]]) -> dict[str, str] | None:
+    """Run the notebooks of each run in their order; {run: what failed in it}, after which the other runs go on.
 
-    None if a signal ended them: it is passed on to the notebooks' processes, which save their states and end.
+    None if a signal ended them: it is passed on to the notebook's process, which saves its state and ends.
     """
     received: list[int] = []
-    told: set[int] = set()
+    failed: dict[str, str] = {}
     handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if jobs > 1 and threads is None:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     try:
-        with contextlib.chdir(ROOT), ThreadPoolExecutor(jobs) as pool:
-            futures = {pool.submit(_run_one, run, runs[run], received, jobs == 1): run for run in runs}
-            waiting = set(futures)
-            while waiting:
-                waiting = wait(waiting, timeout=0.2).not_done
-                if received:
-                    _pass_on(told)
+        with contextlib.chdir(ROOT), ThreadPoolExecutor(1) as worker:  # nbclient takes the main thread's signals over
+            for run, notebook, parameters in [(run, *one) for run, notebooks in runs.items() for one in notebooks]:
+                if received or run in failed:
+                    continue
+                work, told = worker.submit(run_notebook, notebook, parameters), set()
+                while not wait([work], timeout=0.2).done:
+                    if received:
+                        _end_kernels(told)
+                if (error := work.exception()) and not received:
+                    failed[run] = f"{run}: {error if isinstance(error, RaceError) else repr(error)}"
+                    print(f"error: {failed[run]}", file=sys.stderr)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if threads is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
     if received:
         print("── stopped: run this again to resume", flush=True)
-        return None
-    return {run: problem for future, run in futures.items() if (problem := future.result())}
+    return None if received else failed
 
 
-def _run_one(run: str, notebooks: list[tuple[str, dict]], received: list[int], shown: bool) -> str | None:
-    """What failed in a run, if anything; the notebooks of other runs go on all the same."""
-    try:
-        for notebook, parameters in notebooks:
-            if not received:
-                run_notebook(notebook, parameters, shown)
-    except Exception as error:  # a kernel that does not start, a full disk
-        problem = str(error) if isinstance(error, RaceError) else repr(error)
-        if not received:
-            print(f"error: {problem}", file=sys.stderr)
-        return problem if problem.startswith(run) else f"{run}: {problem}"
-
-
-def _pass_on(told: set[int]) -> None:
-    """Send SIGTERM to the notebooks' processes that have not been told yet."""
-    for child in psutil.Process().children():
+def _end_kernels(told: set[psutil.Process]) -> None:
+    """Send SIGTERM to notebooks' processes, but to none that was told before."""
+    for kernel in set(psutil.Process().children()) - told:
+        told.add(kernel)
         with contextlib.suppress(psutil.Error):  # one that has just ended
-            if child.pid not in told and "ipykernel" in " ".join(child.cmdline()):
-                told.add(child.pid)
-                child.send_signal(signal.SIGTERM)
+            kernel.terminate()
 
 
-def run_notebook(notebook: str, parameters: dict, shown: bool = True) -> None:
-    """Execute one notebook; shown: print what it prints, at once. Raises RaceError if a cell fails, or it is ended."""
+def run_notebook(notebook: str, parameters: dict) -> None:
+    """Execute one notebook and print what it prints; raises RaceError if a cell fails, or its process is ended."""
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -288,7 +246,7 @@ def run_notebook(notebook: str, parameters: dict, shown: bool = True) -> None:
     executed = ROOT / parameters["RUN_DIR"] / f"{notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     what = f"── {parameters['RUN_DIR']}: {notebook}"
-    print(f"\n{what}" if shown else what, flush=True)
+    print(f"\n{what}", flush=True)
     started = time.perf_counter()
     try:
         done = papermill.execute_notebook(
@@ -297,7 +255,7 @@ def run_notebook(notebook: str, parameters: dict, shown: bool = True) -> None:
             parameters,
             cwd=ROOT,
             progress_bar=False,
-            stdout_file=sys.stdout if shown else None,
+            stdout_file=sys.stdout,
             autosave_cell_every=30,
             extra_arguments=["--log-level=40"],  # errors only: a kernel warns of its own local connection
         )

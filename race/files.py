@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from race import RaceError
+from race import ROOT, RaceError
 
 DAY = 86400.0  # seconds; on a file system without locks, an unfinished folder of that age belongs to nobody
 UNFINISHED = ".tmp"  # ".NAME.….tmp" is work that has not been finished
@@ -43,6 +43,12 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def from_root(path: Path) -> str:
+    """A path as seen from the repository, if it is in there."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def flush(path: str | Path) -> None:
@@ -117,8 +123,8 @@ def _remove_folder(left: Path, age: float) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold a lock that ends with the process; raises BlockingIOError if another process holds it.
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock that ends with the process; if another one holds it, wait, or raise BlockingIOError.
 
     Gives False on a file system without locks. A POSIX record lock and not `filelock`, whose flock() is inherited by
     loader workers: they outlive a killed process by seconds, and would keep it locked.
@@ -126,7 +132,7 @@ def locked(path: Path) -> Iterator[bool]:
     with open(path, "w") as file:
         certain = True
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise BlockingIOError(error.errno, "held by another process", str(path)) from error

@@ -2,16 +2,16 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
-from race import LEVELS, MONITORS, SPLITS, RaceError
+from race import LEVELS, MONITORS, ROOT, SPLITS, RaceError
 from race.schedule import NAMES, is_schedule
 
-ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 OF_DATA = ("CACHE_DIR", "BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "LEVEL", "SEED")
@@ -19,8 +19,6 @@ OF_SCORING = ("RUN_DIR", "SPLIT", "PRECISION", "ACCELERATOR")
 OF_MODULE = ("LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "ATTENTION_DROPOUT", "TOKEN_BUDGET")
 OF_TRAINING = ("MAX_EPOCHS", "EARLY_STOPPING", "SAVE_MINUTES", "PRECISION", "ACCELERATOR")
 OF_TRAINING += ("DETERMINISTIC", "COMPILE", "LOGGERS")
-FOLDERS = ("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR", "RUNS", "EXPORT_DIR")
-NAMED = ("BASE_MODEL", "BASE_CHECKPOINT", "CHECKPOINT", "CHECKPOINTS", "QUESTIONS")  # files, or names on the hub
 GONE = {
     "FRESH": "FRESH is gone: to train a stage again, set another CHECKPOINT_DIR and RUN_DIR, or move its files away "
     "(docs/resuming.md); predictions are made again whenever something that made them has changed"
@@ -43,12 +41,6 @@ def _path(value) -> str:
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError
     return str(Path(value).expanduser())
-
-
-def _precision(value) -> str:
-    """Also Lightning's short names, such as 32 or "bf16"."""
-    (named,) = [name for name in PRECISIONS if str(value) in (name, name.split("-")[0])]
-    return named
 
 
 def _loggers(value) -> dict[str, dict]:
@@ -97,7 +89,6 @@ FINITE = NUMBER.that("0 or more", lambda it: 0 <= it < math.inf)
 SHARE = NUMBER.that("a number from 0, below 1", lambda it: 0 <= it < 1)
 WARMUP = NUMBER.that("a number of steps, or a share of them below 1", lambda it: 0 <= it < 1 or it % 1 == 0 < it)
 FLAG = Kind("True or False", lambda value: FLAGS[str(value).lower()])
-PRECISION = Kind(f"one of {', '.join(PRECISIONS)}", _precision)
 
 
 class Parameter(NamedTuple):
@@ -120,7 +111,7 @@ PARAMETERS = {  # those in small letters are arguments of the code alone, not of
     "EXPORT_DIR": Parameter("a new folder for transformers to load", FOLDER.or_none()),
     "RECIPES": Parameter("the first is what the others are compared with", NAME_LIST),
     "SEEDS": Parameter("seeds of the runs to compare", FROM_0.listed("a list of whole numbers from 0").or_none()),
-    "DIFFERENCE": Parameter("points of accuracy that would matter", POSITIVE),
+    "DIFFERENCE": Parameter("points of accuracy that would matter", POSITIVE.or_none()),
     "LEARNING_RATE": Parameter("the highest of the stage", FINITE),
     "SCHEDULE": Parameter("of the learning rate over a stage", Kind(NAMES, str).that(NAMES, is_schedule)),
     "WARMUP": Parameter("steps over which the rate grows from 0", WARMUP),
@@ -139,7 +130,7 @@ PARAMETERS = {  # those in small letters are arguments of the code alone, not of
     "EARLY_STOPPING": Parameter("epochs without a better one after which a stage ends", FROM_1.or_none()),
     "TOKEN_BUDGET": Parameter("tokens of a micro-batch; None: by memory", FROM_1.or_none()),
     "ATTENTION_DROPOUT": Parameter("None: as the model has it", SHARE.or_none()),
-    "PRECISION": Parameter("None: by device", PRECISION.or_none()),
+    "PRECISION": Parameter("None: by device", _one_of(*PRECISIONS).or_none()),
     "ACCELERATOR": Parameter("None: the GPU if there is one", _one_of("cpu", "gpu").or_none()),
     "DETERMINISTIC": Parameter("the same bits again on a GPU, slower", FLAG),
     "COMPILE": Parameter("torch.compile of the encoder", FLAG),
@@ -158,9 +149,7 @@ def table() -> str:
 
 def check(**arguments) -> None:
     """Raise RaceError with every argument, named as its parameter is in small letters, that is not allowed."""
-    given = {name if name in PARAMETERS else name.upper(): value for name, value in arguments.items()}
-    if text := [f"{name} is {given[name]!r}" for name, meant in _meant(given).items() if meant != given[name]]:
-        raise RaceError(f"{'; '.join(text)}: text is for notebooks and command lines")
+    _meant({name if name in PARAMETERS else name.upper(): value for name, value in arguments.items()})
 
 
 def _meant(given: dict) -> dict:
@@ -180,24 +169,7 @@ def read(given: dict) -> dict:
     """A notebook's parameters by name, each as what is meant; raises RaceError with all that cannot be."""
     if gone := [sentence for name, sentence in GONE.items() if given.get(name)]:
         raise RaceError("\n".join(gone))
-    values = _meant({name: given[name] for name in given if name in OF_NOTEBOOKS})
-    cache = Path(values.get("CACHE_DIR", ROOT))
-    here = Path.cwd() == ROOT or (cache.exists() and not cache.is_absolute())
-    return values if here else {name: _from_repository(name, value) for name, value in values.items()}
-
-
-def _from_repository(name: str, value):
-    """A folder as a path in the repository; what may be a name on the hub, only if it is there."""
-    if name in NAMED and isinstance(value, list):
-        return [_from_repository(name, one) for one in value]
-    there = value and (name in FOLDERS or (name in NAMED and (ROOT / value).exists()))
-    return str(ROOT / value) if there else value
-
-
-def from_root(path: Path) -> str:
-    """A path as seen from the repository, if it is in there."""
-    path = path.resolve()
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return _meant({name: given[name] for name in given if name in OF_NOTEBOOKS})
 
 
 def parse_set(pairs: list[str], stage: str | None = None) -> dict[str, str]:
@@ -218,10 +190,10 @@ def parse_set(pairs: list[str], stage: str | None = None) -> dict[str, str]:
 class Settings:
     """A notebook's parameters under their own names, read from its variables each time one is used.
 
-    Text that means a number, None or a flag is taken for it. Relative folders are meant from where the notebook runs if
-    CACHE_DIR is there, otherwise from the repository. In a script made from a notebook, `--set NAME=VALUE` on the
-    command line goes before the value in the script, and `--set e3.NAME=VALUE` is for one stage only. Raises RaceError
-    with every value that is not what it should be.
+    Text that means a number, None or a flag is taken for it. A notebook that is opened where CACHE_DIR is not there
+    goes on in the repository's folder, from which relative paths are then meant. In a script made from a notebook,
+    `--set NAME=VALUE` on the command line goes before the value in the script, and `--set e3.NAME=VALUE` is for one
+    stage only. Raises RaceError with every value that is not what it should be.
     """
 
     def __init__(self, variables: dict):
@@ -230,7 +202,9 @@ class Settings:
             parser = argparse.ArgumentParser(description="A stage, as its notebook runs it.")
             parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="pairs")
             self._given = parse_set(parser.parse_args().pairs, variables.get("STAGE"))
-        self._values()
+        cache = self._values().get("CACHE_DIR", "/")
+        if os.path.isabs(cache) or not os.path.exists(cache):
+            os.chdir(ROOT)
 
     def __getattr__(self, name: str):
         if name not in OF_NOTEBOOKS:

@@ -56,3 +56,13 @@ def recipes_by_hand(first, second, passages, levels) -> tuple[float, float, floa
         variance += max(0, spread - rest / ((seeds - 1) * (questions - 1)) / (seeds * questions))
         top, bottom = top + spread, bottom + spread**2 / (seeds - 1)
     return sum(each) / questions, variance, top**2 / bottom
+
+
+class Payload:
+    """Pickled, it makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)

@@ -138,7 +138,7 @@ def remains(folder: Path) -> dict:
             "best": place.best().name,
             "position": {key: state["resume"][key] for key in ("epoch", "batches", "finished", "steps", "sums")},
         }
-        for path in place.files():
-            found[stage][path.name] = path.read_bytes()
+        for checkpoint in place.saved:
+            found[stage][checkpoint.name] = checkpoint.path.read_bytes()
     found["others"] = [path for path in folder.rglob(".*") if path.name.endswith(".tmp")]
     return found

@@ -1,4 +1,4 @@
-"""The headless chain: what it makes, what it takes as made, and when it stops before hours are spent."""
+"""The headless chain: what it runs with which parameters, what it takes as done, and when it stops."""
 
 import json
 import os
@@ -10,257 +10,226 @@ from kill import in_a_process
 
 from race import RaceError, chain
 from race.data.cache import FORMAT, write_manifest
-from race.score.results import RESULT_COLUMNS
 from race.train.stages import Stage
 from race.train.state import read_state
 
+STAGES = ["ex01", "ex02", "ex03"]
 
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    """run(arguments) -> (exit status, commands of the cache, notebooks with parameters), with neither really run."""
-    commands, notebooks = [], []
-    monkeypatch.setattr(chain, "ROOT", tmp_path)
 
-    def generate(arguments: list[str]) -> int:
-        commands.append(arguments)
-        if "--out" in arguments:
-            write_cache(tmp_path, ["train", "validation", "test"])
+class Ran:
+    """The chain with stand-ins for its cache, its notebooks and its report, in a folder of its own."""
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.cache, self.notebooks, self.reported = root, [], [], []
+        self.failing: dict = {}  # (notebook, SEED) → what it raises
+        self.splits = ["train", "validation", "test"]
+        monkeypatch.setattr(chain, "ROOT", root)
+        monkeypatch.setattr(chain, "generate_race_cache", self.generate)
+        monkeypatch.setattr(chain, "run_notebook", self.run_notebook)
+        monkeypatch.setattr(chain, "report", lambda options, evaluated: self.reported.append(evaluated) or {})
+
+    def __call__(self, *arguments: str) -> int:
+        self.notebooks, self.cache, self.reported = [], [], []
+        return chain.main(list(arguments))
+
+    def write_cache(self, name: str) -> None:
+        manifest = {"format": FORMAT, "source": {"name": "ehovy/race"}, "model": {"name": "albert-base-v2"}}
+        manifest |= {"splits": {split: {"questions": 9} for split in self.splits}}
+        manifest |= {"template": {"before": [2], "between": [3], "after": [3], "segments": [0, 0, 0, 1, 1]}}
+        (self.root / "cache" / name).mkdir(parents=True, exist_ok=True)
+        write_manifest(self.root / "cache" / name / "manifest.json", manifest)
+
+    def generate(self, arguments: list[str]) -> int:
+        self.cache.append(arguments)
+        if arguments[-1].startswith("--out="):
+            self.write_cache(arguments[-1].rsplit("/")[-1])
         return 0
 
-    def run_notebook(name: str, parameters: dict, shown: bool = True) -> None:
-        notebooks.append((name, parameters))
-        run_dir = tmp_path / parameters["RUN_DIR"]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "results.csv").write_text(",".join(RESULT_COLUMNS) + "\n")
+    def run_notebook(self, name: str, parameters: dict) -> None:
+        self.notebooks.append((name, parameters))
+        error = self.failing.get((name, parameters.get("SEED")))
+        noted = {"end_time": "2026-01-01", "parameters": parameters} | ({} if error else {"finished": True})
+        folder = self.root / parameters["RUN_DIR"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.ipynb").write_text(json.dumps({"metadata": {"papermill": noted}}))
+        if error:
+            raise error
 
-    monkeypatch.setattr(chain, "generate_race_cache", generate)
-    monkeypatch.setattr(chain, "run_notebook", run_notebook)
-    return lambda *arguments: (chain.main(list(arguments)), commands, notebooks)
+    def names(self) -> list[str]:
+        return [name for name, _ in self.notebooks]
 
-
-def write_cache(root, splits: list[str]) -> None:
-    manifest = {"format": FORMAT, "source": {"name": "ehovy/race"}, "model": {"name": "albert-base-v2"}}
-    for name in ("race", "demo"):
-        (root / "cache" / name).mkdir(parents=True, exist_ok=True)
-        write_manifest(root / "cache" / name / "manifest.json", manifest | {"splits": dict.fromkeys(splits)})
-
-
-def test_race_runs_the_recipe_on_the_hub(run):
-    status, commands, notebooks = run("race")
-    assert status == 0 and commands[0][:4] == ["--source", "ehovy/race", "--model", "albert-base-v2"]
-    assert [name for name, _ in notebooks] == (["ex01", "ex02", "ex03", *chain.EVALUATIONS])
-    assert not any("LEARNING_RATE" in parameters for _, parameters in notebooks)
-    assert notebooks[0][1]["RUN_DIR"] == "runs/race" and notebooks[3][1]["SPLIT"] == "test"
+    def values(self, parameter: str) -> list:
+        return [parameters.get(parameter) for _, parameters in self.notebooks]
 
 
-def test_a_cache_that_is_there_is_verified_and_used(run, tmp_path):
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    return Ran(tmp_path, monkeypatch)
+
+
+def test_race_makes_its_cache_once_and_runs_the_notebooks(ran, tmp_path):
     """On a node without internet `make race` must not ask the hub for a cache made before."""
-    write_cache(tmp_path, ["train", "validation", "test"])
-    status, commands, _ = run("race")
-    assert status == 0 and commands == [["--verify", str(tmp_path / "cache" / "race")]]
+    folder = tmp_path / "cache" / "race"
+    assert ran("race") == 0
+    assert ran.cache == [["--source=ehovy/race", "--model=albert-base-v2", f"--out={folder}"]]
+    assert ran.names() == [*STAGES, *chain.EVALUATIONS] and set(ran.values("LEARNING_RATE")) == {None}
+    assert set(ran.values("RUN_DIR")) == {"runs/race"} and ran.values("SPLIT")[3:] == ["test", "test"]
+    assert ran("race") == 0 and ran.cache == [[f"--verify={folder}"]] and len(ran.notebooks) == 5
 
 
-def test_another_source_than_the_cache_has_is_refused(run, tmp_path, capsys):
-    write_cache(tmp_path, ["train", "validation", "test"])
-    status, _, notebooks = run("race", "--source", "my/race")
-    assert status == 1 and notebooks == []
+def test_another_source_than_the_cache_has_is_refused(ran, capsys):
+    ran.write_cache("race")
+    assert ran("race", "--source", "my/race") == 1 and not ran.notebooks
     assert "was made from source ehovy/race, not my/race" in capsys.readouterr().err
 
 
-def test_missing_splits_are_met_before_the_training(run, tmp_path, capsys):
-    write_cache(tmp_path, ["train", "test"])
-    assert run("race")[0] == 1 and "no validation split" in capsys.readouterr().err
-    write_cache(tmp_path, ["train", "validation"])
-    status, _, notebooks = run("race")
-    assert status == 0 and notebooks[-1][1]["SPLIT"] == "validation"
-
-
-def test_a_trial_run_is_kept_apart(run):
-    _, _, notebooks = run("race", "--limit-questions", "9")
-    places = {notebooks[0][1][name] for name in ("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR")}
-    assert places == {"cache/race", "checkpoints/race-trial", "runs/race-trial"}
-    assert all(parameters["LIMIT_QUESTIONS"] == 9 for _, parameters in notebooks)
-
-
-def test_a_cache_that_fails_ends_the_chain(run, monkeypatch):
+def test_a_cache_that_fails_ends_the_chain(ran, monkeypatch):
     monkeypatch.setattr(chain, "generate_race_cache", lambda _: 1)
-    status, _, notebooks = run("demo")
-    assert status == 1 and notebooks == []
+    assert ran("demo") == 1 and not ran.notebooks
 
 
-def test_a_stopped_notebook_ends_the_chain(run, monkeypatch, capsys):
-    ran = []
+def test_without_a_test_split_validation_is_scored(ran, capsys):
+    ran.splits = ["train", "validation"]
+    assert ran("demo") == 0 and ran.values("SPLIT")[3:] == ["validation", "validation"]
+    assert "which also chose the checkpoints" in capsys.readouterr().out
 
-    def run_notebook(name: str, parameters: dict, shown: bool) -> None:
-        ran.append(name)
-        if name == "ex02":
+
+def test_a_trial_run_is_kept_apart(ran):
+    ran("race", "--limit-questions", "9")
+    assert {ran.notebooks[0][1][name] for name in ("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR")} == {
+        *("cache/race", "checkpoints/race-trial", "runs/race-trial")
+    }
+    assert set(ran.values("LIMIT_QUESTIONS")) == {9}
+
+
+def test_parameters_from_the_command_line(ran):
+    """Each reaches the notebooks that have it; with a stage in front, that stage alone; the cache may be another."""
+    ran.write_cache("mine")
+    general = ["LEARNING_RATE=1e-5", "LEVEL=high", "RUN_DIR=runs/slow", "CACHE_DIR=cache/mine"]
+    assert ran("race", "--set", *general, "--set", "e3.LEARNING_RATE=1e-6", "e2.MAX_EPOCHS=4") == 0
+    assert set(ran.values("LEVEL")) == {"high"} and set(ran.values("RUN_DIR")) == {"runs/slow"}
+    assert ran.values("LEARNING_RATE") == ["1e-5", "1e-5", "1e-6", None, None]
+    assert ran.values("MAX_EPOCHS") == [None, "4", None, None, None]
+    assert set(ran.values("CACHE_DIR")) == {"cache/mine"} and ran.cache == [[f"--verify={ran.root / 'cache/mine'}"]]
+
+
+def test_some_stages_or_none(ran):
+    assert ran("race", "--stages", "--set", "SPLIT=validation") == 0 and ran.names() == [*chain.EVALUATIONS]
+    assert set(ran.values("SPLIT")) == {"validation"}
+    assert ran("race", "--stages", "e3", "e2", "--base-checkpoint", "e1.ckpt") == 0
+    assert ran.names()[:2] == ["ex02", "ex03"] and ran.values("BASE_CHECKPOINT") == ["e1.ckpt", *[None] * 3]
+
+
+def test_one_other_recipe_is_run_and_evaluated_like_the_chain(ran, tmp_path):
+    assert ran("demo", "--recipe", "step") == 0 and ran.names() == ["ex01", *chain.EVALUATIONS]
+    assert set(ran.values("RUN_DIR")) == {"runs/demo-step"}
+    assert json.loads((tmp_path / "runs" / "demo-step" / "recipe.json").read_text())["name"] == "step"
+
+
+def test_several_recipes_run_their_stages_and_are_then_compared(ran):
+    """Each with each seed in folders of its own, without the evaluations of a single chain."""
+    assert ran("race", "--recipe", "chain", "linear", "--seeds", "1", "2", "1", "--limit-questions", "9") == 0
+    assert ran.names() == [*STAGES, "ex01", *STAGES, "ex01", "compare_recipes"] and not ran.reported
+    assert ran.values("RUN_DIR")[2:5] == [f"runs/race-trial{it}" for it in ("-seed1", "-linear-seed1", "-seed2")]
+    assert ran.notebooks[3][1]["SCHEDULE"] == "linear" and ran.values("SEED")[2:5] == [1, 1, 2]
+    compared = ran.notebooks[-1][1]
+    assert compared["RUN_DIR"] == "runs/race-trial-recipes/chain-linear-2-seeds"
+    assert (compared["RECIPES"], compared["SEEDS"]) == (["chain", "linear"], [1, 2])
+    assert (compared["CHECKPOINT_DIR"], compared["RUNS"]) == ("checkpoints/race-trial", "runs/race-trial")
+
+
+def test_of_several_seeds_what_is_finished_with_these_parameters_is_passed_over(ran, capsys):
+    assert ran("race", "--seeds", "1") == 0
+    assert ran("race", "--seeds", "1", "2") == 0 and ran.values("SEED") == [2] * 5
+    assert [parameters["SEED"] for parameters in ran.reported[0]] == [1, 2]
+    assert "runs/race-seed1: ex01 skipped, finished 2026-01-01" in capsys.readouterr().out
+    path = ran.root / "runs" / "race-seed1" / "ex02.ipynb"
+    path.write_text(path.read_text().replace("cache/race", "cache/other"))
+    assert ran("race", "--seeds", "1") == 0 and ran.names() == ["ex02", "ex03", *chain.EVALUATIONS]
+
+
+def test_a_run_that_fails_stops_no_other_and_is_gone_on_with(ran, capsys):
+    """Whatever it raises; it is named at the end, and what needs it is not done."""
+    ran.failing = {("ex02", 1): RuntimeError("Kernel didn't respond")}
+    assert ran("race", "--seeds", "1", "2") == 1
+    assert ran.names() == ["ex01", "ex02", *STAGES, *chain.EVALUATIONS]
+    assert [parameters["SEED"] for parameters in ran.reported[0]] == [2]
+    assert 'runs/race-seed1: RuntimeError("Kernel' in capsys.readouterr().err.split("not finished:")[1]
+    assert ran("race", "--recipe", "chain", "step", "--seeds", "1") == 1 and "compare_recipes" not in ran.names()
+    ran.failing = {}
+    assert ran("race", "--seeds", "1", "2") == 0 and ran.names() == ["ex02", "ex03", *chain.EVALUATIONS]
+
+
+@pytest.mark.parametrize("last", ["ex02", "compare_recipes"])
+def test_a_stopped_notebook_ends_the_chain(ran, monkeypatch, capsys, last):
+    def run_notebook(name: str, parameters: dict) -> None:
+        if name == last:
             os.kill(os.getpid(), signal.SIGUSR1)
             raise RaceError("its process died")
 
     monkeypatch.setattr(chain, "run_notebook", run_notebook)
-    assert run("demo")[0] == 75 and ran == ["ex01", "ex02"]
-    assert "run this again to resume" in capsys.readouterr().out
+    assert ran("demo", "--recipe", "chain", "linear") == 75
+    said = capsys.readouterr()
+    assert "run this again to resume" in said.out and "its process died" not in said.err
 
 
-@pytest.mark.parametrize(("arguments", "fresh"), [([], 0), (["--fresh"], 1), (["--fresh", "2"], 2)])
-def test_fresh_reaches_the_stages(run, arguments, fresh):
-    _, _, notebooks = run("race", *arguments)
-    assert [parameters.get("FRESH") for _, parameters in notebooks] == [fresh, fresh, fresh, None, None]
-
-
-def test_parameters_from_the_command_line(run, tmp_path):
-    """Each reaches the notebooks that have it; with a stage in front, that stage alone."""
-    general = ["LEARNING_RATE=1e-5", "LEVEL=high", "RUN_DIR=runs/slow", "CHECKPOINT_DIR=checkpoints/slow"]
-    status, _, notebooks = run("race", "--set", *general, "--set", "e3.LEARNING_RATE=1e-6", "e2.MAX_EPOCHS=4")
-    assert status == 0 and {parameters["LEVEL"] for _, parameters in notebooks} == {"high"}
-    assert {parameters["RUN_DIR"] for _, parameters in notebooks} == {"runs/slow"}
-    assert [parameters.get("LEARNING_RATE") for _, parameters in notebooks] == ["1e-5", "1e-5", "1e-6", None, None]
-    assert [parameters.get("MAX_EPOCHS") for _, parameters in notebooks] == [None, "4", None, None, None]
-
-
-def test_the_cache_may_be_another(run, tmp_path):
-    write_cache(tmp_path, ["train", "validation", "test"])
-    (tmp_path / "cache" / "race").rename(tmp_path / "cache" / "mine")
-    status, commands, notebooks = run("race", "--set", "CACHE_DIR=cache/mine")
-    assert status == 0 and commands == [["--verify", str(tmp_path / "cache" / "mine")]]
-    assert {parameters["CACHE_DIR"] for _, parameters in notebooks} == {"cache/mine"}
-
-
-def test_no_stage_is_the_evaluations_only(run):
-    status, _, notebooks = run("race", "--stages", "--set", "SPLIT=validation")
-    assert status == 0 and [name for name, _ in notebooks] == [*chain.EVALUATIONS]
-    assert {parameters["SPLIT"] for _, parameters in notebooks} == {"validation"}
+def test_how_many_seeds_a_difference_takes_is_said_before_anything_runs(ran, capsys):
+    assert ran("race", "--recipe", "chain", "linear", "cosine", "--seeds", "1", "2", "--difference", "1") == 0
+    assert not ran.cache and not ran.notebooks and "4,934 questions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("pair", "message"),
+    ("arguments", "named"),
     [
-        ("LERNING_RATE=1", "expected NAME=VALUE, with NAME one of CACHE_DIR"),
-        ("LEARNING_RATE", "--set LEARNING_RATE: expected NAME=VALUE"),
-        ("MAX_EPOCHS=3.5", "MAX_EPOCHS is '3.5', expected a whole number"),
-        ("e2.LEVEL=low", "LEVEL is 'low', expected middle, high or None"),
-        ("CACHE_DIR=cache/race", "the demo makes a cache of its own"),
+        ("--set LERNING_RATE=1", "--set LERNING_RATE=1: expected NAME=VALUE"),
+        ("--set MAX_EPOCHS=3.5", "MAX_EPOCHS is '3.5'"),
+        ("--set e2.LEVEL=low", "LEVEL is 'low'"),
+        ("--limit-questions 0", "LIMIT_QUESTIONS is 0"),
+        ("--seeds -1", "SEEDS is [-1]"),
+        ("--difference -1", "DIFFERENCE is -1"),
+        ("--recipe fast", "--recipe fast"),
+        ("--recipe linear --stages e2", "--stages e2: recipe linear has e1 only"),
+        ("--recipe chain linear --set RUN_DIR=x", "--set RUN_DIR"),
+        ("--seeds 1 2 --set e1.SEED=3", "--set SEED"),
+        ("--recipe chain --recipe linear --set e1.MAX_EPOCHS=1", "--set MAX_EPOCHS"),
+        ("--base-checkpoint x", "--base-checkpoint"),
+        ("--fresh", "--fresh is gone: to train a stage again, move its files away"),
+        ("--fresh=2", "--fresh is gone"),
+        ("--jobs 2", "--jobs is gone: start the command once for each seed"),
+        ("--set FRESH=True", "FRESH is gone"),
     ],
 )
-def test_a_parameter_that_cannot_be_is_met_before_anything_runs(run, capsys, pair, message):
+def test_what_makes_no_sense_or_is_gone_is_met_before_anything_runs(ran, capsys, arguments, named):
     with pytest.raises(SystemExit):
-        run("demo", "--set", pair)
-    assert message in capsys.readouterr().err
+        ran("race", *arguments.split())
+    assert named in capsys.readouterr().err and not ran.cache
+
+
+def test_help_shows_the_table_of_parameters(ran, capsys):
+    with pytest.raises(SystemExit):
+        ran("--help")
+    assert chain.table() in capsys.readouterr().out
 
 
 def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, tmp_path):
     """SIGTERM reaches the notebook's own process, which saves and ends; exit status 75 says: run again."""
     places = {"CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "RUN_DIR": str(tmp_path / "run")}
     parameters = {"CACHE_DIR": str(cache), "MAX_EPOCHS": 40, "LEARNING_RATE": 1e-4, "BATCH_SIZE": 8} | places
+    path = Stage("e1", tmp_path / "checkpoints").state_path
 
-    def run_all() -> int:
-        return chain.STOPPED if chain.run_all({"run": [("ex01", parameters)]}) is None else 0
+    def run_all() -> None:
+        os._exit(chain.STOPPED if chain.run_all({"run": [("ex01", parameters)]}) is None else 0)
 
-    process = in_a_process(lambda: os._exit(run_all()))
-    end = time.monotonic() + 120
-    while not (state := read_state(Stage("e1", tmp_path / "checkpoints").state_path)) and time.monotonic() < end:
+    process, end = in_a_process(run_all), time.monotonic() + 120
+    while not path.exists() and time.monotonic() < end:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    assert process.exitcode == chain.STOPPED
-    assert chain.unfinished([("ex01", parameters)])  # although papermill notes its end, and no exception
-    state = read_state(Stage("e1", tmp_path / "checkpoints").state_path)
-    assert not state["finished"]
+    state = read_state(path)
+    assert process.exitcode == chain.STOPPED and not state["finished"]
+    assert not chain.finished(("ex01", parameters))  # although papermill notes its end, and no exception
     parameters["MAX_EPOCHS"] = state["epoch"] + 1
-    process = in_a_process(lambda: os._exit(run_all()))
+    process = in_a_process(run_all)
     process.join(200)
-    assert process.exitcode == 0 and read_state(Stage("e1", tmp_path / "checkpoints").state_path)["finished"]
-    assert not chain.unfinished([("ex01", parameters)])
+    assert process.exitcode == 0 and read_state(path)["finished"] and chain.finished(("ex01", parameters))
     assert "e1 resumes from epoch" in (tmp_path / "run" / "ex01.ipynb").read_text()
-
-
-def test_several_recipes_run_their_stages_and_are_then_compared(run):
-    """Each with each seed in folders of its own, without the evaluations of a single chain."""
-    status, _, notebooks = run("race", "--recipe", "chain", "linear", "--seeds", "1", "2", "--limit-questions", "9")
-    assert status == 0
-    ran = [(name, parameters["RUN_DIR"]) for name, parameters in notebooks]
-    chain_runs = [(name, f"runs/race-trial-seed{seed}") for seed in (1, 2) for name in ("ex01", "ex02", "ex03")]
-    linear_runs = [("ex01", f"runs/race-trial-linear-seed{seed}") for seed in (1, 2)]
-    assert ran[:4] == [*chain_runs[:3], linear_runs[0]] and ran[4:8] == [*chain_runs[3:], linear_runs[1]]
-    assert ran[8:] == [("compare_recipes", "runs/race-trial-recipes/chain-linear-2-seeds")]
-    assert notebooks[3][1]["SCHEDULE"] == "linear" and notebooks[3][1]["CHECKPOINT_DIR"].endswith("-linear-seed1")
-    compared = notebooks[8][1]
-    assert (compared["RECIPES"], compared["SEEDS"]) == (["chain", "linear"], [1, 2])
-    assert (compared["CHECKPOINT_DIR"], compared["RUNS"]) == ("checkpoints/race-trial", "runs/race-trial")
-
-
-def test_one_other_recipe_is_run_and_evaluated_like_the_chain(run, tmp_path):
-    status, _, notebooks = run("demo", "--recipe", "step")
-    assert status == 0 and [name for name, _ in notebooks] == ["ex01", *chain.EVALUATIONS]
-    assert {parameters["RUN_DIR"] for _, parameters in notebooks} == {"runs/demo-step"}
-    assert json.loads((tmp_path / "runs" / "demo-step" / "recipe.json").read_text())["name"] == "step"
-
-
-def test_runs_side_by_side(run, monkeypatch):
-    """Two at a time, the stages of each in their order; one that fails stops no other, and nothing is compared."""
-    together, now, ran = [], set(), []
-
-    def run_notebook(name: str, parameters: dict, shown: bool) -> None:
-        now.add(parameters["RUN_DIR"])
-        time.sleep(0.05)
-        together.append(len(now))
-        now.remove(parameters["RUN_DIR"])
-        ran.append((parameters["RUN_DIR"], name))
-        if parameters["RUN_DIR"] == "runs/demo-resets-seed1":
-            raise RaceError("broken")
-
-    monkeypatch.setattr(chain, "run_notebook", run_notebook)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert run("demo", "--recipe", "chain", "resets", "step", "--seeds", "1", "2", "--jobs", "2")[0] == 1
-    assert max(together) == 2
-    assert [name for folder, name in ran if folder == "runs/demo-seed2"] == ["ex01", "ex02", "ex03"]
-    assert [name for folder, name in ran if folder == "runs/demo-resets-seed1"] == ["ex01"]
-    assert not [name for _, name in ran if name == "compare_recipes"]
-
-
-def test_whatever_a_run_raises_the_others_go_on_and_it_is_named(run, monkeypatch, capsys):
-    def run_notebook(name: str, parameters: dict, shown: bool) -> None:
-        if parameters["RUN_DIR"] == "runs/race-seed1":
-            raise RuntimeError("Kernel didn't respond in 60 seconds")
-
-    monkeypatch.setattr(chain, "run_notebook", run_notebook)
-    monkeypatch.setattr(chain, "report_over_seeds", lambda arguments: 0)
-    assert run("race", "--seeds", "1", "2")[0] == 1
-    assert 'runs/race-seed1: RuntimeError("Kernel didn' in capsys.readouterr().err.split("not finished:")[1]
-
-
-def test_a_comparison_that_is_stopped_is_not_done(run, monkeypatch):
-    def run_notebook(name: str, parameters: dict, shown: bool) -> None:
-        if name == "compare_recipes":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(chain, "run_notebook", run_notebook)
-    assert run("race", "--recipe", "chain", "linear")[0] == 75
-
-
-def test_how_many_seeds_a_difference_takes_is_said_before_anything_runs(run, capsys):
-    arguments = ["race", "--recipe", "chain", "linear", "cosine", "--seeds", "1", "2", "3", "--difference", "1"]
-    status, commands, notebooks = run(*arguments)
-    assert status == 0 and not commands and not notebooks
-    assert "after Holm's adjustment for 2, on 4,934 questions with 1" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--recipe", "fast"], "--recipe fast: expected one of chain, constant"),
-        (["--recipe", "chain", "linear", "--stages", "e1"], "--stages and --base-checkpoint go with one recipe"),
-        (["--recipe", "chain", "linear", "--set", "RUN_DIR=x"], "--set RUN_DIR: --seeds and several recipes"),
-        (["--recipe", "linear", "--stages", "e2"], "--stages e2: recipe linear has e1 only"),
-        (
-            ["--recipe", "chain", "--recipe", "linear", "--set", "e1.MAX_EPOCHS=1"],
-            "--set MAX_EPOCHS: the recipes set it",
-        ),
-        (["--jobs", "0"], "--jobs 0: expected 1 or more"),
-        (["--difference", "-1"], "expected points of accuracy above 0"),
-    ],
-)
-def test_recipes_that_make_no_sense_are_met_before_anything_runs(run, capsys, arguments, message):
-    with pytest.raises(SystemExit):
-        run("race", *arguments)
-    assert message in capsys.readouterr().err

@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAP
 from race import OPTIONS, RaceError
 from race.attention import packed_attention
 from race.data import collate
-from race.families import PACKED, REFUSED, attention_dropout, check_family, longest_input, pads_left, takes_segments
+from race.encoder import PACKED, attention_dropout, longest_input, pads_left, takes_segments
+from race.models import REFUSED, check_family
 from race_module import RaceModule
 
 OTHER_WAYS = {"modernbert-mean": ("modernbert", {"classifier_pooling": "mean"})}
@@ -132,7 +133,6 @@ def spy(seen: list, monkeypatch) -> str:
 
     AttentionInterface.register("spied", attention)
     AttentionMaskInterface.register("spied", sdpa_mask)
-    monkeypatch.setattr("race.encoder.packed_attention", attention)  # of ALBERT's last layer
     return "spied"
 
 
@@ -183,7 +183,6 @@ def test_longest_input_leaves_out_the_places_before_the_first():
     [
         ("bert", {"is_decoder": True}, "makes a decoder of it"),
         ("xlnet", {"attn_type": "uni"}, "makes a decoder of it"),
-        ("roformer", {"rotary_value": True}, "rotary_value: its answer to a question depends on the padding"),
     ],
 )
 def test_settings_that_make_another_model_are_refused(family, settings, message):

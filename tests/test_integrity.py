@@ -1,6 +1,7 @@
 """Files are whole or refused by name; a full disk, a kill or a second process costs nothing; no file runs code."""
 
 import errno
+import io
 import json
 import os
 import random
@@ -9,28 +10,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import RECORD, ROOT, Payload
 from kill import in_a_process
-from small_stage import At, e1, stage, state
+from small_stage import At, e1, interrupt, same_weights, stage, state
 
 import generate_race_cache
 import race.files
 from race import RaceError
 from race.data import RaceDataModule
-from race.data.cache import build_cache, check_files, read_manifest, verify_cache, write_manifest
-from race.export.__main__ import main as export
+from race.data.cache import Cache, build_cache, verify_cache, write_manifest
 from race.files import atomic_write, file_hash, read_archive, save_archive
-from race.score.predict import predict, score
 from race.train.checkpoints import Checkpoint
 from race.train.stages import Stage
 from race.train.training import DISK_FULL, start_stage
 from race_module import RaceModule
-
-os.umask(UMASK := os.umask(0))
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +53,11 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 def test_every_damaged_cache_file_is_refused_by_name(cache, tmp_path):
-    """500 flips and truncations over all files that training opens."""
+    """300 flips and truncations over all files that training opens."""
     folder, rng = tmp_path / "cache", random.Random(0)
     shutil.copytree(cache, folder)
-    names = ["manifest.json", *read_manifest(folder)["files"]]
-    for _ in range(500):
+    names = ["manifest.json", *Cache(folder).manifest["files"]]
+    for _ in range(300):
         path = folder / rng.choice(names)
         content = path.read_bytes()
         path.write_bytes(damaged(content, rng))
@@ -71,16 +69,29 @@ def test_every_damaged_cache_file_is_refused_by_name(cache, tmp_path):
     RaceDataModule(folder).setup()
 
 
+def test_a_file_is_read_once_and_again_when_it_has_been_written(cache, tmp_path, monkeypatch):
+    shutil.copytree(cache, tmp_path / "cache")
+    opened = Cache(tmp_path / "cache")
+    opened.check_files()
+    with monkeypatch.context() as patched:
+        patched.setattr(race.files, "file_hash", lambda path: pytest.fail(f"{path} is read again"))
+        opened.check_files()
+    path = tmp_path / "cache" / "test-questions.arrow"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(RaceError, match=r"test-questions.arrow: damaged"):
+        opened.check_files()
+
+
 @pytest.mark.parametrize("kind", ["checkpoint", "state"])
 def test_every_damaged_checkpoint_is_refused_by_name(trained, tmp_path, kind):
-    """250 flips and truncations over a checkpoint or a state: refused by name, or read without any difference."""
+    """200 flips and truncations over a checkpoint or a state: refused by name, or read without any difference."""
     source = e1(trained).state_path if kind == "state" else e1(trained).best().path
     path, content, rng = tmp_path / source.name, source.read_bytes(), random.Random(1)
     weights, lineage = read_archive(source)["state_dict"], read_archive(source)["race"]
-    for _ in range(250):
+    for _ in range(200):
         path.write_bytes(damaged(content, rng))
         for read in (Checkpoint, RaceModule.load_from_checkpoint):
-            race.files._check_archive.cache_clear()
+            race.files._archive_problem.cache_clear()
             try:
                 read(path)
             except RaceError as error:
@@ -89,61 +100,34 @@ def test_every_damaged_checkpoint_is_refused_by_name(trained, tmp_path, kind):
                 found = read_archive(path)
                 assert all(torch.equal(tensor, found["state_dict"][name]) for name, tensor in weights.items())
                 assert found["race"] == lineage
-    path.write_bytes(content)
-    race.files._check_archive.cache_clear()
-    RaceModule.load_from_checkpoint(path)
 
 
 def test_a_checkpoint_from_elsewhere_is_taken_if_it_is_whole(tmp_path):
     """By the checksums of the zip archive that torch.save writes."""
-    torch.save({"state_dict": {"a": torch.arange(1000)}}, tmp_path / "theirs.ckpt")
-    assert Checkpoint(tmp_path / "theirs.ckpt").lineage == {}
-    content = bytearray((tmp_path / "theirs.ckpt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "theirs.ckpt").write_bytes(content)
-    with pytest.raises(RaceError, match=r"theirs.ckpt: damaged"):
-        Checkpoint(tmp_path / "theirs.ckpt")
-    torch.save({"state_dict": {"a": torch.arange(1000)}}, tmp_path / "theirs.ckpt")
-    content = bytearray((tmp_path / "theirs.ckpt").read_bytes())
-    content[content.rindex(b"PK\x01\x02") + 38] |= 16  # torch would take the entry for a folder, and read no weights
-    (tmp_path / "theirs.ckpt").write_bytes(content)
-    with pytest.raises(RaceError, match=r"theirs.ckpt: damaged"):
-        Checkpoint(tmp_path / "theirs.ckpt")
-    (tmp_path / "theirs.ckpt").write_text("hello")
-    with pytest.raises(RaceError, match="cut off or damaged"):
-        Checkpoint(tmp_path / "theirs.ckpt")
+    path = tmp_path / "theirs.ckpt"
+    torch.save({"state_dict": {"a": torch.arange(1000)}}, path)
+    assert Checkpoint(path).lineage == {}
+    content = path.read_bytes()
+    attributes = content.rindex(b"PK\x01\x02") + 38  # torch would take the entry for a folder, and read no weights
+    for place, bit in ((len(content) // 2, 1), (attributes, 16)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+        with pytest.raises(RaceError, match=r"theirs.ckpt: .*damaged"):
+            Checkpoint(path)
+    path.write_text("hello")
+    with pytest.raises(RaceError, match=r"theirs.ckpt: "):
+        Checkpoint(path)
 
 
-def test_a_checkpoint_is_an_ordinary_file(trained):
-    path = e1(trained).best().path
-    assert set(torch.load(path, weights_only=True)["race"]) >= {"stage", "base", "cache", "versions", "commit"}
-    assert (path.stat().st_mode & 0o777) == 0o666 & ~UMASK
-
-
-def test_a_damaged_cache_found_while_open(cache, tmp_path):
-    """The check is made again when a file has been written since."""
-    shutil.copytree(cache, tmp_path / "cache")
-    check_files(tmp_path / "cache")
-    path = tmp_path / "cache" / "test-questions.arrow"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(RaceError, match=r"test-questions.arrow: damaged"):
-        check_files(tmp_path / "cache")
-
-
-def test_lineage_goes_back_to_the_base(trained, cache):
-    lineage = e1(trained).best().lineage
-    manifest = read_manifest(cache)
-    assert lineage["cache"]["source_sha256"] == manifest["source"]["sha256"]
-    assert lineage["tokenizer"] == manifest["tokenizer"]["sha256"]
-    assert lineage["versions"]["torch"] == torch.__version__ and len(lineage["base_sha256"]) == 64
-
-
-def test_another_encoding_is_refused(trained, corpus, tmp_path):
-    build_cache(str(corpus), "demo", tmp_path / "short", max_qa_len=9)
-    with pytest.raises(RaceError, match="truncated to 128 tokens, .* truncates to 9"):
-        predict(e1(trained).best(), tmp_path / "short")
-    with pytest.raises(RaceError, match="truncated to 128 tokens"):
-        start_stage(Stage("e2", trained / "checkpoints"), tmp_path / "short")
+def test_a_checkpoint_is_an_ordinary_file_and_says_where_it_comes_from(trained, cache):
+    path, manifest = e1(trained).best().path, Cache(cache).manifest
+    lineage = torch.load(path, weights_only=True)["race"]
+    assert lineage["cache"]["source_sha256"] == manifest["source"]["sha256"] and len(lineage["base_sha256"]) == 64
+    assert lineage["tokenizer"] == manifest["tokenizer"]["sha256"] and "commit" in lineage
+    assert lineage["versions"]["torch"] == torch.__version__
+    atomic_write(trained / "other", lambda other: other.write_text(""))
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (path.stat().st_mode & 0o777) == 0o666 & ~mask
 
 
 # -------------------------------------------------------------------------------------------------- full disks
@@ -172,17 +156,13 @@ def fill(folder, leave: int = 0) -> None:
 
 
 def test_full_disk_while_writing_a_file(small_disk):
-    for name, write in (
-        ("results.csv", lambda path: path.write_text("y" * 50_000)),
-        ("figure.png", lambda path: path.write_bytes(b"y" * 50_000)),
-    ):
-        atomic_write(small_disk / name, lambda path: path.write_text("old"))
-        fill(small_disk, 8192)
-        with pytest.raises(OSError, match=f"the old file is unchanged.*{name}") as error:
-            atomic_write(small_disk / name, write)
-        assert error.value.errno == errno.ENOSPC and (small_disk / name).read_text() == "old"
-        (small_disk / "filler").unlink()
-    assert sorted(path.name for path in small_disk.iterdir()) == ["figure.png", "results.csv"]
+    path = small_disk / "results.csv"
+    atomic_write(path, lambda path: path.write_text("old"))
+    fill(small_disk, 8192)
+    with pytest.raises(OSError, match="the old file is unchanged.*results.csv") as error:
+        atomic_write(path, lambda path: path.write_text("y" * 50_000))
+    assert error.value.errno == errno.ENOSPC and path.read_text() == "old"
+    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "results.csv"]
 
 
 def test_a_file_that_may_not_grow(tmp_path):
@@ -214,76 +194,28 @@ def test_full_disk_while_making_a_cache(corpus, small_disk, capsys, force):
     assert "No space left on device" in capsys.readouterr().err
     (small_disk / "filler").unlink()
     assert [path.name for path in small_disk.iterdir()] == (["cache"] if force else [])
-    assert not force or (verify_cache(out) == [] and read_manifest(out)["max_qa_len"] == 128)
+    assert not force or (verify_cache(out) == [] and Cache(out).manifest["max_qa_len"] == 128)
 
 
-def test_full_disk_while_training(cache, small_disk, tmp_path):
-    """A save that fails ends the stage in words; with room again it goes on from the last good state, exactly."""
-    stage(tmp_path / "whole", cache)
+@pytest.mark.parametrize(("step", "minutes"), [(5, 0.0), (7, 60.0)])
+def test_full_disk_while_training(trained, cache, small_disk, step, minutes):
+    """Saving a state, or an epoch: ended in words; with room again it goes on from the last good state, exactly."""
     with pytest.raises(RaceError, match="the disk is full.*make room"):
-        stage(small_disk, cache, At(5, lambda *_: fill(small_disk, 4096)), minutes=0.0)
+        stage(small_disk, cache, At(step, lambda *_: fill(small_disk, 4096)), minutes=minutes)
     kept = state(small_disk)["resume"]
-    assert kept["batches"] in (4, 5)
+    assert kept["epoch"] == 0 and kept["batches"] in ((4, 5) if minutes == 0 else (0, 7))
+    assert not list((small_disk / "checkpoints").glob("*.ckpt"))
     (small_disk / "filler").unlink()
     stage(small_disk, cache)
-    one, other = state(tmp_path / "whole"), state(small_disk)
-    assert all(torch.equal(tensor, other["state_dict"][name]) for name, tensor in one["state_dict"].items())
-    assert one["resume"]["steps"] == other["resume"]["steps"] and not list(small_disk.rglob(".*.tmp"))
-
-
-def test_full_disk_while_saving_an_epoch(cache, small_disk):
-    with pytest.raises(RaceError, match="the disk is full"):
-        stage(small_disk, cache, At(7, lambda *_: fill(small_disk, 4096)))
-    assert state(small_disk)["resume"]["epoch"] == 0 and not list((small_disk / "checkpoints").glob("*.ckpt"))
-    (small_disk / "filler").unlink()
-    stage(small_disk, cache, epochs=1)
-    assert len(list((small_disk / "checkpoints").glob("e1-*.ckpt"))) == 1
-
-
-def test_full_disk_while_saving_predictions(trained, cache, small_disk):
-    checkpoint = e1(trained).best()
-    score(checkpoint, cache, "test", small_disk, device="cpu")
-    before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
-    fill(small_disk)
-    with pytest.raises(OSError, match="No space left"):
-        score(checkpoint, cache, "validation", small_disk, device="cpu")
-    (small_disk / "filler").unlink()
-    assert all(path.read_bytes() == content for path, content in before.items())
-    assert not list(small_disk.rglob(".*.tmp"))
-
-
-def test_full_disk_while_saving_a_figure(small_disk):
-    from matplotlib.figure import Figure
-
-    from race.report.figures import save_figure
-
-    save_figure(Figure(), small_disk, "curve")
-    before = {path: path.read_bytes() for path in (small_disk / "figures").iterdir()}
-    fill(small_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_figure(Figure(figsize=(9, 9)), small_disk, "curve")
-    (small_disk / "filler").unlink()
-    assert {path: path.read_bytes() for path in (small_disk / "figures").iterdir()} == before
-
-
-def test_full_disk_while_exporting(trained, cache, small_disk, capsys):
-    checkpoint = e1(trained).best()
-    arguments = [str(checkpoint), str(small_disk / "export"), "--cache", str(cache)]
-    assert export(arguments) == 0
-    before = {path: path.read_bytes() for path in (small_disk / "export").rglob("*") if path.is_file()}
-    fill(small_disk, 100_000)
-    assert export([*arguments, "--force"]) == 1
-    assert "No space left" in capsys.readouterr().err
-    (small_disk / "filler").unlink()
-    assert {path: path.read_bytes() for path in (small_disk / "export").rglob("*") if path.is_file()} == before
-    assert [path.name for path in small_disk.iterdir()] == ["export"]
+    assert same_weights(small_disk, trained) and not list(small_disk.rglob(".*.tmp"))
+    assert len(e1(small_disk).saved) == 2
 
 
 # -------------------------------------------------------------------------------------------------- file systems
 
 
 def lacking(monkeypatch, call: str, error: int, what) -> list:
-    """Make os.fsync or os.chmod fail for the paths of which `what` is true; returns the list of those refused."""
+    """Make os.fsync, os.chmod or os.open fail for paths of which `what` is true; returns the list of those refused."""
     original, refused = getattr(os, call), []
 
     def fails(place, *rest, **others):
@@ -301,37 +233,27 @@ def lacking(monkeypatch, call: str, error: int, what) -> list:
     ("call", "error", "what"),
     [
         ("fsync", errno.EINVAL, os.path.isdir),
-        ("fsync", errno.ENOTSUP, os.path.isdir),
-        ("fsync", errno.EINVAL, os.path.exists),
+        ("fsync", errno.ENOTSUP, os.path.exists),
         ("chmod", errno.EPERM, os.path.exists),
-        ("chmod", errno.ENOTSUP, os.path.exists),
     ],
 )
 def test_file_systems_that_lack_a_call(corpus, tmp_path, monkeypatch, call, error, what):
-    """A cache is made, a stage trains, stops and resumes, an export is made."""
+    """A cache is made, a stage trains, stops and resumes."""
     refused = lacking(monkeypatch, call, error, what)
     cache = tmp_path / "cache"
     build_cache(str(corpus), "demo", cache)
     assert verify_cache(cache) == []
     with pytest.raises(KeyboardInterrupt):
-        stage(tmp_path, cache, At(3, lambda *_: os.kill(os.getpid(), signal.SIGINT)), epochs=1)
+        stage(tmp_path, cache, At(3, interrupt), epochs=1)
     stage(tmp_path, cache, epochs=1)
-    assert state(tmp_path)["resume"]["finished"]
-    assert export([str(e1(tmp_path).best()), str(tmp_path / "export"), "--cache", str(cache)]) == 0
-    assert refused and not list(tmp_path.rglob(".*.tmp"))
+    assert state(tmp_path)["resume"]["finished"] and (refused or call == "chmod")
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES])
 def test_a_folder_that_may_not_be_opened_is_not_flushed(tmp_path, monkeypatch, error):
     """The folder of a share, for example; the files in it are."""
-    original = os.open
-
-    def fails(path, *rest, **others):
-        if os.path.isdir(path):
-            raise OSError(error, os.strerror(error), path)
-        return original(path, *rest, **others)
-
-    monkeypatch.setattr(os, "open", fails)
+    lacking(monkeypatch, "open", error, os.path.isdir)
     atomic_write(tmp_path / "x", lambda path: path.write_text("new"))
     assert (tmp_path / "x").read_text() == "new"
 
@@ -371,44 +293,46 @@ def maker(corpus, out, length: int = 128, death: str = "") -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
-def test_two_processes_make_the_same_cache_at_once(corpus, tmp_path):
-    for death in ("", "replaces"):
-        makers = [maker(corpus, tmp_path / "out" / "cache", death=death) for _ in range(3)]
-        assert [process.wait(120) for process in makers] == [0, 0, 0]
-        assert verify_cache(tmp_path / "out" / "cache") == []
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["cache"]
+@pytest.fixture
+def out(corpus, tmp_path):
+    """A cache that is there already, alone in its folder."""
+    build_cache(str(corpus), "demo", tmp_path / "out" / "cache")
+    return tmp_path / "out" / "cache"
 
 
-def test_a_killed_maker_leaves_the_cache_before(corpus, tmp_path):
+def alone_and_whole(out) -> bool:
+    return verify_cache(out) == [] and [path.name for path in out.parent.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("death", ["", "replaces"])
+def test_two_processes_make_the_same_cache_at_once(corpus, tmp_path, death):
+    makers = [maker(corpus, tmp_path / "out" / "cache", death=death) for _ in range(3)]
+    assert [process.wait(120) for process in makers] == [0, 0, 0] and alone_and_whole(tmp_path / "out" / "cache")
+
+
+def test_a_killed_maker_leaves_the_cache_before(corpus, out):
     """Killed at random moments while it replaces a cache: one whole cache is there after the next start."""
-    out, rng = tmp_path / "out" / "cache", random.Random(0)
-    build_cache(str(corpus), "demo", out)
-    for number in range(6):
+    rng = random.Random(0)
+    for number in range(4):
         process = maker(corpus, out, 9)
         process.stdout.readline()  # it begins now
         time.sleep(rng.uniform(0.0, 0.5))
         process.kill()
         process.wait(10)
-        if out.exists():
-            assert verify_cache(out) == []
+        assert not out.exists() or verify_cache(out) == []
         if number % 2:
             build_cache(str(corpus), "demo", out, force=True)
-            assert [path.name for path in out.parent.iterdir()] == ["cache"]
+            assert alone_and_whole(out)
 
 
-def test_a_cache_moved_away_for_a_new_one_comes_back(corpus, tmp_path):
+def test_a_cache_moved_away_for_a_new_one_comes_back(corpus, out):
     """Killed between the two renames: the old cache is put back on the next start."""
-    out = tmp_path / "out" / "cache"
-    build_cache(str(corpus), "demo", out)
     assert maker(corpus, out, 9, "between the renames").wait(60) == -signal.SIGKILL and not out.exists()
-    assert build_cache(str(corpus), "demo", out)["kept"]
-    assert verify_cache(out) == [] and [path.name for path in out.parent.iterdir()] == ["cache"]
+    assert build_cache(str(corpus), "demo", out)["kept"] and alone_and_whole(out)
 
 
 @pytest.mark.parametrize("error", [OSError("stale handle"), KeyboardInterrupt()])
-def test_a_replacement_that_fails_puts_the_old_cache_back(corpus, tmp_path, monkeypatch, error):
-    out = tmp_path / "out" / "cache"
-    build_cache(str(corpus), "demo", out)
+def test_a_replacement_that_fails_puts_the_old_cache_back(corpus, out, monkeypatch, error):
     replace = os.replace
 
     def fails(source, target):
@@ -419,12 +343,11 @@ def test_a_replacement_that_fails_puts_the_old_cache_back(corpus, tmp_path, monk
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(type(error)):
         build_cache(str(corpus), "demo", out, max_qa_len=9, force=True)
-    assert verify_cache(out) == [] and read_manifest(out)["max_qa_len"] == 128
-    assert [path.name for path in out.parent.iterdir()] == ["cache"]
+    assert alone_and_whole(out) and Cache(out).manifest["max_qa_len"] == 128
 
 
-def test_results_of_two_processes_do_not_mix(tmp_path):
-    """Many writers of one file: always one of their contents, never a mixture, and nothing left over."""
+def test_writers_of_one_file_do_not_mix(tmp_path):
+    """Always one of their contents, never a mixture, and nothing left over."""
     contents = [letter * 200_000 for letter in "abc"]
     for _ in range(3):
         writers = [
@@ -441,38 +364,23 @@ def test_results_of_two_processes_do_not_mix(tmp_path):
 # -------------------------------------------------------------------------------------------------- code in files
 
 
-class Payload:
-    """Pickled, it makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 def test_a_payload_in_a_checkpoint_or_state_runs_nothing(trained, cache, tmp_path):
     """In an archive whose checksums agree, as from somebody who knows how."""
     good = read_archive(e1(trained).best().path)
-    (tmp_path / "checkpoints" / "resume").mkdir(parents=True)
-    for path in (tmp_path / "x.ckpt", tmp_path / "checkpoints" / "resume" / "e1.ckpt"):
+    for path in (tmp_path / "x.ckpt", e1(tmp_path).state_path):
         save_archive(good | {"callbacks": Payload(tmp_path / "owned")}, path)
-        with pytest.raises(RaceError, match=f"{path}: holds more than weights and plain values"):
-            Checkpoint(path)
-        with pytest.raises(RaceError, match="refused"):
-            RaceModule.load_from_checkpoint(path)
-    with pytest.raises(RaceError, match="could run code"):
-        predict(Checkpoint(tmp_path / "x.ckpt"), cache)
+        for read in (Checkpoint, RaceModule.load_from_checkpoint):
+            with pytest.raises(RaceError, match=f"{path}: .*could run code"):
+                read(path)
     with pytest.raises(RaceError, match="could run code"):
         stage(tmp_path, cache)
     assert not (tmp_path / "owned").exists()
 
 
 def malicious_model(folder, cache, tmp_path):
-    """A model folder whose configuration asks for code of its own, and whose weights are a pickle."""
+    """A model folder whose configuration asks for code of its own."""
     shutil.copytree(cache / "model", folder)
-    code = f"open({str(tmp_path / 'owned')!r}, 'w')\nclass Evil: pass\n"
-    (folder / "evil.py").write_text(code)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nclass Evil: pass\n")
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text())
         auto = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForMultipleChoice"), "evil.Evil")
@@ -480,7 +388,7 @@ def malicious_model(folder, cache, tmp_path):
         (folder / name).write_text(json.dumps(content))
 
 
-def test_remote_code_of_a_model_never_runs(corpus, cache, tmp_path):
+def test_code_of_a_model_never_runs(corpus, cache, tmp_path):
     malicious_model(tmp_path / "model", cache, tmp_path)
     build_cache(str(corpus), str(tmp_path / "model"), tmp_path / "cache")
     start_stage(Stage("e1"), tmp_path / "cache")
@@ -488,7 +396,16 @@ def test_remote_code_of_a_model_never_runs(corpus, cache, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_payload_cache_runs_nothing(corpus, cache, tmp_path):
+def reseal(folder) -> None:
+    """Make the manifest agree with the files, as an attacker would."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    known = {path.relative_to(folder).as_posix(): (path.stat().st_size, file_hash(path)) for path in files}
+    entries = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in known.items()}
+    write_manifest(folder / "manifest.json", Cache(folder).manifest | {"files": entries})
+    assert verify_cache(folder) == []
+
+
+def test_a_payload_in_a_cache_runs_nothing(corpus, cache, tmp_path):
     """Code in the model of a cache whose manifest agrees with it; and pickled weights in place of safetensors."""
     folder = tmp_path / "cache"
     shutil.copytree(cache, folder)
@@ -499,54 +416,31 @@ def test_a_payload_cache_runs_nothing(corpus, cache, tmp_path):
     (folder / "model" / "model.safetensors").unlink()
     torch.save({"albert.pooler.bias": Payload(tmp_path / "owned")}, folder / "model" / "pytorch_model.bin")
     reseal(folder)
-    with pytest.raises(ValueError, match=f"{folder / 'model'}: cannot be loaded safely"):
+    with pytest.raises(RaceError, match=str(folder / "model")):
         start_stage(Stage("e1"), folder)
-    with pytest.raises(RaceError, match=f"{folder / 'model'}: its weights cannot be loaded safely"):
+    with pytest.raises(RaceError, match=str(folder / "model")):
         build_cache(str(corpus), str(folder / "model"), tmp_path / "other")
     assert not (tmp_path / "owned").exists() and not (tmp_path / "other").exists()
 
 
-def reseal(folder) -> None:
-    """Make the manifest agree with the files, as an attacker would."""
-    manifest = {key: value for key, value in read_manifest(folder).items() if key != "sha256"}
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
-    manifest["files"] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
-    }
-    write_manifest(folder / "manifest.json", manifest)
-    assert verify_cache(folder) == []
-
-
 @pytest.mark.parametrize("name", ["../../train/evil.txt", "/train/evil.txt"])
-def test_paths_in_a_tar_lead_nowhere(tmp_path, name):
+@pytest.mark.parametrize("link", [False, True])
+def test_paths_in_a_tar_lead_nowhere(tmp_path, name, link):
     """A member that would climb out, or an absolute one, is read as text, never written; a link is refused."""
-    import io
-    import tarfile
-
-    record = {"article": "Tom.", "questions": ["Who?"], "options": [["a", "b", "c", "d"]], "answers": ["A"], "id": "1"}
-    content = json.dumps(record).encode()
-    for links in (0, 1):
-        with tarfile.open(tmp_path / "race.tar", "w") as tar:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-            link = tarfile.TarInfo(name.replace("evil", "link"))
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            for _ in range(links):
-                tar.addfile(link)
-        if links:
-            with pytest.raises(RaceError, match=r"link.txt: a link inside an archive"):
-                build_cache(str(tmp_path / "race.tar"), "demo", tmp_path / "out" / "linked")
-        else:
-            build_cache(str(tmp_path / "race.tar"), "demo", tmp_path / "out" / "cache")
-    assert read_manifest(tmp_path / "out" / "cache")["splits"]["train"]["passages"] == 1
+    content, out = json.dumps(RECORD).encode(), tmp_path / "out" / "cache"
+    with tarfile.open(tmp_path / "race.tar", "w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+        linked = tarfile.TarInfo(name.replace("evil", "link"))
+        linked.type, linked.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        if link:
+            tar.addfile(linked)
+    if link:
+        with pytest.raises(RaceError, match=r"link.txt: a link inside an archive"):
+            build_cache(str(tmp_path / "race.tar"), "demo", out)
+    else:
+        build_cache(str(tmp_path / "race.tar"), "demo", out)
+        assert Cache(out).manifest["splits"]["train"]["passages"] == 1
     assert not list(tmp_path.rglob("evil*")) and not (tmp_path.parent / "train").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "race.tar"]
-
-
-def test_a_file_is_read_once_a_process(cache, monkeypatch):
-    import race.data.cache
-
-    check_files(cache)
-    monkeypatch.setattr(race.data.cache, "file_hash", lambda path: pytest.fail(f"{path} is read again"))
-    check_files(cache)
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "race.tar"}

@@ -12,8 +12,9 @@ from transformers import AlbertConfig, AlbertForMultipleChoice, BertForMultipleC
 
 from race import RaceError
 from race.data import RaceDataModule, collate
-from race.encoder import CPU_TOKENS, compile_layers, token_budget, token_budget_for
-from race_module import RaceModule, parameter_groups
+from race.encoder import compile_layers
+from race.memory import CPU_TOKENS, token_budget, token_budget_for
+from race_module import RaceModule
 
 REFERENCE = {"albert": AlbertForMultipleChoice, "bert": BertForMultipleChoice}
 

@@ -1,107 +1,106 @@
-"""A notebook's parameters as one object: what is meant is taken, the rest is refused by name, and nothing is stale."""
+"""Parameters: what is meant is taken, the rest is refused by name, and nothing is stale."""
 
+import math
+import re
 import sys
+from pathlib import Path
 
+import nbformat
 import pytest
 import pytorch_lightning as pl
+from helpers import DOCUMENTS, ROOT
 
 from race import RaceError
 from race.data import RaceDataModule
-from race.parameters import ROOT, Settings, parse_set
+from race.parameters import OF_NOTEBOOKS, PARAMETERS, Settings, check, parse_set, read, table
 from race.train.stages import Stage
 from race.train.training import start_stage, train_stage
 
-WORDS = {
-    "CACHE_DIR": "cache/race",
-    "CHECKPOINT_DIR": "/elsewhere/checkpoints",
-    "LEARNING_RATE": "1e-4",
-    "MAX_EPOCHS": "3",
-    "BATCH_SIZE": 32.0,
-    "LIMIT_QUESTIONS": "None",
-    "SEED": "0",
-    "PRECISION": 32,
-    "FRESH": False,
-    "LEVEL": "high",
-    "CHECKPOINTS": "a.ckpt",
-    "BASE_MODEL": "albert-base-v2",
-    "unrelated": object(),
-}
+
+def test_what_is_meant_is_taken():
+    """YAML reads 1e-4 as text, papermill and command lines give text; one path is a list of one."""
+    words = {"LEARNING_RATE": "1e-4", "MAX_EPOCHS": "3", "BATCH_SIZE": 32.0, "LIMIT_QUESTIONS": "None", "SEED": "0"}
+    words |= {"LEVEL": "high", "CHECKPOINTS": "a.ckpt", "BASE_MODEL": "albert-base-v2", "SEEDS": ["1", 2]}
+    words |= {"SCHEDULE": "step 13/23", "WARMUP": "0.1", "MAX_GRAD_NORM": "inf", "DETERMINISTIC": "true", "COMPILE": 0}
+    values = read(words | {"unrelated": object(), "workers": "many", "FRESH": False})
+    expected = words | {"LEARNING_RATE": 1e-4, "MAX_EPOCHS": 3, "BATCH_SIZE": 32, "LIMIT_QUESTIONS": None, "SEED": 0}
+    expected |= {"CHECKPOINTS": ["a.ckpt"], "SEEDS": [1, 2], "WARMUP": 0.1, "MAX_GRAD_NORM": math.inf}
+    assert values == expected | {"DETERMINISTIC": True, "COMPILE": False}
+    assert type(values["MAX_EPOCHS"]) is type(values["BATCH_SIZE"]) is int
+    assert read({"LOGGERS": "{A: {project: race}, b.C: }"})["LOGGERS"] == {"A": {"project": "race"}, "b.C": {}}
+    assert read({"LOGGERS": "WandbLogger"})["LOGGERS"] == {"WandbLogger": {}}
+    assert read({"LOGGERS": ["A", "B"]})["LOGGERS"] == {"A": {}, "B": {}}
 
 
-def test_what_is_meant_is_taken(tmp_path, monkeypatch):
-    """YAML reads 1e-4 as text; one path is a list of one; folders are relative to the repository."""
-    monkeypatch.chdir(tmp_path)
-    settings = Settings(WORDS)
-    assert (settings.LEARNING_RATE, settings.MAX_EPOCHS, settings.BATCH_SIZE) == (1e-4, 3, 32)
-    assert type(settings.MAX_EPOCHS) is type(settings.BATCH_SIZE) is int
-    assert settings.LIMIT_QUESTIONS is None and settings.SEED == 0
-    assert (settings.PRECISION, settings.LEVEL, settings.CHECKPOINTS) == ("32-true", "high", ["a.ckpt"])
-    assert settings.CACHE_DIR == str(ROOT / "cache" / "race")
-    assert settings.CHECKPOINT_DIR == "/elsewhere/checkpoints" and settings.BASE_MODEL == "albert-base-v2"
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *[
+            (name, "fast")
+            for name in ("LEARNING_RATE", "MAX_EPOCHS", "SPLIT", "LEVEL", "MONITOR", "SCHEDULE", "WARMUP")
+        ],
+        *[("LEARNING_RATE", value) for value in (-1, math.nan, math.inf, True, None)],
+        *[("MAX_EPOCHS", value) for value in (0, 2.5, True, "1e400")],
+        *[("WARMUP", value) for value in (-0.1, 1.5, math.inf)],
+        *[("MAX_GRAD_NORM", 0), ("ATTENTION_DROPOUT", 1), ("SCHEDULE", "step 3/2"), ("SEED", -1), ("SEEDS", [1.5])],
+        *[("RUN_DIR", None), ("RUN_DIR", " "), ("PRECISION", "bf16-true"), ("ACCELERATOR", "cuda"), ("COMPILE", "max")],
+        *[("LOGGERS", "{A: 3}"), ("LOGGERS", "{A: "), ("DIFFERENCE", 0), ("TOKEN_BUDGET", 0), ("DETERMINISTIC", 2)],
+        *[("weight_decay", -0.1), ("max_qa_len", 0), ("workers", 0)],
+    ],
+)
+def test_the_rest_is_refused_by_name(name, wrong):
+    expected = re.escape(f"{name} is {wrong!r}, expected {PARAMETERS[name].kind.words}")
+    with pytest.raises(RaceError, match=expected):
+        check(**{name.lower(): wrong})
+    if name in OF_NOTEBOOKS:
+        with pytest.raises(RaceError, match=expected):
+            Settings({name: wrong})
 
 
-def test_where_and_how_to_compute():
-    """Of a command line all is text; each is passed on where it belongs, and only if the notebook has it."""
-    named = {"PRECISION": "bf16", "ACCELERATOR": "cpu", "DETERMINISTIC": "true", "COMPILE": 0}
-    given = {"precision": "bf16-mixed", "accelerator": "cpu"}
-    assert Settings(named).scoring() == given
-    assert Settings(named).training() == given | {"deterministic": True, "compile": False}
-    assert Settings({"ACCELERATOR": "None"}).training() == {"accelerator": None}
-    wrong = {"ACCELERATOR": "cuda", "DETERMINISTIC": 2, "COMPILE": "max"}
-    with pytest.raises(RaceError) as error:
-        Settings(wrong)
-    assert str(error.value) == (
-        "ACCELERATOR is 'cuda', expected one of cpu, gpu, or None; DETERMINISTIC is 2, expected True or False; "
-        "COMPILE is 'max', expected True or False"
-    )
-
-
-def test_what_a_command_line_says_of_recipes_and_loggers():
-    """Lists and loggers as papermill gives them, or as text in YAML."""
-    named = {"RECIPES": "chain", "SEEDS": ["1", 2], "DIFFERENCE": "0.5", "MONITOR": "val_acc", "MAX_GRAD_NORM": "1"}
-    settings = Settings(named | {"SCHEDULE": "step 13/23", "WARMUP": "0.1", "LOGGERS": "{A: {project: race}, b.C: }"})
-    assert (settings.RECIPES, settings.SEEDS, settings.DIFFERENCE) == (["chain"], [1, 2], 0.5)
-    assert settings.module() == {"schedule": "step 13/23", "warmup": 0.1, "max_grad_norm": 1.0}
-    assert settings.training() == {"loggers": {"A": {"project": "race"}, "b.C": {}}}
-    assert Settings({"LOGGERS": "WandbLogger"}).LOGGERS == {"WandbLogger": {}}
-    assert Settings({"LOGGERS": ["A", "B"]}).LOGGERS == {"A": {}, "B": {}}
-    wrong = {"LOGGERS": "{A: 3}", "MONITOR": "loss", "SCHEDULE": "step 3/2", "SEEDS": [1.5]}
-    with pytest.raises(RaceError) as error:
-        Settings(wrong)
-    assert len(str(error.value).split("; ")) == 4 and "SCHEDULE is 'step 3/2', expected constant" in str(error.value)
-    with pytest.raises(RaceError, match="LOGGERS is '{A: ', expected names, each"):
-        Settings({"LOGGERS": "{A: "})
-
-
-def test_the_rest_is_refused_by_name():
-    wrong = {"LEARNING_RATE": "fast", "MAX_EPOCHS": 2.5, "SEED": True, "SPLIT": "dev", "RUN_DIR": None}
-    with pytest.raises(RaceError) as error:
-        Settings(wrong)
-    for name, expected in (
-        ("LEARNING_RATE is 'fast'", "0 or more"),
-        ("MAX_EPOCHS is 2.5", "1 or more"),
-        ("SEED is True", "0 or more"),
-        ("SPLIT is 'dev'", "one of train, validation, test"),
-        ("RUN_DIR is None", "a folder"),
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(
+        RaceError, match="BATCH_SIZE is 0, expected 1 or more.*; weight_decay is -1, expected 0 or more$"
     ):
-        assert f"{name}, expected {expected}" in str(error.value)
+        check(batch_size=0, weight_decay=-1, seed=0, token_budget=None)
 
 
-def test_a_path_that_is_there_is_one_from_the_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    variables = {"CACHE_DIR": "cache/mine", "CHECKPOINT": "README.md", "CHECKPOINTS": ["docs", "some/name"]}
-    settings = Settings(variables)
-    assert settings.CHECKPOINT == str(ROOT / "README.md")
-    assert settings.CHECKPOINTS == [str(ROOT / "docs"), "some/name"]
+def test_every_parameter_is_in_a_notebook_and_each_default_is_allowed():
+    given = set()
+    for notebook in DOCUMENTS:
+        cells = nbformat.read(ROOT / f"{notebook}.ipynb", 4).cells
+        (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+        values: dict = {}
+        exec(source, values)
+        given |= read(values).keys()
+        assert {name for name in values if name.isupper()} - {"FRESH"} <= set(OF_NOTEBOOKS)
+    assert given == set(OF_NOTEBOOKS) and all(f"| `{name}` | " in table() for name in PARAMETERS)
 
 
-def test_a_notebook_beside_a_cache_of_its_own_stays_there(tmp_path, monkeypatch):
+def test_what_is_gone_says_what_to_do_now():
+    for call in (lambda: Settings({"FRESH": True}), lambda: parse_set(["e3.FRESH=1"])):
+        with pytest.raises(RaceError, match="FRESH is gone: .*CHECKPOINT_DIR.*move its files away"):
+            call()
+
+
+def test_each_goes_where_it_belongs():
+    named = {"PRECISION": "bf16-mixed", "ACCELERATOR": "cpu", "SPLIT": "test", "RUN_DIR": "runs/x", "BATCH_SIZE": 8}
+    settings = Settings(named | {"WARMUP": 1, "LOGGERS": None, "SEED": 3})
+    how = {"precision": "bf16-mixed", "accelerator": "cpu"}
+    assert settings.scoring() == how | {"split": "test", "run_dir": "runs/x"}
+    assert settings.training() == how | {"loggers": None}
+    assert (settings.data(), settings.module()) == ({"batch_size": 8, "seed": 3}, {"warmup": 1})
+    with pytest.raises(AttributeError, match="workers is not a parameter"):
+        settings.workers  # noqa: B018
+
+
+def test_a_notebook_works_in_the_repository_unless_its_cache_lies_beside_it(tmp_path, monkeypatch):
     """A copy of the notebooks in another folder never touches the checkpoints of the repository."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cache" / "race").mkdir(parents=True)
-    settings = Settings({"CACHE_DIR": "cache/race", "CHECKPOINT_DIR": "checkpoints/race", "RUN_DIR": "runs/race"})
-    assert [settings.CACHE_DIR, settings.CHECKPOINT_DIR] == ["cache/race", "checkpoints/race"]
-    assert settings.RUN_DIR == "runs/race"
+    (tmp_path / "cache" / "mine").mkdir(parents=True)
+    Settings({"CACHE_DIR": "cache/mine"})
+    assert Path.cwd() == tmp_path
+    Settings({"CACHE_DIR": "cache/another"})
+    assert Path.cwd() == ROOT
 
 
 def test_a_script_takes_parameters_from_its_command_line(monkeypatch):
@@ -111,39 +110,27 @@ def test_a_script_takes_parameters_from_its_command_line(monkeypatch):
     script = Settings(variables | {"__file__": "ex03.py"})
     assert (script.LEARNING_RATE, script.MAX_EPOCHS, script.SEED) == (1e-5, 2, 0)
     assert Settings(variables).LEARNING_RATE == 2e-6
-    with pytest.raises(RaceError, match="--set LERNRATE=1: expected NAME=VALUE, with NAME one of CACHE_DIR"):
-        parse_set(["LERNRATE=1"])
+    for wrong in ("LERNRATE=1", "SEED", "e3.workers=1"):
+        with pytest.raises(RaceError, match=f"--set {wrong}: expected NAME=VALUE, with NAME one of CACHE_DIR"):
+            parse_set([wrong])
     assert parse_set(["CHECKPOINT=a/e1-epoch=00.ckpt"]) == {"CHECKPOINT": "a/e1-epoch=00.ckpt"}
 
 
-@pytest.mark.parametrize(
-    ("changed", "what"),
-    [
-        ({"LEARNING_RATE": 1e-2}, "LEARNING_RATE is 0.01, but RaceModule was made with 0.0001"),
-        ({"BATCH_SIZE": 4}, "BATCH_SIZE is 4, but RaceDataModule was made with 8"),
-        ({"SEED": 1}, "SEED is 1, but RaceModule was made with 0"),
-        ({"LEVEL": "high"}, "LEVEL is 'high', but RaceDataModule was made with None"),
-        ({"CHECKPOINT_DIR": "/other"}, "CHECKPOINT_DIR is '/other', but Stage was made with"),
-        ({"BASE_MODEL": "albert-large-v2"}, "BASE_MODEL is 'albert-large-v2', but RaceModule was made with None"),
-        ({"CACHE_DIR": "/other"}, "CACHE_DIR is '/other', but RaceModule was made with"),
-    ],
-)
-def test_parameters_changed_after_something_was_made_are_noticed(cache, tmp_path, changed, what):
+def test_parameters_changed_after_something_was_made_are_noticed(cache, tmp_path):
     """The parameters edited and their cell run, then the training cell: never the old ones without a word."""
-    variables = {"CACHE_DIR": str(cache), "CHECKPOINT_DIR": str(tmp_path / "c"), "RUN_DIR": str(tmp_path / "r")}
-    variables |= {"LEARNING_RATE": 1e-4, "BATCH_SIZE": 8, "MAX_LEN": 512, "SEED": 0, "LIMIT_QUESTIONS": 16}
-    variables |= {"LEVEL": None, "BASE_MODEL": None, "MAX_EPOCHS": 1, "TOKEN_BUDGET": None}
+    made = {"CACHE_DIR": str(cache), "CHECKPOINT_DIR": str(tmp_path / "c"), "RUN_DIR": str(tmp_path / "r")}
+    made |= {"LEARNING_RATE": 1e-4, "BATCH_SIZE": 8, "SEED": 0, "LEVEL": None, "BASE_MODEL": None, "MAX_EPOCHS": 1}
+    variables = dict(made)
     settings = Settings(variables)
-    stage = Stage("e1", settings.CHECKPOINT_DIR, settings.RUN_DIR)
-    data = RaceDataModule(**settings.data())
+    stage, data = Stage("e1", settings.CHECKPOINT_DIR, settings.RUN_DIR), RaceDataModule(**settings.data())
     pl.seed_everything(settings.SEED, verbose=False)
-    recipe = {"learning_rate": settings.LEARNING_RATE, "token_budget": settings.TOKEN_BUDGET}
-    module = start_stage(stage, settings.CACHE_DIR, settings.BASE_MODEL, **recipe)
+    module = start_stage(stage, settings.CACHE_DIR, settings.BASE_MODEL, **settings.module())
+    changed = {"CACHE_DIR": "/other", "CHECKPOINT_DIR": "/other", "LEARNING_RATE": 1e-2, "BATCH_SIZE": 4, "SEED": 1}
+    changed |= {"LEVEL": "high", "BASE_MODEL": "albert-large-v2"}
     variables |= changed
-    with pytest.raises(RaceError) as error:
+    with pytest.raises(RaceError, match="Run the cells below the parameters again") as error:
         train_stage(stage, module, data, **settings.training(stage, module, data))
-    assert what in str(error.value) and "Run the cells below the parameters again" in str(error.value)
-    assert not (tmp_path / "c").exists()
-    variables |= {"LEARNING_RATE": "1e-4", "BATCH_SIZE": "8", "SEED": 0, "LEVEL": None, "BASE_MODEL": "None"}
-    variables |= {"CHECKPOINT_DIR": str(tmp_path / "c"), "CACHE_DIR": str(cache), "MAX_EPOCHS": 2}
-    assert settings.training(stage, module, data)["max_epochs"] == 2  # which is used now, not when something was made
+    for name, value in changed.items():
+        assert f"{name} is {value!r}, but " in str(error.value) and f" was made with {made[name]!r}" in str(error.value)
+    variables |= made | {"LEARNING_RATE": "1e-4", "BATCH_SIZE": "8", "BASE_MODEL": "None", "MAX_EPOCHS": 2}
+    assert settings.training(stage, module, data) == {"max_epochs": 2}  # read now, not when something was made

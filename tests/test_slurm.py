@@ -63,32 +63,22 @@ def test_the_notebooks_become_scripts(job, tmp_path):
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_job_that_is_not_stopped_does_everything(job, file):
-    status, calls = job(file=file)
-    assert status == 0 and [call.split()[-1].rsplit("/")[-1] for call in calls[:3]] == ["ex01.py", "ex02.py", "ex03.py"]
-    (evaluations,) = calls[3:]
-    assert "--nodes=1 --ntasks=1 " in evaluations and evaluations.endswith("python -m race.chain race --stages")
-
-
-def test_parameters_reach_every_stage_and_the_evaluations(job):
     given = ["--set", "MAX_EPOCHS=3", "e3.LEARNING_RATE=1e-6"]
-    status, calls = job(given=given)
-    assert status == 0 and len(calls) == 4 and all(call.endswith(" ".join(given)) for call in calls)
+    status, calls = job(file=file, given=given)
+    assert status == 0 and [call.split()[3].rsplit("/")[-1] for call in calls[:3]] == ["ex01.py", "ex02.py", "ex03.py"]
+    assert len(calls) == 4 and "--nodes=1 --ntasks=1 " in calls[3] and "-m race.chain race --stages --set" in calls[3]
+    assert all(call.endswith(" ".join(given)) for call in calls)
 
 
-@pytest.mark.parametrize("signal_status", [138, 143])
-def test_a_stopped_stage_goes_back_into_the_queue(job, signal_status):
-    status, calls = job(0, signal_status)
-    assert status == 0 and calls[-1] == "scontrol requeue 42" and len(calls) == 3
+@pytest.mark.parametrize("statuses", [(0, 138), (0, 143), (0, 0, 0, 75)])
+def test_what_is_stopped_goes_back_into_the_queue(job, statuses):
+    status, calls = job(*statuses)
+    assert status == 0 and calls[-1] == "scontrol requeue 42" and len(calls) == len(statuses) + 1
 
 
 def test_the_signal_reaches_the_step_and_the_job_goes_back(job):
     status, calls = job(0, "usr1")
     assert status == 0 and calls[-2:] == ["step got USR1", "scontrol requeue 42"] and len(calls) == 4
-
-
-def test_a_stopped_evaluation_goes_back_too(job):
-    status, calls = job(0, 0, 0, 75)
-    assert status == 0 and calls[-1] == "scontrol requeue 42"
 
 
 @pytest.mark.parametrize("failure", [1, 134, 137, 139])

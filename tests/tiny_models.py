@@ -7,15 +7,12 @@ from pathlib import Path
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
-from race.families import PACKED, REFUSED
-
-PADDED = sorted(MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.keys() - PACKED.keys() - REFUSED.keys())
+PADDED = ["big_bird", "deberta-v2", "ibert", "longformer", "megatron-bert", "mpnet", "rembert", "squeezebert", "xlnet"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 SIZES |= {"embedding_size": 32, "max_position_embeddings": 320, "initializer_range": 0.2, "pad_token_id": 1}
-SIZES |= {"d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48, "emb_dim": 32, "n_layers": 3, "n_heads": 4}  # XLNet
-SIZES |= {"dim": 32, "hidden_dim": 48, "d_head": 8, "init_std": 0.2}  # DistilBERT
+SIZES |= {"d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48}  # XLNet
+SIZES |= {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4}  # DistilBERT
 OWN = {
     "longformer": {"attention_window": [16] * 3, "sep_token_id": 2},
     "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": 2}

@@ -17,11 +17,10 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
-from race.data.base_model import keep_model, load_tokenizer, tokenizer_hash
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
 from race.data.passages import Passage, read_source, record_problems
-from race.data.reference import LINE, check_reference
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
+from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, tokenizer_hash
 from race.parameters import check
 
 FORMAT = 2
@@ -225,7 +224,7 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
     sample = [*passages[:: max(1, len(passages) // SAMPLE)], max(passages, key=lambda passage: len(passage.article))]
     articles = [passage.article for passage in sample]
     texts = [question_option(p.questions[0], p.options[0][p.labels[0]]) for p in sample]
-    check_reference(model, tokenizer, passages)
+    check_tokenizer_of_source(model, tokenizer, articles + texts)
     check_encoding(tokenizer, template, articles, texts, max_qa_len)
     counts = {split: _write_split(folder, split, splits[split], tokenizer, template, max_qa_len) for split in splits}
     occurs = Counter(text for passages in splits.values() for text in {passage.article for passage in passages})
@@ -263,21 +262,23 @@ def _write_split(
     texts = [question_option(question, option) for _, _, question, four, _ in rows for option in four]
     article_ids = tokenize(tokenizer, articles, f"{split}: articles")
     qa_ids = keep_last(tokenize(tokenizer, texts, f"{split}: questions and options"), max_qa_len)
-    passage_columns = {
-        "example_id": pa.array(example_ids, pa.string()),
-        "level": pa.array(levels, pa.string()),
-        "article": pa.array(articles, pa.large_string()),
-        "article_ids": article_ids,
+    tables = {
+        "passages": {
+            "example_id": pa.array(example_ids, pa.string()),
+            "level": pa.array(levels, pa.string()),
+            "article": pa.array(articles, pa.large_string()),
+            "article_ids": article_ids,
+        },
+        "questions": {
+            "passage": pa.array(passage_of, pa.int32()),
+            "question_index": pa.array(places, pa.int32()),
+            "question": pa.array(questions, pa.large_string()),
+            "options": pa.array(options, pa.list_(pa.large_string(), OPTIONS)),
+            "label": pa.array(labels, pa.int8()),
+            "qa_ids": pa.FixedSizeListArray.from_arrays(qa_ids, OPTIONS),
+        },
     }
-    question_columns = {
-        "passage": pa.array(passage_of, pa.int32()),
-        "question_index": pa.array(places, pa.int32()),
-        "question": pa.array(questions, pa.large_string()),
-        "options": pa.array(options, pa.list_(pa.large_string(), OPTIONS)),
-        "label": pa.array(labels, pa.int8()),
-        "qa_ids": pa.FixedSizeListArray.from_arrays(qa_ids, OPTIONS),
-    }
-    for name, columns in (("passages", passage_columns), ("questions", question_columns)):
+    for name, columns in tables.items():
         batch = pa.record_batch(columns)
         with pa.ipc.new_file(str(folder / f"{split}-{name}.arrow"), batch.schema) as writer:
             writer.write_batch(batch)
@@ -322,34 +323,3 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     if there["tokenizer"]["sha256"] != manifest["tokenizer"]["sha256"]:
         parts.append("tokenizer")
     raise RaceError(f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it")
-
-
-# -------------------------------------------------------------------------------- until every room takes a Cache
-
-read_manifest, template_of = (lambda folder: Cache(folder).manifest), _template_of
-
-
-def check_files(cache_dir, names=""):
-    open_cache(cache_dir).check_files(names)
-
-
-def splits_of(manifest):
-    return [split for split in SPLITS if split in manifest["splits"]]
-
-
-def cache_identity(manifest):
-    source, tokenizer = manifest["source"], manifest["tokenizer"]["sha256"]
-    of_source = {"source": source["name"], "source_sha256": source["sha256"]}
-    return of_source | {"tokenizer": tokenizer, "max_qa_len": manifest["max_qa_len"]}
-
-
-def check_tokenizer(model, manifest, cache_dir):
-    open_cache(cache_dir).check_tokenizer(model)
-
-
-def encode_question(cache_dir, *question):
-    return open_cache(cache_dir).encode_question(*question)
-
-
-def tables(cache_dir, split):
-    return open_cache(cache_dir).tables(split)

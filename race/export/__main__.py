@@ -12,8 +12,7 @@ from race import RaceError
 
 def main(arguments: list[str] | None = None) -> int:
     """Export one checkpoint; returns the exit status."""
-    about = "Turn a checkpoint into a folder that transformers loads by itself."
-    parser = argparse.ArgumentParser(prog="python -m race.export", description=about)
+    parser = argparse.ArgumentParser(prog="python -m race.export", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("checkpoint", help="a .ckpt file of any stage")
     add("out_dir", metavar="out", help="the folder to make, such as export/race-e3")

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that transformers loads by itself: weights, tokenizer, configuration and model card."""
+"""A checkpoint as a folder that transformers loads by itself: weights, tokenizer, configuration, model card."""
 
 import dataclasses
 import json
@@ -8,27 +8,31 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 from safetensors import SafetensorError
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
-from race import LETTERS, OPTIONS, RACE_QUESTIONS, SPLITS, RaceError
-from race.data import RaceDataModule, collate
-from race.data.cache import check_files, read_manifest, template_of
-from race.export.card import model_card
-from race.families import attention_dropout, longest_input, pads_left, takes_segments
+from race import LETTERS, OPTIONS, RACE_QUESTIONS, RaceError
+from race.data import Cache, RaceDataset, collate, open_cache
+from race.encoder import attention_dropout, longest_input, pads_left, takes_segments
 from race.files import file_identity, known_hash, move_into_place, set_mode, temporary_folder
+from race.report.formats import interval, percent, rate, schedule
+from race.report.sentences import seen
+from race.score.statistics import quoted_interval
 from race.train.checkpoints import Checkpoint
 from race_module import RaceModule
 
+TEMPLATE = Path(__file__).with_name("card.md")
+RACE_HOME = "https://www.cs.cmu.edu/~glai1/data/race/"
 FORMAT = 1
 LOGIT_TOLERANCE = 1e-4  # float32 sums in another order differ by about 1e-6; wrong weights by far more
-RESULTS_NEEDED = ["checkpoint", "split", "level", "questions", "accuracy", "ci_low", "ci_high"]
+RESULTS_NEEDED = {"checkpoint", "split", "level", "questions", "accuracy", "ci_low", "ci_high"}
 
 
 def export_checkpoint(
     checkpoint: str | Path,
     out_dir: str | Path,
-    cache_dir: str | Path,
+    cache_dir: str | Path | Cache,
     results: str | Path | None = None,
     repo: str | None = None,
     force: bool = False,
@@ -37,19 +41,23 @@ def export_checkpoint(
 
     cache_dir: the cache of the checkpoint, which keeps its tokenizer. results: the results.csv whose rows of this
     checkpoint go into the card. repo: the hub repository (USER/NAME) it is meant for. The folder is written atomically,
-    after it has been loaded again and compared; an earlier export is replaced only with `force`. Raises RaceError with
-    everything that is wrong.
+    after it has been loaded again and compared; an earlier export is replaced only with `force`. Raises RaceError.
     """
-    out = Path(out_dir)
-    module, lineage, manifest, scores = _read(Path(checkpoint), out, Path(cache_dir), results, repo, force)
-    facts = _facts(module, lineage, manifest, Path(cache_dir) / "model")
-    with temporary_folder(out) as temporary:
-        folder = temporary / out.name
+    out, cache, lineage = Path(out_dir), open_cache(cache_dir), ancestry(checkpoint)
+    _check_place(out, repo, force)
+    lineage[-1].check_encoding(cache)
+    scores = None if results is None else _scores(Path(results), lineage[-1])
+    module = lineage[-1].load(cache).float().eval()
+    facts = _facts(module, lineage, cache)
+    dataset = RaceDataset(cache, cache.splits[-1], facts["max_len"])
+    items = [dataset[i] for i in range(min(2, len(dataset)))]
+    with temporary_folder(out) as temporary, torch.inference_mode():
+        folder, logits = temporary / out.name, module(collate(items))
         try:
-            _write_model(module, Path(cache_dir) / "model", folder)
-            difference = _largest_difference(module, folder, cache_dir, facts)
+            _write_model(module, cache, folder)
         except SafetensorError as error:
             raise RaceError(f"{out}: the weights cannot be written ({error})") from error
+        difference = (_logits(folder, items) - logits).abs().max().item()
         if not difference <= LOGIT_TOLERANCE:
             raise RaceError(f"{checkpoint}: the exported model's logits differ by {difference:g}; not exported")
         if scores is not None:
@@ -61,37 +69,13 @@ def export_checkpoint(
     return out
 
 
-def _read(checkpoint: Path, out: Path, cache_dir: Path, results, repo: str | None, force: bool) -> tuple:
-    """(module, lineage, oldest checkpoint first, manifest, scores or None); raises all problems at once."""
-    problems = []
-
-    def attempt(read, *arguments):
-        try:
-            return read(*arguments)
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-
+def _check_place(out: Path, repo: str | None, force: bool) -> None:
     if out.exists() and not (out / "export.json").is_file():
-        problems.append(f"{out} exists and is no export; choose another folder")
-    elif out.exists() and not force:
-        problems.append(f"{out} is an earlier export; --force replaces it")
+        raise RaceError(f"{out} exists and is no export; choose another folder")
+    if out.exists() and not force:
+        raise RaceError(f"{out} is an earlier export; --force replaces it")
     if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        problems.append(f"--repo {repo}: expected USER/NAME")
-    lineage = attempt(ancestry, checkpoint)
-    module = lineage and attempt(lineage[-1].load, cache_dir)
-    manifest = attempt(read_manifest, cache_dir)
-    if manifest:
-        attempt(check_files, cache_dir, "model/tokenizer")
-    scores = attempt(_scores, Path(results), lineage[-1], manifest) if manifest and lineage and results else None
-    if manifest and lineage:
-        before = len(problems)
-        attempt(lineage[-1].check_encoding, manifest, cache_dir)
-        used = manifest["tokenizer"]["vocabulary"]
-        if len(problems) == before and module and (known := module.model.config.vocab_size) < used:
-            problems.append(f"{checkpoint} knows {known} tokens, {cache_dir} uses {used}; name its cache")
-    if problems:
-        raise RaceError("\n".join(problems))
-    return module.eval(), lineage, manifest, scores
+        raise RaceError(f"--repo {repo}: expected USER/NAME")
 
 
 def ancestry(path: str | Path) -> list[Checkpoint]:
@@ -104,40 +88,31 @@ def ancestry(path: str | Path) -> list[Checkpoint]:
     return links
 
 
-def _scores(results: Path, checkpoint: Checkpoint, manifest: dict) -> pd.DataFrame:
-    """The rows of results.csv that belong to a checkpoint: by its name, and by its hash if they have it."""
+def _scores(results: Path, checkpoint: Checkpoint) -> pd.DataFrame:
+    """The rows of results.csv that belong to a checkpoint: by its hash, or by its name in files without hashes."""
     table = pd.read_csv(results)
-    if missing := [name for name in RESULTS_NEEDED if name not in table]:
-        raise RaceError(f"{results} has no column {', '.join(missing)}; it should be results.csv of an evaluation")
-    named = table["checkpoint"] == checkpoint.name
-    own = table["checkpoint_sha256"] == checkpoint.sha256 if "checkpoint_sha256" in table else named
-    if named.any() and not own.any():
-        raise RaceError(f"{results} has scores of another file called {checkpoint.name}; score this one first")
-    table = table[own].reset_index(drop=True)
-    if table.empty:
-        raise RaceError(f"{results} has no row of {checkpoint.name}; score it with eval_test_dataset_race.ipynb")
-    for row in table.itertuples():
-        cached = manifest["splits"].get(row.split, {"questions": 0})["questions"]
-        if row.questions > cached:
-            raise RaceError(
-                f"{results} counts {row.questions} questions of {row.split}, the cache {cached}: "
-                "these results are of another cache"
-            )
-    return table
+    if not RESULTS_NEEDED <= {*table.columns}:
+        raise RaceError(f"{results}: expected the results.csv of an evaluation, with {', '.join(RESULTS_NEEDED)}")
+    column, own = "checkpoint_sha256", checkpoint.sha256
+    rows = table[table[column] == own if column in table else table["checkpoint"] == checkpoint.name]
+    if rows.empty:
+        raise RaceError(f"{results} has no row of this {checkpoint.name}; score it with eval_test_dataset_race.ipynb")
+    return rows.reset_index(drop=True)
 
 
-def _facts(module: RaceModule, lineage: list[Checkpoint], manifest: dict, tokenizer: Path) -> dict:
+def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
     """What export.json and the card say of the model, in plain values."""
-    checkpoint = lineage[-1]
+    checkpoint, source = lineage[-1], cache.manifest["source"]
     trained_on = checkpoint.lineage.get("cache") or {}
-    data = {
-        "name": trained_on.get("source", manifest["source"]["name"]),
-        "sha256": trained_on.get("source_sha256", manifest["source"]["sha256"]),
-    }
+    data = {"name": trained_on.get("source", source["name"])}
+    data |= {"sha256": trained_on.get("source_sha256", source["sha256"])}
+    counts = {split: counts["questions"] for split, counts in cache.manifest["splits"].items()}
     links = []
     for link in lineage:  # the cache is said once, under data; the articles at the end
         known = {name: value for name, value in link.lineage.items() if name not in ("cache", "articles")}
-        links.append({"checkpoint": link.name} | known | {"base": _public(str(link.base or "unknown"))})
+        links.append({"checkpoint": link.name} | known | {"base": public_name(str(link.base or "unknown"))})
+    template = dataclasses.asdict(cache.template)
+    tokens = [cache.tokenizer.convert_ids_to_tokens(list(template[part])) for part in ("before", "between", "after")]
     return {
         "format": FORMAT,
         "checkpoint": checkpoint.name,
@@ -148,53 +123,40 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], manifest: dict, tokeni
         "learning_rate": module.learning_rate,
         "max_len": min(checkpoint.max_len, longest_input(module.model) or checkpoint.max_len),
         "attention_dropout": attention_dropout(module.model.config),
-        "max_qa_len": manifest["max_qa_len"],
-        "template": _template(module, manifest, tokenizer),
+        "max_qa_len": cache.manifest["max_qa_len"],
+        "template": template | {"tokens": tokens, "has_segments": takes_segments(module.model)},
         "lineage": links,
-        "base_model": _hub_id(lineage[0]),
-        "data": {"name": _public(data["name"]), "sha256": data["sha256"], "is_race": _is_race(manifest, data)},
-        "questions": {split: counts["questions"] for split, counts in manifest["splits"].items()},
+        "base_model": hub_id(lineage[0]),
+        "data": data | {"name": public_name(data["name"]), "is_race": is_race(data, source, counts)},
+        "questions": counts,
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
     }
 
 
-def _template(module: RaceModule, manifest: dict, tokenizer: Path) -> dict:
-    """How a sequence is put together: ids and texts of its special tokens, and its segments if the model takes any."""
-    template = dataclasses.asdict(template_of(manifest))
-    tokens = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).convert_ids_to_tokens
-    texts = [tokens(list(template[part])) for part in ("before", "between", "after")]
-    return template | {"tokens": texts, "has_segments": takes_segments(module.model)}
+def is_race(data: dict, source: dict, counts: dict[str, int]) -> bool:
+    """Whether the training data is RACE: by its hub name; or it is the cache's source, with RACE's numbers."""
+    return data["name"] == "ehovy/race" or (data == source and counts.items() <= RACE_QUESTIONS.items())
 
 
-def _is_race(manifest: dict, data: dict) -> bool:
-    """Whether the training data is RACE: by its hub name, or by the number of questions in each split."""
-    if data["name"] == "ehovy/race":
-        return True
-    counts = {split: counts["questions"] for split, counts in manifest["splits"].items()}
-    return data == manifest["source"] and all(RACE_QUESTIONS[split] == count for split, count in counts.items())
-
-
-def _hub_id(oldest: Checkpoint) -> str | None:
+def hub_id(oldest: Checkpoint) -> str | None:
     """The pretrained model below the whole chain, if it is known and named as on the hub."""
     base = oldest.base
-    return None if base in (None, "demo") or oldest.chain or _public(base) != base else base
+    return None if base in (None, "demo") or oldest.chain or public_name(base) != base else base
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """A source or model as others may know it: a hub id, or the last part of a path of this machine."""
     return name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).exists() else Path(name).name
 
 
-def _write_model(module: RaceModule, tokenizer: Path, folder: Path) -> None:
+def _write_model(module: RaceModule, cache: Cache, folder: Path) -> None:
     """Weights, configuration and tokenizer in the form that transformers reads."""
     if not module.padded:
         module.model.set_attn_implementation("sdpa")  # a choice of the process; "packed" is this repository's
     module.model.config.id2label = dict(enumerate(LETTERS))
     module.model.config.label2id = {letter: label for label, letter in enumerate(LETTERS)}
     module.model.save_pretrained(folder)
-    if not module.padded:
-        module.model.set_attn_implementation("packed")
-    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
+    cache.tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
     segments = ["token_type_ids"] if takes_segments(module.model) else []
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -206,20 +168,84 @@ def _write_model(module: RaceModule, tokenizer: Path, folder: Path) -> None:
         set_mode(path, 0o644)  # safetensors writes files that others cannot read
 
 
-def _largest_difference(module: RaceModule, folder: Path, cache_dir: str | Path, facts: dict) -> float:
-    """The largest difference between the logits of the exported folder and of the checkpoint, on cached questions."""
-    data = RaceDataModule(cache_dir, max_len=facts["max_len"])
-    dataset = data.open_split([split for split in SPLITS if split in data.manifest["splits"]][-1])
-    items = [dataset[i] for i in range(min(2, len(dataset)))]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [
-        {"input_ids": ids.tolist(), "token_type_ids": segments.tolist()}
-        for item in items
-        for ids, segments in zip(item["input_ids"], item["token_type_ids"], strict=True)
-    ]
-    rows = [{name: ids for name, ids in row.items() if name in tokenizer.model_input_names} for row in rows]
+def _logits(folder: Path, items: list[dict]) -> torch.Tensor:
+    """[B, 4] of the exported folder as transformers loads it, for items of RaceDataset."""
+    tokenizer, model = (it.from_pretrained(folder) for it in (AutoTokenizer, AutoModelForMultipleChoice))
+    names = [name for name in tokenizer.model_input_names if name != "attention_mask"]
+    rows = [{name: item[name][option].tolist() for name in names} for item in items for option in range(OPTIONS)]
     padded = tokenizer.pad(rows, return_tensors="pt")
-    model = AutoModelForMultipleChoice.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        theirs = model(**{name: tensor.view(len(items), OPTIONS, -1) for name, tensor in padded.items()}).logits
-        return (theirs - module.float()(collate(items))).abs().max().item()
+    return model.eval()(**{name: tensor.view(len(items), OPTIONS, -1) for name, tensor in padded.items()}).logits
+
+
+# ------------------------------------------------------------------------------------------------- the model card
+
+
+def model_card(facts: dict, scores: pd.DataFrame | None, name: str) -> ModelCard:
+    """facts: as in export.json; scores: the checkpoint's rows of results.csv; name: of the repository or folder."""
+    race, title = facts["data"]["is_race"], name.split("/")[-1]
+    rows = [] if scores is None else [_score(row, facts["questions"]) for _, row in scores.iterrows()]
+    licence = {"license": "other", "license_name": "race-non-commercial-research", "license_link": RACE_HOME}
+    data = ModelCardData(
+        language="en",
+        **(licence | {"datasets": ["ehovy/race"]} if race else {}),
+        library_name="transformers",
+        pipeline_tag="multiple-choice",
+        tags=["reading-comprehension", facts["model_type"], *(["race"] if race else [])],
+        metrics=["accuracy"],
+        base_model=facts["base_model"],
+        model_name=title,
+        eval_results=[_eval_result(row, facts["data"], name) for row in rows] or None,
+    )
+    context = {"facts": facts, "race": race, "race_home": RACE_HOME, "title": title, "name": name, "rows": rows}
+    context |= {"percent": percent, "rate": rate, "schedule": schedule} | _sequence(facts["template"])
+    context["seen"] = "" if scores is None else _seen(scores)
+    context["precisions"] = ", ".join(sorted(set(scores["precision"]))) if rows and "precision" in scores else ""
+    return ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), **context)
+
+
+def _sequence(template: dict) -> dict:
+    """How a sequence is put together, for the sentence and for the code of the card."""
+    parts = [template[name] for name in ("before", "between", "after")]
+    before, between, after = map(" ".join, template["tokens"])
+    segments = template["segments"]
+    return {
+        "sequence": f"{before} article {between} question+option {after}".strip(),
+        "special_ids": ", ".join(str(list(part)) for part in parts),
+        "special_tokens": ", ".join(text or "none" for text in (before, between, after)),
+        "specials": sum(map(len, parts)),
+        "kinds": (segments[len(parts[0])], segments[-len(parts[2]) - 1], list(segments[-len(parts[2]) :])),
+    }
+
+
+def _score(row: pd.Series, cached: dict[str, int]) -> dict:
+    """One row of the table of accuracies; a sample is called one. cached: the questions of each split."""
+    whole, asked = cached.get(row["split"], 0), f"{row['questions']:,}"
+    asked += f" of {whole:,}" if row["level"] == "all" and row["questions"] < whole else ""
+    low, high, _ = quoted_interval(row)
+    shown = {"asked": asked, "accuracy": float(row["accuracy"]), "interval": interval(low, high)}
+    return {"split": row["split"], "level": row["level"]} | shown
+
+
+def _seen(scores: pd.DataFrame) -> str:
+    """What each scored split is to the checkpoint, where the results say it."""
+    if "trained_on" not in scores:
+        return "The validation split chose the checkpoint."
+    whole = scores.drop_duplicates("split")
+    return " ".join(f"Split {row['split']}: {seen([row.to_frame().T], ['this model'])}" for _, row in whole.iterrows())
+
+
+def _eval_result(row: dict, data: dict, name: str) -> EvalResult:
+    """The same for the hub; the source is named if the repository is known."""
+    source = {"source_name": "results.csv", "source_url": hf_hub_url(name, "results.csv")} if "/" in name else {}
+    return EvalResult(
+        task_type="multiple-choice",
+        task_name="Reading comprehension",
+        dataset_type="ehovy/race" if data["is_race"] else data["name"],
+        dataset_name="RACE" if data["is_race"] else f"{data['name']} (not RACE)",
+        dataset_config=row["level"],
+        dataset_split=row["split"],
+        metric_type="accuracy",
+        metric_value=round(row["accuracy"], 4),
+        metric_name=f"accuracy on {row['asked']} questions, 95 % interval {row['interval']}",
+        **source,
+    )

@@ -14,29 +14,14 @@ import pandas as pd
 from IPython.display import HTML
 
 from race import LETTERS, LEVELS, RaceError
+from race.report.formats import percent
 from race.score.calibration import confidence
 from race.score.statistics import KINDS, PROBABILITIES, is_correct
-from race.written import percent
 
-CONFIDENCES = {"under 50 %": (0.0, 0.5), "50 to 90 %": (0.5, 0.9), "90 % and more": (0.9, 1.01)}
-
+CONFIDENCES = {"under 50 %": 0.5, "50 to 90 %": 0.9, "90 % and more": np.inf}  # below what
 CSS, SCRIPT = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
-HEAD = (
-    '<div class="race-head"><span class="field">answer</span> <span class="field">confidence</span> '
-    '<span class="field">level</span> <span class="kind">kind</span> <span class="question">question</span></div>'
-)
-
-
-def confident_mistakes(predictions: pd.DataFrame) -> np.ndarray:
-    """The rows of the ten wrong answers with the highest confidence, highest first."""
-    wrong = np.flatnonzero(~is_correct(predictions))
-    return wrong[np.argsort(-confidence(predictions)[wrong], kind="stable")][:10]
-
-
-def mistake_cards(predictions: pd.DataFrame, dataset) -> HTML:
-    """The ten most confident mistakes as cards; a click opens one. dataset: the questions behind the predictions."""
-    cards = "".join(_card(predictions, dataset, int(row)) for row in confident_mistakes(predictions))
-    return HTML(f'<style>{CSS}</style><div class="race-cards">{HEAD}{cards}</div>' if cards else "<p>No mistakes.</p>")
+FIELDS = '<span class="field">{}</span> ' * 3 + '<span class="kind">{}</span> <span class="question">{}</span>'
+HEAD = f'<div class="race-head">{FIELDS.format("answer", "confidence", "level", "kind", "question")}</div>'
 
 
 def error_browser(predictions: pd.DataFrame, dataset) -> HTML:
@@ -49,38 +34,34 @@ def error_browser(predictions: pd.DataFrame, dataset) -> HTML:
     cards = "".join(_card(predictions, dataset, int(row)) for row in rows)
     mistakes = f"{(~is_good[rows]).sum():,} of {(~is_good).sum():,} mistakes"
     correct = f"{is_good[rows].sum():,} of {is_good.sum():,} correct answers"
-    counts = f"{mistakes} and {correct}, a random sample if not all are here."
     name = hashlib.sha256(cards.encode()).hexdigest()[:12]
+    script = SCRIPT.replace("NAME", name).replace("MENUS", json.dumps(_menus(predictions)))
     return HTML(
-        f'<style>{CSS}</style><div class="race-cards" data-race-browser="{name}">'
-        f'<p>{counts} A click opens one.</p><div class="race-filters"></div>{HEAD}'
-        f'<div style="max-height: 36em; overflow-y: auto">{cards}</div></div>'
-        f"<script>{{{SCRIPT.replace('NAME', name).replace('MENUS', json.dumps(_menus(predictions)))}}}</script>"
+        f'<style>{CSS}</style><div class="race-cards" data-race-browser="{name}"><p>{mistakes} and {correct}, a random '
+        f'sample if not all are here. A click opens one.</p><div class="race-filters"></div>{HEAD}'
+        f'<div style="max-height: 36em; overflow-y: auto">{cards}</div></div><script>{{{script}}}</script>'
     )
 
 
 def browsed_rows(predictions: pd.DataFrame, mistakes: int = 150, correct: int = 50) -> np.ndarray:
     """The rows that the browser shows, in its order; the ten most confident mistakes are always among them."""
-    rng, sure, is_good = np.random.default_rng(0), confidence(predictions), is_correct(predictions)
-    first = confident_mistakes(predictions)[:mistakes]
-    others, good = np.setdiff1d(np.flatnonzero(~is_good), first), np.flatnonzero(is_good)
-    drawn = rng.choice(others, min(len(others), mistakes - len(first)), replace=False)
-    wrong = np.concatenate([first, drawn]).astype(int)
-    good = rng.choice(good, min(len(good), correct), replace=False).astype(int)
-    wrong, good = wrong[np.argsort(-sure[wrong], kind="stable")], good[np.argsort(sure[good], kind="stable")]
-    return np.concatenate([wrong, good])
+    rng, order = np.random.default_rng(0), np.argsort(-confidence(predictions), kind="stable")
+    is_good = is_correct(predictions)[order]
+    wrong, good = order[~is_good], order[is_good][::-1]
+    others = np.sort(rng.permutation(wrong[10:].size)[: mistakes - 10]) + 10
+    return np.concatenate([wrong[:10], wrong[others], good[np.sort(rng.permutation(good.size)[:correct])]])
 
 
 def _menus(predictions: pd.DataFrame) -> str:
     """The filters; their words are this module's own, so none of them can end the script that holds them."""
-    levels = [level for level in LEVELS if (predictions["level"] == level).any()]
-    kinds = [kind for kind in KINDS if (predictions["kind"] == kind).any()]
-    choices = {"answer": ["wrong", "correct"], "level": levels, "kind": kinds, "confidence": list(CONFIDENCES)}
-    menus = []
+    choices = {"answer": ["wrong", "correct"]}
+    choices |= {"level": [level for level in LEVELS if (predictions["level"] == level).any()]}
+    choices |= {"kind": [kind for kind in KINDS if (predictions["kind"] == kind).any()], "confidence": CONFIDENCES}
+    menus = ""
     for name, values in choices.items():
         options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
-        menus.append(f'<label>{name} <select name="{name}"><option value="">all</option>{options}</select></label>')
-    return f"{''.join(menus)}<output></output>"
+        menus += f'<label>{name} <select name="{name}"><option value="">all</option>{options}</select></label>'
+    return f"{menus}<output></output>"
 
 
 def _card(predictions: pd.DataFrame, dataset, row: int) -> str:
@@ -93,27 +74,21 @@ def _card(predictions: pd.DataFrame, dataset, row: int) -> str:
         )
     probabilities = answer[PROBABILITIES].to_numpy(float)
     sure, is_good = probabilities.max(), answer["answer"] == answer["prediction"]
-    found, mark = ("correct", "✓") if is_good else ("wrong", "✗")
-    confident = next(name for name, (low, high) in CONFIDENCES.items() if low <= sure < high)
-    data = {"answer": found, "level": answer["level"], "kind": answer["kind"], "confidence": confident}
+    data = {"answer": "correct" if is_good else "wrong", "level": answer["level"], "kind": answer["kind"]}
+    data |= {"confidence": next(name for name, end in CONFIDENCES.items() if sure < end)}
     attributes = " ".join(f'data-{name}="{escape(value)}"' for name, value in data.items())
-    fields = [("field", f"{mark} {found}"), ("field", percent(sure)), ("field", answer["level"])]
-    fields += [("kind", answer["kind"])]
-    head = " ".join(f'<span class="{name}">{escape(content)}</span>' for name, content in fields)
-    chosen, correct = (text["options"][LETTERS.index(answer[column])] for column in ("prediction", "answer"))
-    choice = "" if is_good else f"<br><small>chosen: “{escape(chosen)}”, correct: “{escape(correct)}”</small>"
-    head += f' <span class="question">{escape(text["question"])}{choice}</span>'
-    options = "".join(
-        _option(letter, option, probability, letter == answer["answer"], letter == answer["prediction"])
-        for letter, option, probability in zip(LETTERS, text["options"], probabilities, strict=True)
-    )
+    chosen, correct = (escape(text["options"][LETTERS.index(answer[column])]) for column in ("prediction", "answer"))
+    choice = "" if is_good else f"<br><small>chosen: “{chosen}”, correct: “{correct}”</small>"
+    fields = f"{'✓' if is_good else '✗'} {data['answer']}", percent(sure), escape(data["level"]), escape(data["kind"])
+    head = FIELDS.format(*fields, escape(text["question"]) + choice)
+    options = ""
+    for letter, option, probability in zip(LETTERS, text["options"], probabilities, strict=True):
+        is_answer, is_chosen = letter == answer["answer"], letter == answer["prediction"]
+        color = "#009E73" if is_answer else "#D55E00" if is_chosen else "#808080"
+        notes = ", ".join(["correct answer"] * is_answer + ["chosen"] * is_chosen)
+        words = f"{letter}. {escape(option)}" + (f" — <strong>{notes}</strong>" if notes else "")
+        bar = f'<span class="bar"><span style="width: {100 * probability:.1f}%; background: {color}"></span></span>'
+        number = f'<span class="number">{percent(probability)}</span>'
+        options += f'<div class="option">{bar} {number} <span>{words}</span></div>'
     place = f"<small>{escape(text['example_id'])}, question {text['question_index'] + 1}</small>"
     return f"<details {attributes}><summary>{head}</summary><p>{escape(text['article'])}</p>{options}{place}</details>"
-
-
-def _option(letter: str, option: str, probability: float, is_answer: bool, is_chosen: bool) -> str:
-    color = "#009E73" if is_answer else "#D55E00" if is_chosen else "#808080"
-    notes = [note for note, holds in (("correct answer", is_answer), ("chosen", is_chosen)) if holds]
-    words = f"{letter}. {escape(option)}" + (f" — <strong>{', '.join(notes)}</strong>" if notes else "")
-    bar = f'<span class="bar"><span style="width: {100 * probability:.1f}%; background: {color}"></span></span>'
-    return f'<div class="option">{bar} <span class="number">{percent(probability)}</span> <span>{words}</span></div>'

@@ -9,19 +9,22 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch, Patch
+from matplotlib.patches import Patch
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from race import CHANCE, LEVELS
+from race import CHANCE, LEVELS, MONITORS
 from race.files import atomic_write
-from race.written import SIGNIFICANT, percent, rate, signed
+from race.report.formats import SIGNIFICANT, percent, points, rate
 
 INK, GREY = "#222222", "#767676"  # text, lines
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"  # Okabe and Ito's palette; a darker purple
 MARKS = {"middle": (GREEN, "^"), "high": (PURPLE, "v"), "all": (BLUE, "o")}  # colour and marker of each level
+LOOKS = list(zip((BLUE, ORANGE, GREEN, PURPLE, INK, GREY), "os^vDx", ("-", "--", "-.", ":", "-", "--"), strict=True))
 WIDTH = 8.6  # inches of every figure
 CHANCE_WORDS = f"chance ({100 * CHANCE:.0f} %)"
+CHANCE_LINES = "chance (ln 4; 25 %)"
+RULES = {"val_loss_epoch": "lowest validation loss", "val_acc": "highest validation accuracy"}
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
@@ -87,22 +90,16 @@ def accuracy_axis(axes, label: str, start: float = -0.02) -> None:
     percent_axis(axes.xaxis)
 
 
-def quoted(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """The ends of the intervals by passage; where there are too few passages, Wilson's."""
-    return tuple(table[f"passage_{end}"].astype(float).fillna(table[f"ci_{end}"]) for end in ("low", "high"))
-
-
-def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
+def whiskers(value, low, high) -> np.ndarray:
     """[2, N] how far intervals reach below and above the values."""
     return np.maximum([value - low, high - value], 0)  # at 0 and 1 rounding may put an end a hair inside
 
 
-def level_marks(axes, level: str, places, *columns: pd.Series, fill: bool = True) -> None:
-    """Accuracies of a level, at these heights, and the ends of their intervals."""
-    accuracy, low, high = (column.astype(float) for column in columns)
-    color, marker = MARKS[level]
-    style = {"color": color, "markerfacecolor": color if fill else "white", "capsize": 3, "markersize": 4.5}
-    axes.errorbar(accuracy, places, xerr=whiskers(accuracy, low, high), fmt=marker, linewidth=1.2, **style)
+def marks(axes, look: tuple[str, str], places, *columns, fill=True, size=4.5, line=1.2) -> None:
+    """Values at these heights with their intervals (columns: value, low, high); look: colour and marker."""
+    value, low, high = (np.atleast_1d(np.asarray(column, float)) for column in columns)
+    style = {"color": look[0], "markerfacecolor": look[0] if fill else "white", "markersize": size, "linewidth": line}
+    axes.errorbar(value, places, xerr=whiskers(value, low, high), fmt=look[1], capsize=3, **style)
 
 
 def beside(axes, place: float, text: str) -> None:
@@ -120,8 +117,7 @@ def key(label: str, color: str = GREY, marker: str = "", line: str = "", fill: b
 @plt.style.context(STYLE)
 def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: str) -> Figure:
     """Accuracy of checkpoints, a row each (tables.comparison_table); reported: other people's numbers by stage."""
-    low, high = quoted(table)
-    table = table.assign(all=table["accuracy"], all_low=low, all_high=high)
+    table = table.rename(columns={"accuracy": "all", "accuracy_low": "all_low", "accuracy_high": "all_high"})
     theirs, levels = table["stage"].map(reported).astype(float), [it for it in LEVELS if table[it].notna().any()]
     drawn, keys = ["all", *(["reported"] if theirs.notna().any() else []), *levels], []
     figure, axes = row_figure([wrapped(name, 2.4) for name in table["name"]], 0.2 + 0.14 * len(drawn))
@@ -131,9 +127,9 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
             axes.plot(theirs, places, "x", color=INK)
             keys.append(key("reported by the original authors", INK, "x"))
         else:
-            level_marks(axes, level, places, *(table[level + end] for end in ("", "_low", "_high")))
+            marks(axes, MARKS[level], places, *(table[level + end] for end in ("", "_low", "_high")))
             keys.append(key(level, *MARKS[level]))
-    for place, accuracy in enumerate(table["accuracy"]):
+    for place, accuracy in enumerate(table["all"]):
         beside(axes, place - 0.1 * (len(drawn) - 1), percent(accuracy))  # level with its mark
     accuracy_axis(axes, "accuracy, 95 % interval by passage (at the right: all questions)")
     return finish(figure, *keys, key(CHANCE_WORDS, line=":"), title=title)
@@ -141,81 +137,182 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
 
 @plt.style.context(STYLE)
 def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
-    """Differences of accuracy in points with intervals, a row a pair (comparison.compare_pairs, score.recipes)."""
+    """Differences of accuracy in points with intervals, a row a pair: of checkpoints (compare_pairs) or of recipes."""
     names = zip(pairs["second"], pairs["first"], strict=True)
     both = [(second, "\n" if len(second + first) > 24 else " ", first) for second, first in names]
     figure, axes = row_figure([f"{wrapped(second, 2.4)}{gap}− {wrapped(first, 2.2)}" for second, gap, first in both])
+    sure, keys = pairs["p_holm"] < SIGNIFICANT, []
+    filled, hollow = f"filled: significant (Holm p < {SIGNIFICANT})", "hollow: not significant, or not tested"
+    for rows, color, words in ((sure, BLUE, filled), (~sure, ORANGE, hollow)):
+        if rows.any():
+            columns = (100 * pairs.loc[rows, name] for name in ("difference", "ci_low", "ci_high"))
+            marks(axes, (color, "o"), np.flatnonzero(rows), *columns, fill=color == BLUE, size=6, line=1.5)
+            keys.append(key(words, color, "o", fill=color == BLUE))
     for place, (_, row) in enumerate(pairs.iterrows()):
-        middle, low, high = (100 * row[name] for name in ("difference", "ci_low", "ci_high"))
-        color, fill = (BLUE, BLUE) if row["p_holm"] < SIGNIFICANT else (ORANGE, "white")
-        ends = np.maximum([[middle - low], [high - middle]], 0)
-        axes.errorbar(middle, place, xerr=ends, fmt="o", color=color, markerfacecolor=fill, capsize=3)
         counts = f", gained {row['gained']:,}, lost {row['lost']:,}" if "gained" in row else ""
-        beside(axes, place, f"{signed(middle)}{counts}")
+        beside(axes, place, f"{points(row['difference'])}{counts}")
     axes.axvline(0, color=GREY, linewidth=1)
+    known = ", 95 % interval" if pairs["ci_low"].notna().any() else ""
     better = "right of 0: the one named first is more accurate"
-    interval = ", 95 % interval" if pairs["ci_low"].notna().any() else ""
-    axes.set_xlabel(f"difference of accuracy (percentage points){interval}\n{better}")
+    axes.set_xlabel(f"difference of accuracy (percentage points){known}\n{better}")
     reach = 110 * np.nanmax(pairs[["difference", "ci_low", "ci_high"]].abs().to_numpy()) or 1
     axes.set_xlim(-reach, reach)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.6g}".replace("-", "−") if value else "0")
-    sure, keys = pairs["p_holm"] < SIGNIFICANT, []
-    keys += [key(f"filled: significant (Holm p < {SIGNIFICANT})", BLUE, "o")] if sure.any() else []
-    keys += [] if sure.all() else [key("hollow: not significant, or not tested", ORANGE, "o", fill=False)]
     return finish(figure, *keys, title=title)
 
 
 @plt.style.context(STYLE)
-def lineage_figure(lineage: pd.DataFrame) -> Figure:
-    """Where checkpoints come from (tables.lineage_table): a box each in rows, below its base and further right."""
-    rows, boxes = lineage.set_index("name").to_dict("index"), []  # boxes: (name, depth, place of its base)
-    named = lineage["base"].map("base: {}".format, na_action="ignore")
-    parents = lineage["parent"].where(lineage["parent"].isin(list(rows)), named)
+def training_curves(
+    log: pd.DataFrame, stage: str, monitor: str = MONITORS[0], max_grad_norm: float | None = None
+) -> Figure:
+    """Loss, accuracy and learning rate over the optimizer steps of one stage (race.train.stages.read_log).
 
-    def add(name: str, depth: int, above: int | None) -> None:
-        boxes.append((name, depth, above))
-        here = len(boxes) - 1
-        for child in lineage.loc[parents == name, "name"]:
-            add(child, depth + 1, here)
+    monitor: which number picks the best checkpoint. The gradient's norm is drawn if it was logged, with max_grad_norm.
+    """
+    wanted = ["train_loss_step", "train_acc", "val_loss_epoch", "val_acc", "learning_rate"]
+    log = log.reindex(columns=log.columns.union(wanted))  # before the first validation, some are not there yet
+    heights = (2.2, 2.2, 0.8, 0.8) if "gradient_norm" in log else (2.2, 2.2, 0.8)
+    shape = {"figsize": (WIDTH, 1.4 + sum(heights)), "sharex": True, "height_ratios": heights}
+    figure, (loss, accuracy, *strips) = plt.subplots(len(heights), 1, **shape)
+    train, validation = log.dropna(subset="train_loss_step"), log.dropna(subset="val_loss_epoch")
+    epochs, rates = log.dropna(subset="train_acc"), log.dropna(subset="learning_rate")
+    loss.plot(train["step"], train["train_loss_step"], color=GREY, linewidth=0.6)
+    loss.plot(train["step"], train["train_loss_step"].ewm(span=max(2, len(train) // 20)).mean(), color=BLUE)
+    accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE)
+    _chance(loss, accuracy)
+    for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
+        axes.plot(validation["step"], validation[name], "o-", color=ORANGE)
+        if len(validation):
+            chosen = _chosen(validation, monitor)
+            _ring(axes, chosen["step"], chosen[name], ORANGE)
+    titles = _found(validation, monitor) if len(validation) else ["not validated yet", "accuracy"]
+    loss.set(title=wrapped(f"{stage}: {titles[0]}", WIDTH - 1.2, 10), ylabel="cross-entropy (nats)")
+    accuracy.set(title=titles[1], ylabel="accuracy", ylim=(-0.03, 1.03))
+    percent_axis(accuracy.yaxis)
+    top, end = rates["learning_rate"].max(), max(log["step"].max(), 1)
+    upto = "" if (rates["learning_rate"] == top).all() else "up to "
+    strips[-1].plot(rates["step"], rates["learning_rate"], color=GREEN)
+    strips[-1].yaxis.set_major_formatter(_rate_label)
+    strips[-1].set(title=f"learning rate {upto}{rate(top)}", yticks=(0, top), ylim=(0, 1.3 * top), ylabel="rate")
+    strips[-1].set(xlabel="optimizer step", xlim=(-0.03 * end, 1.03 * end))
+    strips[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    strips[-1].xaxis.set_major_formatter("{x:,.0f}")
+    if len(strips) > 1:
+        _gradient_norm(strips[0], log.dropna(subset="gradient_norm"), max_grad_norm)
+    figure.align_ylabels()
+    keys = key("training, each logged step", line="-"), key("training, smoothed", BLUE, line="-")
+    keys += key("training (mean over the epoch)", BLUE, "s", "--"), key("validation", ORANGE, "o", "-")
+    ring = key(RULES[monitor], ORANGE, "o", fill=False, size=10)
+    return finish(figure, *keys, ring, key(CHANCE_LINES, line=":"), columns=3)
 
-    for root in parents.fillna(lineage["name"])[~parents.isin(list(rows))].unique():
-        add(root, 0, None)
-    chain = [name for name, *_ in boxes if name in rows]
-    single = all(above == place - 1 for place, (_, _, above) in enumerate(boxes) if place)
-    title = wrapped(" → ".join(chain) if single else "Where these checkpoints come from", WIDTH - 0.3, 11)
-    figure = plt.figure(figsize=(WIDTH, 1))
-    figure.set_layout_engine("none")
-    axes = figure.add_axes((0, 0, 1, 1))  # in inches, downwards
-    axes.text(0.1, 0.1, title, va="top", fontsize=11)
-    step, top, places = min(0.5, 2.6 / max(1, *(box[1] for box in boxes))), 0.42 + 0.21 * title.count("\n"), []
-    for name, depth, above in boxes:
-        left, color = 0.12 + step * depth, BLUE if name in rows else GREY
-        shown, words = wrapped(name, 5), wrapped(_settings(rows[name]), 5.4, 8) if name in rows else ""
-        below = top + 0.1 + 0.17 * (shown.count("\n") + 1)
-        bottom = below + (0.04 + 0.15 * (words.count("\n") + 1) if words else 0)
-        style = {"boxstyle": "round,pad=0.04", "facecolor": "none", "edgecolor": color}
-        axes.add_patch(FancyBboxPatch((left, top), 5.7, bottom - top, **style))
-        axes.text(left + 0.1, top + 0.04, shown, va="top", fontsize=9, weight="bold")
-        axes.text(left + 0.1, below, words, va="top", fontsize=8)
-        if above is not None:
-            turn, middle, line = left - step / 2, (top + bottom) / 2, "-" if boxes[above][0] in rows else "--"
-            axes.plot([turn, turn, left - 0.1], [places[above], middle, middle], line, color=GREY, linewidth=1)
-            axes.plot(left - 0.1, middle, ">", color=GREY, markersize=5)
-        places.append(bottom + 0.04)
-        top = bottom + 0.24
-    figure.set_figheight(top + 0.2)
-    axes.set(xlim=(0, WIDTH), ylim=(top + 0.2, 0))
-    axes.axis("off")
-    keys = key("base found by its hash", line="-"), key("base known by name only", line="--")
-    figure.legend(handles=keys, loc="lower left", ncols=2)
-    return figure
+
+def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
+    """The norm of each logged step's gradient, before it is clipped to `most`."""
+    axes.plot(log["step"], log["gradient_norm"], color=GREY, linewidth=0.8)
+    title = "gradient norm"
+    if most is not None and np.isfinite(most):
+        axes.axhline(most, color=ORANGE, linewidth=1)
+        share = (log["gradient_norm"] > most).mean()
+        title += f" before clipping to {most:g} (line): above it in {100 * share:.0f} % of the logged steps"
+    drawn = log.loc[(log["gradient_norm"] > 0) & np.isfinite(log["gradient_norm"]), "gradient_norm"]
+    axes.set(title=title, ylabel="norm", yscale="log", yticks=sorted({*drawn.agg(["min", "max"]).dropna()}))
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:.2g}")
 
 
-def _settings(row: dict) -> str:
-    """What a checkpoint remembers of its training; unknown things are left out, except that its base is unknown."""
-    words = {"epochs": "epochs trained: {:.0f}", "chosen_epoch": "chosen: epoch {:.0f} (from 0)"}
-    words |= {"val_loss": "validation loss {:.3f}"}
-    also = f" ({row['schedule']})" if row.get("schedule", "constant") not in ("constant", None) else ""
-    known = [f"learning rate {rate(row['learning_rate'])}{also}"] if pd.notna(row["learning_rate"]) else []
-    known += [form.format(row[name]) for name, form in words.items() if pd.notna(row[name])]
-    return ", ".join(known + ["base unknown"] * pd.isna(row["base"])) or "nothing known of its training"
+def _found(validation: pd.DataFrame, monitor: str) -> list[str]:
+    """The lowest validation loss, and the validation accuracy of the chosen epoch and of the best one."""
+    lowest, highest = (_chosen(validation, it) for it in MONITORS)
+    loss = f"{RULES['val_loss_epoch']} {lowest['val_loss_epoch']:.3f}, at epoch {lowest['epoch']:.0f} (counted from 0)"
+    best = f"at epoch {highest['epoch']:.0f}: {percent(highest['val_acc'])}"
+    if monitor == "val_acc":
+        return [loss, f"{RULES['val_acc']}, {best}"]
+    own = f"validation accuracy at epoch {lowest['epoch']:.0f}: {percent(lowest['val_acc'])}"
+    return [loss, f"{own}; highest, {best}" if highest["val_acc"] > lowest["val_acc"] else own]
+
+
+def _rate_label(value: float, _) -> str:
+    return rate(value) if value else "0"
+
+
+def _chance(loss, accuracy) -> None:
+    for axes, chance in ((loss, -np.log(CHANCE)), (accuracy, CHANCE)):
+        axes.axhline(chance, color=GREY, linestyle=":")
+
+
+def _chosen(validated: pd.DataFrame, monitor: str, loss: str = "val_loss_epoch") -> pd.Series:
+    """The row of the epoch that a rule of selection (one of MONITORS) picks."""
+    return validated.loc[validated["val_acc"].idxmax() if monitor == "val_acc" else validated[loss].idxmin()]
+
+
+def _ring(axes, x: float, y: float, color: str) -> None:
+    axes.plot(x, y, "o", markersize=11, markerfacecolor="none", color=color, clip_on=False)
+
+
+@plt.style.context(STYLE)
+def story_figure(story: pd.DataFrame) -> Figure:
+    """Validation loss and accuracy over all stages, with their learning rates (race.train.stages.learning_story)."""
+    stages = dict(list(story.groupby("stage", sort=False)))
+    labels = [wrapped(f"{stage}, {rate(part['learning_rate'].iloc[0])}", 1.6) for stage, part in stages.items()]
+    strip, start, before = row_height(labels, 0.3) * len(stages), 0, None
+    shape = {"figsize": (WIDTH, 5.6 + strip), "sharex": True, "height_ratios": (strip, 2, 2)}
+    figure, (spans, loss, accuracy) = plt.subplots(3, 1, **shape)
+    for place, part in enumerate(stages.values()):
+        end, first, best = part["questions"].max(), part.iloc[0], _chosen(part, part["monitor"].iloc[0], "val_loss")
+        spans.barh(place, end - start, 0.5, start, color=GREY)
+        for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
+            axes.plot(part["questions"], part[name], "o-", color=color, markersize=4)
+            axes.axvline(end, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+            _ring(axes, best["questions"], best[name], color)
+            if before is not None:  # the weights from which the next stage starts
+                ends = [before["questions"], first["questions"]], [before[name], first[name]]
+                axes.plot(*ends, color=color, linewidth=1, linestyle=":")
+        start, before = end, best
+    reach = whiskers(*(story[name].astype(float) for name in ("val_acc", "val_low", "val_high")))
+    accuracy.errorbar(story["questions"], story["val_acc"], yerr=reach, fmt="none", ecolor=BLUE, capsize=3)
+    lowest, highest = story.loc[story["val_loss"].idxmin()], story.loc[story["val_acc"].idxmax()]
+    when = [f"({row['stage']}, epoch {row['epoch']})" for row in (lowest, highest)]
+    loss.set_title(wrapped(f"Lowest validation loss: {lowest['val_loss']:.3f} {when[0]}", 6, 10))
+    accuracy.set_title(wrapped(f"Highest validation accuracy: {percent(highest['val_acc'])} {when[1]}", 6, 10))
+    spans.set_title("Stages and their learning rates")
+    label_rows(spans, labels)
+    loss.set(ylabel="cross-entropy (nats)", ymargin=0.12)
+    known = ", 95 % interval" if story["val_low"].notna().any() else ""
+    accuracy.set(ylabel=f"accuracy{known}\n(axis cut)", ymargin=0.12, xlim=(0, max(start, 1) * 1.03))
+    accuracy.set_xlabel("questions trained on, all stages (epochs count from 0)")
+    percent_axis(accuracy.yaxis)
+    accuracy.xaxis.set_major_formatter(EngFormatter(sep=""))
+    keys = key("ring: chosen epoch of its stage", marker="o", fill=False, size=10), key("end of a stage", line="--")
+    figure.align_ylabels()
+    return finish(figure, *keys, key("from the ring to the next stage's first epoch", line=":"))
+
+
+@plt.style.context(STYLE)
+def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
+    """Validation loss, accuracy and learning rate of each recipe over the questions trained on (runs.courses)."""
+    shape = {"figsize": (WIDTH, 7.2), "sharex": True, "height_ratios": (2.2, 2.2, 1.2)}
+    figure, (loss, accuracy, schedule) = plt.subplots(3, 1, **shape)
+    keys, seeds = [], max(1, validated["seed"].nunique())
+    for number, (recipe, part) in enumerate(validated.groupby("recipe", sort=False)):
+        color, marker, _ = LOOKS[number % len(LOOKS)]
+        line = LOOKS[(number + number // len(LOOKS)) % len(LOOKS)][2]
+        for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
+            over = part.groupby("questions")[name].agg(["mean", "min", "max", "size"])
+            over = over[over["size"] == part["seed"].nunique(dropna=False)]  # where all seeds have been
+            axes.plot(over.index, over["mean"], color=color, marker=marker, linestyle=line, markersize=4.5)
+            axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.13, linewidth=0)
+        own = rates[rates["recipe"] == recipe]
+        own = own[own["seed"].isna() | (own["seed"] == own["seed"].min())]
+        for _, stage in own.groupby("stage"):
+            schedule.plot(stage["questions"], stage["learning_rate"], color=color, linestyle=line)
+        keys.append(key(recipe, color, marker, line))
+    _chance(loss, accuracy)
+    band = f"mean of {seeds} seeds, band from the lowest to the highest" if seeds > 1 else "one seed"
+    loss.set(title=f"Validation after each epoch: {band}", ylabel="cross-entropy (nats)\n(axis cut)")
+    accuracy.set(ylabel="accuracy (axis cut)")
+    percent_axis(accuracy.yaxis)
+    schedule.set(ylabel="learning rate", xlabel="questions trained on", ylim=(0, 1.15 * rates["learning_rate"].max()))
+    schedule.yaxis.set_major_formatter(_rate_label)
+    schedule.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.align_ylabels()
+    return finish(figure, *keys, key(CHANCE_LINES, line=":"), columns=4)

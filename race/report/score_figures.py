@@ -9,23 +9,22 @@ from matplotlib.ticker import MaxNLocator
 
 from race import CHANCE, LETTERS
 from race.report import figures
-from race.report.figures import BLUE, CHANCE_WORDS, GREY, MARKS, ORANGE, STYLE, WIDTH, key, wrapped
+from race.report.figures import BLUE, CHANCE_WORDS, GREY, LOOKS, MARKS, STYLE, WIDTH, key, wrapped
+from race.report.formats import SIGNIFICANT, listed, percent, points
 from race.score.calibration import BINS, coverage_groups
-from race.written import SIGNIFICANT, listed, percent, signed
+from race.score.statistics import quoted_interval
 
 LINES = {"middle": "-", "high": "--", "all": "-"}  # at the accuracy of each level
 
 
 @plt.style.context(STYLE)
 def accuracy_figure(table: pd.DataFrame) -> Figure:
-    """Accuracy by level with 95 % intervals, of one checkpoint (race.score.results.accuracy_table)."""
+    """Accuracy by level with 95 % intervals, of one checkpoint (race.score's accuracy_table)."""
     labels = [f"{level} ({count:,})" for level, count in zip(table["level"], table["questions"], strict=True)]
     figure, axes = figures.row_figure(labels)
-    table = table.assign(place=range(len(table)), **dict(zip(("low", "high"), figures.quoted(table), strict=True)))
-    for level, rows in table.groupby("level"):
-        figures.level_marks(axes, level, rows["place"], rows["accuracy"], rows["low"], rows["high"])
-    for place, accuracy in enumerate(table["accuracy"]):
-        figures.beside(axes, place, percent(accuracy))
+    for place, (_, row) in enumerate(table.iterrows()):
+        figures.marks(axes, MARKS[row["level"]], [place], row["accuracy"], *quoted_interval(row)[:2])
+        figures.beside(axes, place, percent(row["accuracy"]))
     figures.accuracy_axis(axes, "accuracy, 95 % interval (in brackets: questions)")
     row = table.iloc[0]
     which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
@@ -41,19 +40,18 @@ def groups_figure(table: pd.DataFrame, title: str) -> Figure:
     levels = [level for level in MARKS if (table["level"] == level).any()]
     counts = table.pivot(index=["grouping", "group"], columns="level", values="questions")[levels].fillna(0)
     texts = counts.map("{:,.0f}".format).agg(" + ".join, axis=1)
-    rows = {name: part["group"].unique() for name, part in panels.items()}
+    rows = {name: list(part["group"].unique()) for name, part in panels.items()}
     labels = {name: [wrapped(f"{it} ({texts[name, it]})", 2.2) for it in groups] for name, groups in rows.items()}
     height = figures.row_height([label for part in labels.values() for label in part], 0.24 + 0.08 * len(levels))
     sizes = [len(groups) + 0.3 for groups in rows.values()]
     size, shape = (WIDTH, 1.4 + 0.3 * len(panels) + height * sum(sizes)), {"sharex": True, "squeeze": False}
     figure, drawn = plt.subplots(len(panels), figsize=size, height_ratios=sizes, **shape)
     for axes, (name, part) in zip(drawn[:, 0], panels.items(), strict=True):
-        for number, level in enumerate(levels):
-            mine = part[part["level"] == level]
-            places = mine["group"].map(list(rows[name]).index) + 0.3 * (number - (len(levels) - 1) / 2)
-            for fill, these in mine.groupby(mine["p_holm"] < SIGNIFICANT):
-                ends = these["accuracy"], these["ci_low"], these["ci_high"]
-                figures.level_marks(axes, level, places[these.index], *ends, fill=fill)
+        for number, (level, mine) in enumerate((level, part[part["level"] == level]) for level in levels):
+            for _, row in mine.iterrows():
+                place = rows[name].index(row["group"]) + 0.3 * (number - (len(levels) - 1) / 2)
+                ends, fill = (row["ci_low"], row["ci_high"]), row["p_holm"] < SIGNIFICANT
+                figures.marks(axes, MARKS[level], [place], row["accuracy"], *ends, fill=fill)
             if len(mine):
                 own = mine["correct"].sum() / mine["questions"].sum()
                 axes.axvline(own, color=MARKS[level][0], linewidth=1, linestyle=LINES[level])
@@ -79,15 +77,15 @@ def confusion_figure(counts: np.ndarray) -> Figure:
     axes.set(title="Number of questions", xlabel="prediction", ylabel="correct answer")
     axes.set(xticks=places, xticklabels=LETTERS, yticks=places, yticklabels=LETTERS)
     axes.grid(False)
-    correct, chosen = counts.sum(1), counts.sum(0)
+    correct, chosen = counts.sum(1) / counts.sum(), counts.sum(0) / counts.sum()
     for side, values, fill, edge in ((-0.2, correct, "white", GREY), (0.2, chosen, BLUE, BLUE)):
-        bars.barh(places + side, values / counts.sum(), 0.34, color=fill, edgecolor=edge)
-        for place, value in zip(places + side, values / counts.sum(), strict=True):
+        bars.barh(places + side, values, 0.34, color=fill, edgecolor=edge)
+        for place, value in zip(places + side, values, strict=True):
             figures.beside(bars, place, percent(value))
     gaps = chosen - correct
-    widest = [place for place in places if abs(gaps[place]) == abs(gaps).max()]
-    named = [f"{LETTERS[place]} {signed(100 * gaps[place] / counts.sum())}" for place in widest]
-    title = f"Largest difference, chosen − correct (points): {listed(named)}"
+    widest = np.flatnonzero(np.isclose(abs(gaps), abs(gaps).max()))
+    named = listed(f"{LETTERS[place]} {points(gaps[place])}" for place in widest)
+    title = f"Largest difference, chosen − correct (points): {named}"
     bars.set_title(wrapped(title if gaps.any() else "Chosen as often as correct, for every letter", 4.2, 10))
     figures.label_rows(bars, LETTERS)
     bars.set(xlabel="fraction of the questions", ylabel="letter")
@@ -107,15 +105,15 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
     diagram, counts, coverage = (axes[name] for name in ("diagram", "counts", "coverage"))
     diagram.plot([0, 1], [0, 1], color=GREY, linestyle="-.", linewidth=1)
     keys, width = [], 0.8 / BINS / len(versions)
-    styles = zip(versions.items(), ((BLUE, "o", "-"), (ORANGE, "s", "--")), strict=False)
-    for place, ((name, table), (color, marker, line)) in enumerate(styles):
+    for place, ((name, table), look) in enumerate(zip(versions.items(), LOOKS, strict=False)):
+        color, marker, line = look
         reach = figures.whiskers(table["accuracy"], table["ci_low"], table["ci_high"])
         bars = {"yerr": reach, "capsize": 2, "linewidth": 1, "markersize": 4}
         diagram.errorbar(table["confidence"], table["accuracy"], fmt=marker + line, color=color, **bars)
         middle = (table["low"] + table["high"]) / 2 + (place - (len(versions) - 1) / 2) * width
         counts.bar(middle, table["questions"], width, facecolor="white" if place else color, edgecolor=color)
-        keys.append(key(name, color, marker, line, size=4))
-    row = calibration.iloc[0]
+        keys.append(key(name, *look, size=4))
+    row, half = calibration.iloc[0], coverage_groups(curve, (0.5,)).iloc[0]
     error, low, high = (f"{100 * row[name]:.1f}" for name in ("calibration_error", "floor_low", "floor_high"))
     title = f"Calibration error {error} points (perfectly calibrated: {low} to {high})"
     diagram.set(title=wrapped(title, 3.2, 10), ylabel="accuracy, 95 % interval")
@@ -126,12 +124,11 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
     band = {"facecolor": (BLUE, 0.15), "edgecolor": BLUE, "linewidth": 0.5}
     coverage.fill_between(curve["coverage"], curve["ci_low"], curve["ci_high"], **band)
     coverage.plot(curve["coverage"], curve["accuracy"], color=BLUE)
-    half = coverage_groups(curve, (0.5,)).iloc[0]
     coverage.plot(half["questions"] / curve["questions"].iloc[-1], half["accuracy"], "o", color=BLUE)
-    title = f"{half['group'].capitalize()}: {percent(half['accuracy'])} correct"
-    coverage.set(title=wrapped(title, 3.2, 10), xlabel="coverage (fraction answered, most confident first)")
-    coverage.set(ylabel="accuracy on the answered questions")
     coverage.axhline(CHANCE, color=GREY, linestyle=":", linewidth=1)
+    title = wrapped(f"{half['group'].capitalize()}: {percent(half['accuracy'])} correct", 3.2, 10)
+    label = "coverage (fraction answered, most confident first)"
+    coverage.set(title=title, xlabel=label, ylabel="accuracy on the answered questions")
     for panel in (diagram, counts, coverage):
         panel.set_xlim(-0.02, 1.02)
         figures.percent_axis(panel.xaxis)
@@ -144,7 +141,7 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
 
 @plt.style.context(STYLE)
 def options_figure(answers: pd.DataFrame) -> Figure:
-    """The probability of each option of one question (race.score.predict.answer_question)."""
+    """The probability of each option of one question (race.score's answer_question)."""
     cut = [f"{row.letter}  {row.option[:60]}{'…' if len(row.option) > 60 else ''}" for row in answers.itertuples()]
     figure, axes = figures.row_figure([wrapped(label, 3) for label in cut])
     highest = answers["probability"] == answers["probability"].max()

@@ -1,30 +1,43 @@
-"""Every sentence that says what was found."""
+"""Every sentence that says what was found, a function for each: of one checkpoint, of several, and of recipes."""
+
+from collections.abc import Callable
 
 import pandas as pd
 
 from race import CHANCE
-from race.score import comparison, results, statistics
-from race.written import SIGNIFICANT, listed, p_value, percent, signed, significance
+from race.report.formats import SIGNIFICANT, interval, listed, p_value, percent, points, signed
+from race.score import comparison, statistics
+from race.score.comparison import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power, seeds_needed
+from race.score.statistics import quoted_interval
 
-NOT_TESTED = "not tested: most of these questions trained one of the two"
-SHOWN = 3  # so many other checkpoints are named one by one
-
-
-def interval(row, low: str = "ci_low", high: str = "ci_high") -> str:
-    """The interval of a row as "73.3 % to 78.3 %"."""
-    return f"{percent(row[low])} to {percent(row[high])}"
-
-
-def quoted(row) -> str:
-    """The interval of an accuracy that is to be quoted: by passage, or Wilson's where that is not known."""
-    known = pd.notna(row.get("passage_low"))
-    return f"{interval(row, 'passage_low', 'passage_high')}, by passage" if known else interval(row)
+SHOWN = 3  # so many others are named one by one
+RULES = {"val_loss_epoch": "validation loss", "val_acc": "validation accuracy"}
+BUDGET = {"questions": "questions trained on", "fewest_epochs": "epochs of the shortest run"}
+BUDGET |= {"checkpoints": "checkpoints to choose from", "monitor": "chosen by"}
+BUDGET |= {"learning_rates_tried": "learning rates tried"}
 
 
-def points(row) -> str:
-    """A difference of accuracies with its interval, if it has one: "+0.5 points (95 % interval −0.9 to +1.9)"."""
-    difference, low, high = (signed(100 * row[name]) for name in ("difference", "ci_low", "ci_high"))
-    return f"{difference} points" + ("" if pd.isna(row["ci_low"]) else f" (95 % interval {low} to {high})")
+def finding(row: pd.Series) -> str:
+    """What was found of a difference by its p_holm: "better", "worse", "not significant" or "not tested"."""
+    if pd.isna(row["p_holm"]):
+        return "not tested"
+    if row["p_holm"] >= SIGNIFICANT:
+        return "not significant"
+    return "better" if row["difference"] > 0 else "worse"
+
+
+def by_finding(rows: pd.DataFrame, name: Callable[[pd.Series], str], words: dict[str, str]) -> str:
+    """The names of rows behind words for what was found of them; others stay unsaid. The verdict of tables and titles.
+
+    words: finding → text with {} for the names, in the order in which they are to be said.
+    """
+    named: dict[str, list[str]] = {}
+    for _, row in rows.iterrows():
+        named.setdefault(finding(row), []).append(name(row))
+    return "; ".join(text.format(listed(named[found], SHOWN)) for found, text in words.items() if found in named)
+
+
+# ---------------------------------------------------------------------------------------------------- one checkpoint
 
 
 def origin(checkpoint) -> str:
@@ -35,275 +48,162 @@ def origin(checkpoint) -> str:
 
 
 def other_rule(checkpoint, other) -> str:
-    """What the other rule of selection would have picked (stages.by_the_other_rule); "" if that is not known."""
+    """What the other rule of selection would have picked in the stage of a checkpoint; "" if that is not known."""
     if other is None or None in (checkpoint.val_acc, other.val_acc):
         return ""
     own, instead = (f"loss {it.val_loss:.3f}, accuracy {percent(it.val_acc)}" for it in (checkpoint, other))
-    text = f"\nvalidation: {own}; by validation {'loss' if checkpoint.monitor == 'val_acc' else 'accuracy'} "
-    if other.sha256 == checkpoint.sha256:
-        return f"{text}the best is the same checkpoint"
-    return f"{text}the best would be epoch {other.epoch} ({instead})"
+    same, rule = other.sha256 == checkpoint.sha256, "val_loss_epoch" if checkpoint.monitor == "val_acc" else "val_acc"
+    picked = "is the same checkpoint" if same else f"would be epoch {other.epoch} ({instead})"
+    return f"\nvalidation: {own}; by {RULES[rule]} the best {picked}"
 
 
 def headline(table: pd.DataFrame) -> str:
     """The result of one checkpoint: accuracy with interval, against chance, macro accuracy, and what it has seen."""
     row = table.iloc[0]
     which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
-    text = (
-        f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly: "
-        f"accuracy {percent(row['accuracy'])} (95 % interval {quoted(row)})"
-    )
-    if not _mostly_trained(row):
-        low, high = (row[f"{'passage' if pd.notna(row['passage_low']) else 'ci'}_{end}"] for end in ("low", "high"))
-        where = "inside it" if low <= CHANCE <= high else "below it" if low > CHANCE else "above it"
-        text += f"; chance, {100 * CHANCE:.0f} %, is {where}"
+    text = f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly: "
+    text += f"{accuracy(row)}{against_chance(row)}. "
     if pd.notna(row.get("macro_accuracy")):
-        text += f". Macro accuracy over the two levels: {percent(row['macro_accuracy'])} "
-        text += f"({interval(row, 'macro_low', 'macro_high')})"
-    return f"{text}. {seen([table], [row['stage']])}"
+        ends = interval(row["macro_low"], row["macro_high"])
+        text += f"Macro accuracy over the two levels: {percent(row['macro_accuracy'])} ({ends}). "
+    return text + seen([table], [row["stage"]])
 
 
-def _mostly_trained(row) -> bool:
-    """Whether more than half of a row's questions are known to have an article that trained the checkpoint."""
-    return bool(pd.notna(row["trained_on"]) and row["trained_on"] > row["questions"] / 2)
+def accuracy(row: pd.Series) -> str:
+    """An accuracy with the interval that is to be quoted."""
+    low, high, how = quoted_interval(row)
+    how = ", by passage" if how == "by passage" else ""
+    return f"accuracy {percent(row['accuracy'])} (95 % interval {interval(low, high)}{how})"
+
+
+def against_chance(row: pd.Series) -> str:
+    """Where chance lies; "" where more than half of the articles trained the checkpoint."""
+    if pd.notna(row["trained_on"]) and row["trained_on"] > row["questions"] / 2:
+        return ""
+    low, high, _ = quoted_interval(row)
+    where = "inside it" if low <= CHANCE <= high else "below it" if low > CHANCE else "above it"
+    return f"; chance, {100 * CHANCE:.0f} %, is {where}"
 
 
 def seen(tables: list[pd.DataFrame], names: list[str]) -> str:
-    """Which checkpoints were trained, or chosen, on the questions of these results (results.accuracy_table)."""
-    said: dict[str, list[str]] = {}
+    """Which checkpoints were trained, or chosen, on the questions of these results (accuracy_table)."""
+    alike: dict[tuple, list[str]] = {}
     for table, name in zip(tables, names, strict=True):
-        for words in _seen(table.iloc[0]):
-            said.setdefault(words, []).append(name)
-    return " ".join(
-        words.format(who=listed(who), was="was" if len(who) == 1 else "were") for words, who in said.items()
-    )
+        counts = table[["questions", "trained_on", "selected_on", "not_known"]].iloc[0].fillna(0).astype(int)
+        alike.setdefault(tuple(counts), []).append(name)
+    return " ".join(_seen(listed(who), "were" if len(who) > 1 else "was", *counts) for counts, who in alike.items())
 
 
-def _seen(row) -> list[str]:
-    """Sentences about one row of results, with {who} and {was}."""
-    questions, unknown = row["questions"], int(row["not_known"])
-    trained, chosen = (0 if pd.isna(row[name]) else int(row[name]) for name in ("trained_on", "selected_on"))
+def _seen(who: str, was: str, questions: int, trained: int, chosen: int, unknown: int) -> str:
     if unknown == questions and not trained and not chosen:
-        return ["Whether articles of these questions were used to train or to choose {who} is not known."]
-    told = []
+        return f"Whether articles of these questions were used to train or to choose {who} is not known."
+    text = []
     if trained == questions:
-        told += ["{who} {was} trained on the articles of all these questions: nothing here is about new questions."]
+        text += [f"{who} {was} trained on the articles of all these questions: nothing here is about new questions."]
     elif trained:
-        told += [f"{{who}} {{was}} trained on the articles of {trained:,} of these {questions:,} questions."]
+        text += [f"{who} {was} trained on the articles of {trained:,} of these {questions:,} questions."]
     if chosen == questions:
-        told += ["Validation on the articles of these questions chose {who}: the accuracy is optimistic."]
+        text += [f"Validation on the articles of these questions chose {who}: the accuracy is optimistic."]
     elif chosen:
-        told += [
-            f"{chosen:,} of these {questions:,} questions have an article of the validation split that chose {{who}}."
-        ]
+        text += [f"{chosen:,} of these {questions:,} questions have an article that helped to choose {who}."]
     if unknown:
-        told += [
-            f"Of {unknown:,} questions it is not known whether their article was used to train or to choose {{who}}."
-        ]
-    return told or ["No article of these questions was used to train or to choose {who}."]
-
-
-def alike(row) -> str:
-    """How alike the questions of one passage are, and which interval follows from it."""
-    if pd.isna(row["design_effect"]):
-        return (
-            "How alike the questions of one passage are cannot be estimated here (too few passages, or all answers "
-            "correct, or all wrong): Wilson's interval takes every question as independent."
-        )
-    text = f"{row['questions']:,} questions on {row['passages']:,} passages: "
-    if pd.notna(row["icc"]):
-        text += f"intraclass correlation within a passage {row['icc']:.2f}, ".replace("-", "−")
-    text += f"design effect {row['design_effect']:.2f} (at least 1)"
-    wider = (row["passage_high"] - row["passage_low"]) / (row["ci_high"] - row["ci_low"])
-    if wider < 1.05:
-        return f"{text}. The interval by passage is hardly wider than Wilson's."
-    return (
-        f"{text}. Quote the interval by passage, which is {wider:.2f} times as wide as Wilson's: that one takes the "
-        "questions of a passage as independent."
-    )
+        text += [f"Of {unknown:,} questions it is not known whether their article trained or chose {who}."]
+    return " ".join(text) or f"No article of these questions was used to train or to choose {who}."
 
 
 def overlap(predictions: pd.DataFrame) -> str:
-    """How many sequences are truncated, how many articles trained the checkpoint, and accuracy without the latter."""
-    truncated = int(predictions["truncated"].sum())
-    text = f"Questions with a truncated sequence: {truncated:,} of {len(predictions):,}. "
+    """How many questions have a truncated sequence, and the accuracy without those whose article trained it."""
+    text = f"Questions with a truncated sequence: {int(predictions['truncated'].sum()):,} of {len(predictions):,}."
     trained = predictions["article_in_train"].fillna(False).to_numpy(bool)
-    text += f"Questions whose article trained the checkpoint: {trained.sum():,}"
-    if unknown := int(predictions["article_in_train"].isna().sum()):
-        text += f"; of {unknown:,} that is not known"
     if not trained.any() or trained.all():
-        return f"{text}."
-    row = results.accuracy_table(predictions[~trained], "", "", "").iloc[0]
-    return f"{text}; without them the accuracy is {percent(row['accuracy'])} (95 % interval {quoted(row)})."
+        return text
+    correct = statistics.is_correct(predictions[~trained])
+    row = dict(zip(("ci_low", "ci_high"), statistics.wilson(correct.sum(), len(correct)), strict=True))
+    row |= {"accuracy": correct.mean()} | statistics.by_passage(predictions[~trained])
+    return f"{text} Without the {trained.sum():,} whose article trained the checkpoint: {accuracy(row)}."
 
 
 def groups(table: pd.DataFrame) -> str:
-    """Which groups of statistics.group_accuracies are harder or easier than the other questions of their level."""
-    tests = int(table["p"].notna().sum())
-    if not tests:
-        return "No grouping has two groups within a level: there is nothing to compare."
-    how = f"Fisher's exact test of each group against the rest; Holm's adjustment for {tests} tests"
-    found = table[table["p_holm"] < SIGNIFICANT].sort_values("difference")
-    if found.empty:
-        return f"No group differs significantly from the other questions of its level ({how})."
-    text = []
-    for name, part in (("Harder", found[found["difference"] < 0]), ("Easier", found[found["difference"] > 0][::-1])):
-        if len(part):
-            text.append(
-                f"{name} than the other questions of its level: {'; '.join(_group(row) for _, row in part.iterrows())}."
-            )
-    return f"{' '.join(text)} ({how}.)"
+    """Which groups of statistics.group_accuracies are harder or easier than the rest of their level, largest first."""
+    if table["p"].isna().all():
+        return "No grouping has two groups within a level: there is nothing to compare"
 
+    def name(row: pd.Series) -> str:
+        level = "" if row["level"] == "all" else f"{row['level']}, "
+        return f"“{row['group']}” ({level}{points(row['difference'])} points)"
 
-def _group(row) -> str:
-    level = "" if row["level"] == "all" else f", level {row['level']}"
-    return (
-        f"{row['grouping']} “{row['group']}”{level}, {row['questions']:,} questions, "
-        f"{percent(row['accuracy'])} against {percent(row['rest'])} ({signed(100 * row['difference'])} points, "
-        f"Holm {p_value(row['p_holm'])})"
-    )
-
-
-def groups_title(table: pd.DataFrame) -> str:
-    """The largest significant differences as a title."""
-    found = table[table["p_holm"] < SIGNIFICANT].sort_values("difference")
-    if found.empty:
-        return "No group differs significantly from the rest of its level"
-    parts = []
-    for word, row in (("harder", found.iloc[0]), ("easier", found.iloc[-1])):
-        if (row["difference"] < 0) == (word == "harder"):
-            size = f"{signed(100 * row['difference'])} points, {row['questions']:,} questions"
-            rest = "the rest" if row["level"] == "all" else f"the rest of {row['level']}"
-            parts.append(f"{word} than {rest}: “{row['group']}” ({size})")
-    text = "; ".join(parts)
-    return text[0].upper() + text[1:]
+    words = {"worse": "Harder than the rest of its level: {}", "better": "Easier: {}"}
+    largest = table.sort_values("difference", key=abs, ascending=False, kind="stable")
+    return by_finding(largest, name, words) or "No group differs significantly from the rest of its level"
 
 
 def letters(predictions: pd.DataFrame) -> str:
     """Position bias: whether letters are chosen as often as they are correct."""
     statistic, freedom, p = statistics.letter_test(predictions)
-    if freedom == 0:
+    if not freedom:
         return "Every answer is correct, so there is no preference for a letter to test."
-    table = statistics.letter_counts(predictions)
-    apart = (table["chosen"] - table["right"]).abs()
-    if not apart.any():
-        return "Each letter is chosen exactly as often as it is correct."
-    degrees = f"{freedom} degree{'s' if freedom > 1 else ''} of freedom"
-    test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, {degrees}, {p_value(p)}"
-    largest = [
-        f"{row.letter}, chosen on {percent(row.chosen_share)} and correct on {percent(row.right_share)}"
-        for row in table[apart == apart.max()].itertuples()
-    ]
+    test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, degrees of freedom: {freedom}, {p_value(p)}"
     return (
-        f"How often each letter is chosen and how often it is correct: the difference is {significance(p)} ({test}). "
-        f"It is largest for {', and for '.join(largest)} of the questions."
+        f"How often each letter is chosen and how often it is correct: the difference is {_significance(p)} ({test})."
     )
 
 
-def longest_option(predictions: pd.DataFrame) -> str:
-    """Length bias: whether the longest of the four options is chosen as often as it is correct."""
-    found = statistics.longest_option_test(predictions)
-    left_out = f"{found['ties']:,} questions whose longest options are equally long are left out."
-    if not found["questions"]:
-        return f"No question has one longest option: {left_out}"
-    text = (
-        f"On {found['questions']:,} questions with one longest option, it is chosen on {percent(found['chosen'])} and "
-    )
-    text += f"correct on {percent(found['correct'])}: the difference is {significance(found['p'])} "
-    return f"{text}(exact McNemar test, {p_value(found['p'])})." + (f" {left_out}" if found["ties"] else "")
+def _significance(p: float) -> str:
+    return "significant" if p < SIGNIFICANT else "not significant"
 
 
-def calibration(table: pd.DataFrame, temperature: float | None, change: tuple | None = None) -> str:
-    """What calibration_table shows: confidence against accuracy, and whether a fitted temperature helps.
+def calibration(table: pd.DataFrame, temperature: float | None = None, change: tuple | None = None) -> str:
+    """What calibration_table shows: confidence against accuracy, the calibration error, and what a temperature does.
 
     change: calibration.log_loss_change on the split that is scored.
     """
     row = table.iloc[0]
-    error, *spread = (
-        f"{100 * row[name]:.1f}" for name in ("calibration_error", "error_low", "error_high", "floor_low", "floor_high")
-    )
-    above = row["calibration_error"] > row["floor_high"]
+    error, low, high = (100 * row[name] for name in ("calibration_error", "floor_low", "floor_high"))
     text = (
         f"Mean confidence is {percent(row['confidence'])}, accuracy {percent(row['accuracy'])}. The expected "
-        f"calibration error is {error} points (95 % interval {spread[0]} to {spread[1]}); a perfectly calibrated model "
-        f"with these confidences would read {spread[2]} to {spread[3]} (95 % range): the error is "
-        f"{'above' if above else 'not above'} that range."
+        f"calibration error, {error:.1f} points, is {'above' if error > high else 'not above'} what a perfectly "
+        f"calibrated model with these confidences would read ({low:.1f} to {high:.1f})."
     )
-    if temperature is None or change is None:
-        return text
-    mean, low, high = change
-    finding = "not tested" if pd.isna(low) else "not significant"
-    finding = "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else finding
-    ends = "" if pd.isna(low) else f" (95 % interval {_signed3(low)} to {_signed3(high)})"
-    text += f" At temperature {temperature:.2f}, fitted on validation, log loss changes by {_signed3(mean)}{ends}, "
-    return f"{text}from {row['log_loss']:.3f} to {table.iloc[1]['log_loss']:.3f}: {finding}."
+    return text if temperature is None or change is None else f"{text} {temperature_effect(temperature, *change)}"
 
 
-def _signed3(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+def temperature_effect(temperature: float, mean: float, low: float, high: float) -> str:
+    """What a fitted temperature does to the log loss: its mean change, with an interval."""
+    found = "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else "not significant"
+    ends = "not tested" if pd.isna(low) else f"95 % interval {signed(low, 3)} to {signed(high, 3)}: {found}"
+    return f"At temperature {temperature:.2f}, fitted on validation, log loss changes by {signed(mean, 3)} ({ends})."
+
+
+# ----------------------------------------------------------------------------------------------- several checkpoints
+
+
+def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
+    """Which checkpoint has the highest accuracy, and what was found of its lead over the others; also a title."""
+    best, found = comparison.leads(predictions, pairs)
+    correct = statistics.is_correct(predictions[best])
+    text = f"{best}: {percent(correct.mean())} of {len(correct):,} questions correct"
+    level = found["difference"] == 0
+    words = {"better": "significantly better than {}", "not significant": "lead over {} not significant"}
+    words |= {"not tested": "not tested against {} (training questions)"}
+    lead = by_finding(found[~level], lambda row: f"{row['first']} ({points(row['difference'])} points)", words)
+    equal = f"as accurate as {listed(found.loc[level, 'first'], SHOWN)}" if level.any() else ""
+    return "; ".join(filter(None, [text, lead, equal]))
 
 
 def paired(row: pd.Series) -> str:
     """One row of compare_pairs: who is correct where, the difference, and whether it is significant."""
-    first, second = row["first"], row["second"]
+    first, second, found = row["first"], row["second"], finding(row)
     if row["gained"] == row["lost"] == 0:
         return f"{second} and {first} are correct on the same questions: there is no difference to test."
-    better = second if row["difference"] > 0 else first
-    tested = NOT_TESTED
-    if pd.notna(row["p"]):
-        finding = (
-            "the difference is not significant" if row["p_holm"] >= SIGNIFICANT else f"{better} is significantly better"
-        )
-        tested = f"{finding} (exact McNemar test, {_both_p(row)})"
-    return (
-        f"{second} is correct on {row['gained']:,} questions on which {first} is wrong, and wrong on {row['lost']:,} "
-        f"on which {first} is correct: {points(row)}; {tested}."
-    )
-
-
-def _both_p(row) -> str:
-    """p of a pair, and Holm's, of several: "p = 0.03; Holm p = 0.09"."""
-    return f"{p_value(row['p'])}; Holm {p_value(row['p_holm'])}" if row["pairs"] > 1 else p_value(row["p"])
-
-
-def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
-    """Which has the highest accuracy, and how far it is ahead of the others: of each, or of the next ones if many."""
-    best, found = comparison.leads(predictions, pairs)
-    equal = [best, *found.loc[found["difference"] == 0, "first"]]
-    accuracy = percent(statistics.is_correct(predictions[best]).mean())
-    if len(predictions) == 1:
-        return f"{best} has an accuracy of {accuracy}."
-    text = f"{listed(equal)} {'has' if len(equal) == 1 else 'have'} the highest accuracy: "
-    text += f"{accuracy} of {len(predictions[best]):,} questions."
-    nearest = found.sort_values("difference", kind="stable")
-    if len(found) > SHOWN:
-        nearest = nearest[nearest["difference"] > 0][:1]
-        text += f" {short_verdict(predictions, pairs)}."
-    for _, row in nearest.iterrows():
-        against = (
-            f"{best} against {row['first']}" if len(equal) > 1 or len(found) > SHOWN else f"Against {row['first']}"
-        )
-        tested = f"McNemar {_both_p(row)}: {significance(row['p_holm'])}" if pd.notna(row["p"]) else NOT_TESTED
-        text += f" {against}: {points(row)}, {tested}."
-    return text
-
-
-def short_verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
-    """The verdict as a title: "e3 is significantly better than e1; its lead over e2 is not significant"."""
-    best, found = comparison.leads(predictions, pairs)
-    accuracy = percent(statistics.is_correct(predictions[best]).mean())
-    if found.empty:
-        return f"{best}: accuracy {accuracy}"
-    sure, level, untested = found["p_holm"] < SIGNIFICANT, found["difference"] == 0, found["p"].isna()
-    clauses = {
-        "{who} is significantly better than {names}": found.loc[sure, "first"],
-        "{whose} lead over {names} is not significant": found.loc[~sure & ~level & ~untested, "first"],
-        "{who} is as accurate as {names}": found.loc[level & ~untested, "first"],
-        "{who} is not tested against {names} (training questions)": found.loc[untested, "first"],
-    }
-    said = [(words, listed(names, SHOWN)) for words, names in clauses.items() if len(names)]
-    subjects = [{"who": best, "whose": f"{best}'s"}] + [{"who": "it", "whose": "its"}] * 3
-    return "; ".join(words.format(names=names, **who) for (words, names), who in zip(said, subjects, strict=False))
+    told = f"{points(row['difference'])} points"
+    if found == "not tested":
+        told += "; not tested: most of these questions trained one of the two"
+    else:
+        holm = f"; Holm {p_value(row['p_holm'])}" if row["pairs"] > 1 else ""
+        ends = interval(row["ci_low"], row["ci_high"], points)
+        told += f" (95 % interval {ends}; exact McNemar test, {p_value(row['p'])}{holm}): "
+        told += found if found == "not significant" else f"{second} is significantly {found}"
+    return f"{second} against {first}: gained {row['gained']:,} questions, lost {row['lost']:,}, {told}."
 
 
 def scope(lineage: pd.DataFrame) -> str:
@@ -311,11 +211,88 @@ def scope(lineage: pd.DataFrame) -> str:
     if len(lineage) < 2:
         return ""
     text = (
-        "Each checkpoint is one training run, and the intervals reflect the sampling of "
-        "questions only: this compares these checkpoints, not their recipes, which takes several seeds. Not "
-        "significant does not mean equal: the interval shows which differences remain possible."
+        "Each checkpoint is one training run: this compares these checkpoints, not their recipes, which takes several "
     )
-    later = lineage[lineage["parent"].notna()]
-    for row in later.itertuples():
+    text += "seeds. Not significant does not mean equal: the interval shows which differences remain possible."
+    for row in lineage[lineage["parent"].notna()].itertuples():
         text += f" {row.name} continues from {row.parent}, so it has also trained longer."
     return text
+
+
+# ----------------------------------------------------------------------------------------------------------- recipes
+
+
+def recipes_verdict(table: pd.DataFrame) -> str:
+    """What was found of each recipe against the first one; also a title."""
+    first = table["first"].iloc[0]
+    words = {it: f"significantly {it} than {first}: {{}}" for it in ("better", "worse")}
+    words |= {it: f"{it}: {{}}" for it in ("not significant", "not tested")}
+    text = by_finding(table, lambda row: f"{row['second']} ({points(row['difference'])} points)", words)
+    return text[0].upper() + text[1:]
+
+
+def difference(row: pd.Series, margin: float) -> str:
+    """What was found of one recipe, or stage, against another over seeds; margin: points that would matter."""
+    found, (first, second) = finding(row), row[["first", "second"]]
+    text = f"{second} − {first} = {points(row['difference'])} points"
+    over = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''} and {row['questions']:,} questions"
+    if row["seeds"] == 1:
+        return f"{text} on {over}. This is about these checkpoints, and says nothing of another seed."
+    if pd.isna(row["ci_low"]):
+        return f"{text} on {over}; not tested: the same answers in all runs, or questions of one passage only."
+    text += f" (95 % interval {interval(row['ci_low'], row['ci_high'], points)}, over {over}"
+    if found == "not tested":
+        return f"{text}); too few seeds for a verdict."
+    beyond = 100 * max(abs(row["ci_low"]), abs(row["ci_high"]))
+    unlikely = f"not significant; a difference beyond {beyond:.1f} points is unlikely"
+    text += f"; Holm {p_value(row['p_holm'])}): "
+    text += unlikely if found == "not significant" else f"{second} is {found} than {first}"
+    if max(abs(row["low_90"]), abs(row["high_90"])) <= margin / 100:
+        text += f"; the difference is below {_points(margin)} (90 % interval)"
+    return f"{text}."
+
+
+def over_seeds(means: pd.DataFrame, compared: pd.DataFrame) -> str:
+    """How the stages of one recipe do over its seeds (runs.accuracies), each against the first (against_baseline)."""
+    lines = []
+    for row in means.itertuples():
+        spread = f"; standard deviation {100 * row.sd:.2f} points" if len(row.each) > 1 else ""
+        lines.append(f"{row.recipe}: {percent(row.accuracy)} ({', '.join(map(percent, row.each))}{spread})")
+    return "\n".join([*lines, *(difference(row, 1.0) for _, row in compared.iterrows())])
+
+
+def budget(table: pd.DataFrame) -> str:
+    """Whether all recipes had the same (runs.training_totals), and in what they differ."""
+    row, settings = table.iloc[0], pd.DataFrame(list(table["also"]))
+    had = table[[*BUDGET]].rename(columns=BUDGET).join(settings.rename(columns=lambda name: name.replace("_", " ")))
+    differ = [name for name, values in had.items() if values.nunique(dropna=False) > 1]
+    text = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."
+    return (text if BUDGET["questions"] not in differ else "") + (
+        f" **They differ in {listed(differ)}**." if differ else ""
+    )
+
+
+def recipes_scope(source: str, split: str) -> str:
+    """What a comparison of recipes on this source and split cannot say."""
+    toy = "The demo's corpus is a toy: nothing of this is about RACE." if source == "demo" else ""
+    optimistic = "The same split chose the checkpoints: all accuracies are optimistic." if split == "validation" else ""
+    return f"{toy} {optimistic}".strip()
+
+
+def planning(difference: float, questions: int, seeds: int, contrasts: int) -> str:
+    """How many seeds a true difference (in points) takes on these questions, and what `seeds` will see of it."""
+    wanted = seeds_needed(difference / 100, questions, contrasts)
+    many = f"{wanted} seeds a recipe" if wanted else "no number of seeds up to 100"
+    text = f"A true difference of {_points(difference)} on {questions:,} questions is found in at least "
+    text += f"{100 * POWER:.0f} of 100 comparisons with {many} (after Holm's adjustment for {contrasts}). "
+    if seeds > 1:
+        found = power(difference / 100, seeds, questions, contrasts)
+        text += f"With {seeds} seeds it is found in {100 * found['power_holm']:.0f} of 100, and an interval reaches "
+        text += f"about {100 * found['half_width']:.1f} points to either side. "
+    text += f"Assumed: a recipe's accuracies spread by {100 * SD:.1f} points (standard deviation) beyond what single "
+    text += f"answers do by chance; two seeds differ on {100 * RUNS_DIFFER:.0f} % of the questions, two recipes on "
+    return f"{text}{100 * RECIPES_DIFFER:.0f} %."
+
+
+def _points(value: float) -> str:
+    return f"{value:g} point{'' if value == 1 else 's'}"

@@ -7,7 +7,7 @@ from scipy.special import log_softmax
 from scipy.stats import ttest_1samp
 
 from race import LETTERS
-from race.score.statistics import GROUP_COLUMNS, accuracy_by, is_correct, probabilities_of, wilson
+from race.score.statistics import GROUP_COLUMNS, PROBABILITIES, accuracy_by, is_correct, wilson
 
 BINS = 10  # of equal width, for confidence
 DRAWS = 2_000  # of a bootstrap, and of the perfectly calibrated model
@@ -17,7 +17,7 @@ COVERAGES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.2)  # fractions of the questions that ar
 
 def confidence(predictions: pd.DataFrame) -> np.ndarray:
     """[N] the probability of the chosen option."""
-    return probabilities_of(predictions).max(1)
+    return predictions[PROBABILITIES].to_numpy(float).max(1)
 
 
 def _bins(predictions: pd.DataFrame) -> np.ndarray:
@@ -59,15 +59,19 @@ def calibration_spread(predictions: pd.DataFrame, seed: int = 0) -> dict:
     error, (floor_low, floor_high) = calibration_error(predictions), np.quantile(floor, (0.025, 0.975))
     upper = np.quantile(errors, 0.975)
     low, high = 0.0 if error <= floor_high else 2 * error - upper, upper - (errors.mean() - error)
-    names = ("error_low", "error_high", "floor", "floor_low", "floor_high")
-    values = max(low, 0.0), min(max(high, error), 1.0), floor.mean(), floor_low, floor_high
-    return {name: float(value) for name, value in zip(names, values, strict=True)}
+    found = {"error_low": max(low, 0.0), "error_high": min(max(high, error), 1.0), "floor": floor.mean()}
+    return {name: float(value) for name, value in (found | {"floor_low": floor_low, "floor_high": floor_high}).items()}
 
 
 def losses(predictions: pd.DataFrame) -> np.ndarray:
     """[N] the negative log-likelihood of each correct answer, in nats; a probability of 0 counts as 2e-16."""
-    probabilities, answers = probabilities_of(predictions), predictions["answer"].map(LETTERS.index)
-    return -np.log(np.maximum(probabilities[np.arange(len(answers)), answers.to_numpy()], np.finfo(float).eps))
+    probabilities = predictions[PROBABILITIES].to_numpy(float)
+    return -np.log(np.maximum(probabilities[_answers(predictions)], np.finfo(float).eps))
+
+
+def _answers(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The place of each correct answer in an array [N, 4]."""
+    return np.arange(len(predictions)), predictions["answer"].map(LETTERS.index).to_numpy()
 
 
 def log_loss(predictions: pd.DataFrame) -> float:
@@ -84,41 +88,34 @@ def log_loss_change(before: pd.DataFrame, after: pd.DataFrame) -> tuple[float, f
     return float(change.mean()), float(interval.low), float(interval.high)
 
 
-def fit_temperature(predictions: pd.DataFrame) -> tuple[float | None, str]:
-    """The temperature with the lowest log loss (Guo et al. 2017), or None and a sentence that says why there is none.
+def fit_temperature(predictions: pd.DataFrame) -> float | None:
+    """The temperature with the lowest log loss (Guo et al. 2017); None if there is none, the reason printed.
 
     Above 1: the model is too confident. Not by `log_loss`, which cuts probabilities off at 2e-16, where the search
     would find no slope.
     """
-    correct, logits = is_correct(predictions), _log_probabilities(predictions)
-    answers = np.arange(len(predictions)), predictions["answer"].map(LETTERS.index).to_numpy()
+    logits, answers, ends = _log_probabilities(predictions), _answers(predictions), np.log(TEMPERATURES)
 
     def loss(log_temperature: float) -> float:
         return -log_softmax(logits / np.exp(log_temperature), axis=1)[answers].mean()
 
-    why = None
-    if correct.all() or not correct.any():
-        why = f"{'every' if correct.all() else 'no'} answer on validation is correct"
-    elif (np.sort(probabilities_of(predictions))[:, :-1] == 0).all(1).any():
-        why = "a question of validation has the probabilities 1 and three times 0, which no temperature changes"
-    else:
-        found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-8}).x
-        if np.abs(found - np.log(TEMPERATURES)).min() > 1e-3:
-            return float(np.exp(found)), ""
-        why = f"the best one is not between {TEMPERATURES[0]:g} and {TEMPERATURES[1]:g}"
-    return None, f"No temperature is fitted: {why}."
+    found = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-8}).x
+    if np.abs(found - ends).min() > 1e-3:
+        return float(np.exp(found))
+    lowest, highest = TEMPERATURES
+    print(f"no temperature is fitted: none from {lowest:g} to {highest:g} is best, as where all answers are correct")
+    return None
 
 
 def at_temperature(predictions: pd.DataFrame, temperature: float) -> pd.DataFrame:
     """The predictions with logits divided by `temperature`: other probabilities, the same answers."""
     changed = predictions.copy()
-    names = [f"p_{letter}" for letter in LETTERS]
-    changed[names] = np.exp(log_softmax(_log_probabilities(predictions) / temperature, axis=1))
+    changed[PROBABILITIES] = np.exp(log_softmax(_log_probabilities(predictions) / temperature, axis=1))
     return changed
 
 
 def _log_probabilities(predictions: pd.DataFrame) -> np.ndarray:
-    return np.log(np.maximum(probabilities_of(predictions), np.finfo(float).tiny))
+    return np.log(np.maximum(predictions[PROBABILITIES].to_numpy(float), np.finfo(float).tiny))
 
 
 def calibration_table(versions: dict[str, pd.DataFrame]) -> pd.DataFrame:

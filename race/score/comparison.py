@@ -1,4 +1,4 @@
-"""Paired comparisons: several tables of predictions on the same questions, two by two and combined. Numbers only."""
+"""Checkpoints compared on the same questions, and recipes over their seeds and questions. Numbers only."""
 
 import functools
 import itertools
@@ -6,24 +6,25 @@ import operator
 
 import numpy as np
 import pandas as pd
+from scipy.stats import chi2, norm, t
 
-from race import RaceError
-from race.score.statistics import (
-    PROBABILITIES,
-    SEEN_COLUMNS,
-    holm,
-    is_correct,
-    mcnemar,
-    most_probable,
-    mostly_trained_on,
-    probabilities_of,
-)
+from race import LETTERS, RaceError
+from race.score import statistics
+from race.score.statistics import PROBABILITIES, SEEN_COLUMNS, is_correct, mostly_trained_on
 
 QUESTION = ["level", "example_id", "question_index", "answer"]  # identifies a question, and its correct answer
 OUTCOMES = ["both", "gained", "lost", "neither"]
 PAIR_COLUMNS = ["first", "second", "questions", *OUTCOMES, "difference", "ci_low", "ci_high", "p", "p_holm", "pairs"]
 RESAMPLES = 10_000
 TURNED = {"first": "second", "gained": "lost", "ci_low": "ci_high"}  # what changes places if the two do
+DIFFERENCE_COLUMNS = ["first", "second", "questions", "seeds", "difference", "ci_low", "ci_high", "low_90", "high_90"]
+DIFFERENCE_COLUMNS += ["p", "p_holm", "freedom", "sd_first", "sd_second"]
+LEAST_SEEDS = 3  # from which a difference is tested
+POWER = 0.8  # share of comparisons that find a true difference, for which seeds are counted
+# Of two runs on RACE, for planning: SD of a run's accuracy beside the questions', and the share of questions on which
+# two seeds of a recipe, and two recipes, are not both right or both wrong.
+SD, RUNS_DIFFER, RECIPES_DIFFER = 0.004, 0.16, 0.18
+QUESTIONS_A_PASSAGE = 3.5
 
 
 def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) -> dict:
@@ -34,7 +35,7 @@ def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) 
     difference = accuracy of second − of first. Questions are resampled in pairs. As only four outcomes exist, drawing
     their counts is the same, and a thousand times faster than scipy.stats.bootstrap, which draws every question.
     """
-    _check_same_questions([first, second])
+    check_same_questions([first, second])
     before, after, questions = is_correct(first), is_correct(second), len(first)
     outcomes = before & after, ~before & after, before & ~after, ~before & ~after
     counts = dict(zip(OUTCOMES, (int(outcome.sum()) for outcome in outcomes), strict=True))
@@ -43,7 +44,7 @@ def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) 
     low, high = np.quantile((drawn[:, 1] - drawn[:, 2]) / questions, (0.025, 0.975))
     gained, lost = counts["gained"], counts["lost"]
     found = {"difference": (gained - lost) / questions, "ci_low": float(low), "ci_high": float(high)}
-    found |= {"p": mcnemar(gained, lost)}
+    found |= {"p": statistics.mcnemar(gained, lost)}
     if mostly_trained_on(first) or mostly_trained_on(second):
         found |= dict.fromkeys(["ci_low", "ci_high", "p"], np.nan)
     return {"questions": questions} | counts | found
@@ -56,7 +57,7 @@ def compare_pairs(predictions: dict[str, pd.DataFrame], seed: int = 0) -> pd.Dat
         for first, second in itertools.combinations(predictions, 2)
     ]
     table = pd.DataFrame(rows, columns=PAIR_COLUMNS)
-    return table.assign(p_holm=holm(table["p"]), pairs=len(rows))
+    return table.assign(p_holm=statistics.holm(table["p"]), pairs=len(rows))
 
 
 def shown_pairs(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, most: int = 10) -> pd.DataFrame:
@@ -78,8 +79,8 @@ def ensemble(predictions: list[pd.DataFrame]) -> pd.DataFrame:
 
     An article that one of them was trained or chosen on counts so for the ensemble.
     """
-    _check_same_questions(predictions)
-    mean = np.mean([probabilities_of(table) for table in predictions], axis=0)
+    check_same_questions(predictions)
+    mean = np.mean([table[PROBABILITIES].to_numpy(float) for table in predictions], axis=0)
     combined = predictions[0].assign(prediction=most_probable(mean))
     combined[PROBABILITIES] = mean
     for column in SEEN_COLUMNS.values():
@@ -88,14 +89,108 @@ def ensemble(predictions: list[pd.DataFrame]) -> pd.DataFrame:
     return combined
 
 
-def _check_same_questions(predictions: list[pd.DataFrame]) -> None:
-    """The same questions, in the same order, with the same correct answers; at least one."""
+def most_probable(probabilities: np.ndarray) -> np.ndarray:
+    """[N] the letter of the highest of [N, 4] probabilities; among equal ones (to 1e-12) a fixed draw decides.
+
+    For ensembles, whose means tie; the first of equals would favour A.
+    """
+    highest = probabilities >= probabilities.max(1, keepdims=True) - 1e-12
+    drawn = np.random.default_rng(0).random(probabilities.shape)
+    return np.take(LETTERS, np.where(highest, drawn, -1).argmax(1))
+
+
+def check_same_questions(predictions: list[pd.DataFrame]) -> None:
+    """Raise RaceError unless these are on the same questions, in one order, with the same correct answers."""
     first = predictions[0][QUESTION].reset_index(drop=True)
-    if not len(first):
-        raise RaceError("no questions to compare on")
     for other in predictions[1:]:
         if not first.equals(other[QUESTION].reset_index(drop=True)):
             raise RaceError(
                 f"the predictions are not on the same questions ({len(first):,} and {len(other):,}): "
                 "score both with the same cache, split, LIMIT_QUESTIONS and SEED"
             )
+
+
+def recipe_difference(first: np.ndarray, second: np.ndarray, passages: np.ndarray, levels: np.ndarray) -> dict:
+    """Accuracy of recipe `second` − of `first`, over seeds and questions: the keys of DIFFERENCE_COLUMNS.
+
+    first, second: [seeds, questions] right (1) or wrong (0). Row s of both is the run of one seed, with the same head
+    and order of questions: runs are compared seed by seed. passages, levels: [questions].
+    The variance is that of the questions, with passages as clusters within levels, and that of the runs beyond what
+    the questions explain; degrees of freedom after Satterthwaite: multi-reader multi-case analysis with runs as readers
+    (Hillis 2014, Statistics in Medicine 33:330). One seed has no interval, and fewer than LEAST_SEEDS no p: NaN.
+    """
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    if first.shape != second.shape:
+        raise RaceError(f"runs are compared seed by seed: {len(first)} and {len(second)} seeds were given")
+    gains, (seeds, questions) = second - first, first.shape
+    found = dict.fromkeys(DIFFERENCE_COLUMNS[5:], np.nan) | {"questions": questions, "seeds": seeds}
+    found |= {"difference": float(gains.mean()), "sd_first": _spread(first), "sd_second": _spread(second)}
+    of_questions, clusters = _variance_of_questions(gains.mean(0), passages, levels)
+    if seeds < 2 or clusters < 1:
+        return found
+    of_runs = gains.mean(1).var(ddof=1) / seeds
+    rest = gains - gains.mean(1, keepdims=True) - gains.mean(0) + gains.mean()
+    noise = (rest**2).sum() / ((seeds - 1) * (questions - 1)) / (seeds * questions)  # of single answers, in of_runs
+    variance = of_questions + max(0.0, of_runs - noise)
+    if variance == 0:  # right and wrong on the same questions, in every run
+        return found
+    freedom = variance**2 / (of_questions**2 / clusters + of_runs**2 / (seeds - 1))
+    found["freedom"] = float(freedom)
+    if seeds >= LEAST_SEEDS:
+        found["p"] = float(2 * t.sf(abs(found["difference"]) / variance**0.5, freedom))
+    for low, high, level in (("ci_low", "ci_high", 0.975), ("low_90", "high_90", 0.95)):
+        reach = t.ppf(level, freedom) * variance**0.5
+        found |= {low: float(found["difference"] - reach), high: float(found["difference"] + reach)}
+    return found
+
+
+def _spread(correct: np.ndarray) -> float:
+    """Sample standard deviation of the runs' accuracies."""
+    return float(correct.mean(1).std(ddof=1)) if len(correct) > 1 else np.nan
+
+
+def _variance_of_questions(each: np.ndarray, passages: np.ndarray, levels: np.ndarray) -> tuple[float, int]:
+    """Variance of the mean of [questions] values with passages as clusters within levels, and its freedom."""
+    passage, level = statistics.passages_within_levels(levels, passages)
+    clusters, of_question = np.bincount(level), level[passage]
+    mean = np.bincount(of_question, each) / np.bincount(of_question)
+    sums = np.bincount(passage, each - mean[of_question])
+    weights = np.divide(clusters, clusters - 1, out=np.zeros(len(clusters)), where=clusters > 1)
+    return float((weights[level] * sums**2).sum() / len(each) ** 2), len(sums) - len(clusters)
+
+
+def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.DataFrame:
+    """A row for each recipe but the first, which they are compared with; p_holm: adjusted for all of them.
+
+    correct: [seeds, questions] by recipe; facts: example_id and level of the questions.
+    """
+    (first, base), *others = correct.items()
+    columns = facts["example_id"].to_numpy(), facts["level"].to_numpy()
+    rows = [{"first": first, "second": name} | recipe_difference(base, runs, *columns) for name, runs in others]
+    table = pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
+    return table.assign(p_holm=statistics.holm(table["p"]))
+
+
+def power(difference: float, seeds: int, questions: int, contrasts: int = 1) -> dict:
+    """What a comparison of so many seeds a recipe will see of a true difference (a fraction, as accuracy is).
+
+    Keys: seeds, questions, half_width (of the 95 % interval), power (share of comparisons that find it), power_holm
+    (the same in the strictest step of Holm's adjustment for `contrasts`). Not by statsmodels' TTestPower: SciPy's
+    noncentral t, on which it rests, is NaN for a large difference on few degrees of freedom.
+    """
+    of_questions = (RECIPES_DIFFER - RUNS_DIFFER + RUNS_DIFFER / seeds) / questions
+    of_runs, clusters = (2 * SD**2 + RUNS_DIFFER / questions) / seeds, max(1.0, questions / QUESTIONS_A_PASSAGE - 1)
+    variance = of_questions + 2 * SD**2 / seeds
+    freedom, error = variance**2 / (of_questions**2 / clusters + of_runs**2 / (seeds - 1)), variance**0.5
+    found = {"seeds": seeds, "questions": questions, "half_width": float(t.ppf(0.975, freedom) * error)}
+    place, spreads = abs(difference) / error, np.sqrt(chi2.ppf((np.arange(2000) + 0.5) / 2000, freedom) / freedom)
+    for name, alpha in (("power", 0.05), ("power_holm", 0.05 / contrasts)):
+        limits = t.ppf(1 - alpha / 2, freedom) * spreads  # as the estimated error spreads
+        found[name] = float((norm.sf(limits - place) + norm.cdf(-limits - place)).mean())
+    return found
+
+
+def seeds_needed(difference: float, questions: int, contrasts: int = 1) -> int | None:
+    """The fewest seeds a recipe, up to 100, with which POWER is reached after Holm; None if there are none."""
+    enough = (n for n in range(2, 101) if power(difference, n, questions, contrasts)["power_holm"] >= POWER)
+    return next(enough, None)

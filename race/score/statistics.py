@@ -6,13 +6,22 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, chi2, fisher_exact, norm, rankdata, t
 
-from race import LETTERS, LEVELS, RaceError
+from race import LETTERS, LEVELS
 
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 SEEN_COLUMNS = {"trained_on": "article_in_train", "selected_on": "article_in_validation"}  # of results: of predictions
 FEW_ERRORS = 50  # with fewer, χ² is not a good approximation
-# kind → (rule in words, pattern or None); the first rule that fits counts
+
+
+def _first(word: str) -> str:
+    """The pattern of a text whose first question word is this one."""
+    others = "|".join(sorted({"why", "how", "what", "which", "who", "whom", "whose"} - {word}))
+    return rf"(?is)^(?:(?!\b(?:{others})\b).)*\b{word}\b"
+
+
+# kind → (rule in words, pattern); the first rule that fits counts. When and where count last: they often begin a clause
+# of a question that asks for something else.
 KIND_RULES = {
     "negated": (
         "says NOT or Not, except, or which … not",
@@ -25,53 +34,24 @@ KIND_RULES = {
         r"|purpose of (the|this|writing)|(passage|text|article|story) is (about|mainly))\b",
     ),
     "cloze": ("has a blank, _", "_"),
-    "why": ("its first question word is why", None),
-    "how": ("its first question word is how", None),
-    "what": ("its first question word is what", None),
-    "which": ("its first question word is which", None),
-    "who, when, where": ("its first question word is who, whom or whose; or it has none but when or where", None),
-    "other": ("everything else", None),
+    **{word: (f"its first question word is {word}", _first(word)) for word in ("why", "how", "what", "which")},
+    "who, when, where": (
+        "its first question word is who, whom or whose; or it has none but when or where",
+        r"(?i)\b(who|whom|whose|when|where)\b",
+    ),
+    "other": ("everything else", ""),
 }
 KINDS = list(KIND_RULES)
 
 
 def kind_of_question(question: str) -> str:
-    """One of KINDS. When and where count last: they often begin a clause of a question that asks for something else."""
-    for kind, (_, pattern) in KIND_RULES.items():
-        if pattern and re.search(pattern, question):
-            return kind
-    asked = re.search(r"\b(why|how|what|which|who|whom|whose)\b", question.lower())
-    if asked and asked[0] in KIND_RULES:
-        return asked[0]
-    return "who, when, where" if asked or re.search(r"\b(when|where)\b", question.lower()) else "other"
+    """One of KINDS."""
+    return next(kind for kind, (_, pattern) in KIND_RULES.items() if re.search(pattern, question))
 
 
 def is_correct(predictions: pd.DataFrame) -> np.ndarray:
-    """[N] whether each question is answered correctly; raises RaceError if there is none, or a letter is missing."""
-    columns = predictions[["answer", "prediction"]]
-    if not len(columns):
-        raise RaceError("there are no predictions: the split, LEVEL or LIMIT_QUESTIONS leaves no question")
-    if missing := int(columns.isna().any(axis=1).sum()):
-        raise RaceError(f"{missing:,} of {len(columns):,} predictions have no answer or no choice: score again")
-    return (columns["answer"] == columns["prediction"]).to_numpy(bool)
-
-
-def probabilities_of(predictions: pd.DataFrame) -> np.ndarray:
-    """[N, 4] the probabilities of the options; raises RaceError if one is not a number from 0 to 1."""
-    probabilities = predictions[PROBABILITIES].to_numpy(float)
-    if bad := int((~((probabilities >= 0) & (probabilities <= 1 + 1e-9))).any(1).sum()):
-        raise RaceError(f"{bad:,} of {len(predictions):,} predictions have a probability outside 0 to 1, or NaN")
-    return probabilities
-
-
-def most_probable(probabilities: np.ndarray) -> np.ndarray:
-    """[N] the letter of the highest of [N, 4] probabilities; among equal ones (to 1e-12) a fixed draw decides.
-
-    For ensembles, whose means tie; the first of equals would favour A.
-    """
-    highest = probabilities >= probabilities.max(1, keepdims=True) - 1e-12
-    drawn = np.random.default_rng(0).random(probabilities.shape)
-    return np.take(LETTERS, np.where(highest, drawn, -1).argmax(1))
+    """[N] whether each question is answered correctly."""
+    return (predictions["answer"] == predictions["prediction"]).to_numpy(bool)
 
 
 def wilson(correct, questions, alpha: float = 0.05):
@@ -120,6 +100,12 @@ def passages_within_levels(levels, example_ids) -> tuple[np.ndarray, np.ndarray]
     return passage, np.zeros_like(level) if (np.bincount(level) < 2).any() else level
 
 
+def quoted_interval(row: pd.Series) -> tuple[float, float, str]:
+    """(low, high, which) of the interval to quote for a row of results: by passage, or Wilson's where there is none."""
+    which = ("passage", "by passage") if pd.notna(row.get("passage_low")) else ("ci", "Wilson")
+    return row[f"{which[0]}_low"], row[f"{which[0]}_high"], which[1]
+
+
 def mostly_trained_on(predictions: pd.DataFrame) -> bool:
     """Whether more than half of the questions have an article that trained the checkpoint, as far as that is known."""
     known = predictions.get("article_in_train")
@@ -143,15 +129,14 @@ def accuracy_by(predictions: pd.DataFrame, groups, order: list | None = None) ->
 
 
 def macro_accuracy(levels: pd.DataFrame) -> tuple[float, float, float]:
-    """Mean of the levels' accuracies with its 95 % interval, from the rows of the levels in results.accuracy_table.
+    """Mean of the levels' accuracies with its 95 % interval, from the rows of the levels in an accuracy table.
 
-    The interval combines those of the levels by passage, or Wilson's (Zou and Donner 2008, Statistics in Medicine
-    27:1693).
+    The interval combines those that are quoted of the levels (Zou and Donner 2008, Statistics in Medicine 27:1693).
     """
-    mean, count = float(levels["accuracy"].mean()), len(levels)
-    ends = [levels[f"passage_{end}"].fillna(levels[f"ci_{end}"]) for end in ("low", "high")]
-    below, above = (float(np.sqrt(((levels["accuracy"] - end) ** 2).sum())) / count for end in ends)
-    return mean, mean - below, mean + above
+    mean = float(levels["accuracy"].mean())
+    ends = np.array([quoted_interval(row)[:2] for _, row in levels.iterrows()])
+    below, above = np.sqrt(((ends - levels["accuracy"].to_numpy()[:, None]) ** 2).sum(0)) / len(levels)
+    return mean, mean - float(below), mean + float(above)
 
 
 def length_groups(tokens, count: int = 5) -> tuple[np.ndarray, list[str]]:
@@ -176,42 +161,40 @@ def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
     the second is tested.
     """
     lengths, order = length_groups(predictions["article_tokens"])
-    truncated = predictions["truncated"].map({True: "truncated", False: "not truncated"})
+    whole = predictions["truncated"].map({True: "truncated", False: "not truncated"})
+    seen = predictions["article_in_train"].astype(object).map({True: "also in train", False: "not in train"})
     groupings = {
-        "kind of question": (predictions["kind"], KINDS),
-        "article length (tokens)": (lengths, order),
-        "sequence": (truncated, ["not truncated", "truncated"]),
-        "correct answer": (predictions["answer"], LETTERS),
+        "kind of question": pd.Categorical(predictions["kind"], KINDS),
+        "article length (tokens)": pd.Categorical(lengths, order),
+        "sequence": pd.Categorical(whole, ["not truncated", "truncated"]),
+        "correct answer": pd.Categorical(predictions["answer"], LETTERS),
     }
-    if predictions["article_in_train"].notna().any():
-        named = {True: "also in train", False: "not in train"}
-        seen = predictions["article_in_train"].astype(object).map(named).fillna("not known")
-        groupings["article"] = (seen, ["not in train", "also in train", "not known"])
-    known = predictions["level"].isin(LEVELS)
-    levels, parts = (predictions["level"] if known.any() else pd.Series("all", predictions.index)), []
-    for level in (*LEVELS, "all"):
-        if not (here := (levels == level).to_numpy()).any():
-            continue
-        effect = np.fmax(1.0, by_passage(predictions[here])["design_effect"])  # 1 where it is not known
-        for number, (grouping, (groups, names)) in enumerate(groupings.items()):
-            part = accuracy_by(predictions[here], np.asarray(groups, dtype=object)[here], names)
-            part = _against_the_rest(part, effect if grouping in OF_PASSAGES else 1.0)
-            place = number * 1000 + part["group"].map(names.index)
-            parts.append(part.assign(grouping=grouping, level=level, place=place))
-    table = pd.concat(parts).sort_values("place", kind="stable", ignore_index=True)
-    columns = ["grouping", "level", *GROUP_COLUMNS, "rest", "difference", "p"]
-    return table[columns].assign(p_holm=holm(table["p"]))
-
-
-def _against_the_rest(part: pd.DataFrame, design_effect: float) -> pd.DataFrame:
-    """Accuracies by group with rest, difference and p: each group against all others together."""
-    questions, correct = part["questions"].sum() - part["questions"], part["correct"].sum() - part["correct"]
-    rest = (correct / questions.where(questions > 0)).astype(float)
-    tables = zip(part["correct"], part["questions"] - part["correct"], correct, questions - correct, strict=True)
-    counts = [np.rint(np.array(table) / design_effect).astype(int).reshape(2, 2) for table in tables]
-    tested = (questions > 0).to_numpy() & ~((len(part) == 2) & (np.arange(len(part)) == 0))
-    p = [fisher_exact(table).pvalue if test else np.nan for table, test in zip(counts, tested, strict=True)]
-    return part.assign(rest=rest, difference=part["accuracy"] - rest, p=p)
+    if seen.notna().any():
+        names = ["not in train", "also in train", "not known"]
+        groupings["article"] = pd.Categorical(seen.fillna(names[-1]), names)
+    known = predictions["level"].isin(LEVELS).any()
+    level = pd.Categorical(predictions["level"] if known else ["all"] * len(predictions), [*LEVELS, "all"])
+    correct = pd.Series(is_correct(predictions))
+    counts = {
+        name: correct.groupby([group, level], observed=True).agg(["size", "sum"]) for name, group in groupings.items()
+    }
+    table = pd.concat(counts, names=["grouping", "group", "level"]).reset_index()
+    questions, right = table.pop("size"), table.pop("sum")
+    low, high = wilson(right, questions)
+    table = table.assign(questions=questions, correct=right, accuracy=right / questions, ci_low=low, ci_high=high)
+    of_level = table.groupby(["grouping", "level"], sort=False)
+    others = of_level[["questions", "correct"]].transform("sum") - table[["questions", "correct"]]
+    table["rest"] = others["correct"] / others["questions"].where(others["questions"] > 0)
+    effects = {
+        it: np.fmax(1.0, by_passage(predictions[level == it])["design_effect"]) for it in table["level"].unique()
+    }
+    effect = table["level"].map(effects).where(table["grouping"].isin(OF_PASSAGES), 1.0)
+    cells = [right, questions - right, others["correct"], others["questions"] - others["correct"]]
+    cells = np.rint(np.column_stack(cells) / effect.to_numpy()[:, None]).astype(int)
+    tested = (others["questions"] > 0) & ~((of_level["group"].transform("size") == 2) & (of_level.cumcount() == 0))
+    p = [fisher_exact(it.reshape(2, 2)).pvalue if test else np.nan for it, test in zip(cells, tested, strict=True)]
+    table = table.assign(difference=table["accuracy"] - table["rest"], p=p, p_holm=holm(p))
+    return table[["grouping", "level", *GROUP_COLUMNS, "rest", "difference", "p", "p_holm"]]
 
 
 def holm(p) -> np.ndarray:
@@ -261,18 +244,3 @@ def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     drawn = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, len(wrong))) @ (steps[0] - steps[1]).T
     as_large = ((drawn @ inverse) * drawn).sum(1) >= statistic * (1 - 1e-9)
     return statistic, freedom, float((as_large.sum() + 1) / (len(as_large) + 1))
-
-
-def longest_option_test(predictions: pd.DataFrame) -> dict:
-    """The longest option: how often it is chosen, how often it is correct (fractions), and McNemar's p of the two.
-
-    Keys: questions (with one longest option), ties (without: left out), chosen, correct, p.
-    """
-    known = predictions[predictions["longest_option"].notna()]
-    found = {"questions": len(known), "ties": len(predictions) - len(known)}
-    if known.empty:
-        return found | {"chosen": np.nan, "correct": np.nan, "p": np.nan}
-    chosen = (known["prediction"] == known["longest_option"]).to_numpy(bool)
-    correct = (known["answer"] == known["longest_option"]).to_numpy(bool)
-    p = mcnemar(int((chosen & ~correct).sum()), int((correct & ~chosen).sum()))
-    return found | {"chosen": float(chosen.mean()), "correct": float(correct.mean()), "p": p}

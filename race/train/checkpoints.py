@@ -1,4 +1,4 @@
-"""A checkpoint as the rest of the code knows it: its file, its hash, and what it remembers of where it comes from."""
+"""A checkpoint, of this repository or of other code: its file, where it comes from, and its weights."""
 
 import functools
 import hashlib
@@ -7,19 +7,25 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from race import HUB_ID, MAX_LEN, MONITORS, RaceError
-from race.data.cache import check_tokenizer
+from race.data import Cache, open_cache
 from race.files import file_identity, known_hash, read_archive, save_archive
-from race.model_files import local_copy
-from race.train.weights import LIBRARIES, foreign_module, weight_files
+from race.models import load_config, local_copy, weights_problem
 from race_module import RaceModule
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+HOLDERS = ("state_dict", "model_state_dict", "model")  # where a file may keep its weights
+WRAPPERS = ("module", "_orig_mod", "_forward_module")  # parts of a name that DDP, torch.compile and Fabric add
+# Libraries whose objects checkpoints keep beside the weights; they are read as nothing, and none of their code runs.
+LIBRARIES = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics")
+LIBRARIES += ("transformers", "argparse", "pathlib", "omegaconf", "numpy", "typing", "collections", "__main__")
 
 
 class Checkpoint:
-    """A checkpoint of this repository or of other code: a file, a Hugging Face folder, or the name of one on the hub.
+    """A checkpoint: a file, a Hugging Face folder, or the name of a model on the hub.
 
     lineage: what the file says of itself; the file's name says nothing. Everything unknown is None. Raises RaceError if
     it is missing, damaged, or could run code.
@@ -42,6 +48,10 @@ class Checkpoint:
         self.learning_rate: float | None = recipe.get("learning_rate")
         self.monitor: str = recipe.get("monitor") or MONITORS[0]  # what picks the best checkpoint of its stage
         self.max_len: int = recipe.get("max_len") or MAX_LEN  # tokens of a sequence
+        self.beside: list[Checkpoint] | None = None  # all of its folder, once that has been read
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     @property
     def label(self) -> str:
@@ -51,7 +61,7 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The file; or those of a folder that decide what the model answers."""
-        return [self.path / "config.json", *weight_files(self.path)] if self.path.is_dir() else [self.path]
+        return [self.path / "config.json", *_weight_files(self.path)] if self.path.is_dir() else [self.path]
 
     @property
     def sha256(self) -> str:
@@ -59,27 +69,36 @@ class Checkpoint:
         hashes = [known_hash(file_identity(path)) for path in self.files]
         return hashes[0] if self.path.is_file() else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
-    def load(self, cache_dir: str | Path, **settings) -> RaceModule:
-        """Its weights in a RaceModule; the cache gives the configuration to a file of other code. Raises RaceError."""
+    def check_encoding(self, cache: Cache) -> None:
+        """Raise RaceError if this was trained on another tokenizer or encoding than a cache holds."""
+        other = f"than {cache} has; set CACHE_DIR to a cache like the one that it was trained on"
+        if self.lineage.get("tokenizer") not in (None, cache.identity["tokenizer"]):
+            raise RaceError(f"{self} was trained with another tokenizer {other}")
+        length = (self.lineage.get("cache") or {}).get("max_qa_len")
+        if length not in (None, cache.identity["max_qa_len"]):
+            raise RaceError(f"{self} was trained with another length of question+option ({length} tokens) {other}")
+        if self.path.is_dir() and any(self.path.glob("tokenizer*")):
+            cache.check_tokenizer(self.path)
+
+    def load(self, cache: Cache | str | Path, **settings) -> RaceModule:
+        """Its weights in a RaceModule; settings: those of RaceModule.
+
+        A file of other code gets the configuration of the cache's model. Raises RaceError unless the weights are those
+        of a whole multiple-choice model.
+        """
         if self.own:
             return RaceModule.load_from_checkpoint(self.path, **settings)
-        return foreign_module(self.path, cache_dir, **settings)
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def check_encoding(self, manifest: dict, cache_dir: str | Path) -> None:
-        """Raise RaceError if this was trained on another tokenizer or encoding than a cache holds."""
-        known = self.lineage.get("cache") if isinstance(self.lineage.get("cache"), dict) else {}
-        if self.lineage.get("tokenizer") not in (None, manifest["tokenizer"]["sha256"]):
-            raise RaceError(f"{self} was trained with another tokenizer than {cache_dir} has; name its own CACHE_DIR")
-        if known.get("max_qa_len") not in (None, manifest["max_qa_len"]):
-            raise RaceError(
-                f"{self} was trained with question+option truncated to {known['max_qa_len']} tokens, {cache_dir} "
-                f"truncates to {manifest['max_qa_len']}; name its own CACHE_DIR"
-            )
-        if self.path.is_dir() and any(self.path.glob("tokenizer*")):
-            check_tokenizer(self.path, manifest, cache_dir)
+        described = self.path if self.path.is_dir() else open_cache(cache).model
+        module = RaceModule(config=load_config(described), **settings)
+        state = _folder_weights(self.path) if self.path.is_dir() else _file_weights(self.path)
+        named = _by_name(state, module.model.state_dict().keys(), f"{module.model.base_model_prefix}.")
+        try:
+            module.model.load_state_dict(named)
+        except RuntimeError as error:  # names the weights that are missing, or not the model's, or of another shape
+            told = " ".join(str(error).split()).partition(": ")[2][:500]
+            model = f"a multiple-choice model as {described}/config.json has it"
+            raise RaceError(f"{self} is not {model}: {told} (a base model is to be trained first)") from error
+        return module
 
 
 def _of_file(path: Path) -> tuple[dict, bool]:
@@ -93,10 +112,8 @@ def _of_file(path: Path) -> tuple[dict, bool]:
 @functools.lru_cache(maxsize=256)
 def _read(identity: tuple) -> tuple[dict, bool]:
     content = read_archive(identity[0], mmap=True, inert=LIBRARIES)
-    hyper_parameters = content.get("hyper_parameters")
-    return content.get("race", {}), isinstance(hyper_parameters, dict) and isinstance(
-        hyper_parameters.get("config"), dict
-    )
+    parameters = content.get("hyper_parameters")
+    return content.get("race", {}), isinstance(parameters, dict) and isinstance(parameters.get("config"), dict)
 
 
 def _of_folder(folder: Path) -> tuple[dict, bool]:
@@ -110,6 +127,44 @@ def _of_folder(folder: Path) -> tuple[dict, bool]:
         return {}, False
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise RaceError(f"{folder}/export.json: damaged ({error!r}); make the export again") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _folder_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a Hugging Face folder, by name."""
+    files = _weight_files(folder)
+    if not files:
+        raise RaceError(f"{folder} has no weights (model.safetensors or pytorch_model.bin)")
+    try:
+        read = [load_file(path) if path.suffix == ".safetensors" else read_archive(path) for path in files]
+    except (OSError, SafetensorError) as error:
+        raise RaceError(f"{folder}: its weights cannot be loaded: {weights_problem(error)}") from error
+    return {name: tensor for part in read for name, tensor in part.items()}
+
+
+def _file_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a Lightning checkpoint or in a saved state dict, by name."""
+    content = read_archive(path, inert=LIBRARIES)
+    state = next((content[holder] for holder in HOLDERS if isinstance(content.get(holder), dict)), content)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _by_name(state: dict, wanted, encoder: str) -> dict[str, torch.Tensor]:
+    """Weights under the names of `wanted`, whatever stands before these; what is left over keeps its own name.
+
+    encoder: what the names of the encoder's weights begin with; the others are the head's.
+    """
+    found = {}
+    for given, tensor in state.items():
+        parts = [part for part in given.split(".") if part not in WRAPPERS]
+        ends = [".".join(parts[i:]) for i in range(len(parts))]
+        fits = [name for end in ends for name in (end, f"{encoder}{end}") if name in wanted and name not in found]
+        if parts[-1] != "position_ids":  # a constant that older versions of transformers saved
+            found[fits[0] if fits else given] = tensor
+    return found
 
 
 def short_names(checkpoints: list[Checkpoint]) -> list[str]:

@@ -1,9 +1,9 @@
 """The stages of the chain: the notebook of each, where its files lie, and which of its checkpoints is the best."""
 
-import contextlib
 import dataclasses
+import functools
 import math
-import re
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -11,20 +11,20 @@ import pandas as pd
 from race import CHAIN, MONITORS, RaceError
 from race.train.checkpoints import Checkpoint
 
-LOSS_IN_NAME = re.compile(r"val_loss_epoch\W*_?(\d+\.\d+|nan|inf)")  # of a damaged file there is nothing but its name
-
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of the chain and its files; raises RaceError for a name that the chain does not have.
 
-    monitor: which of MONITORS picks its best checkpoint; None: what the stage was trained with.
+    monitor: which of MONITORS picks its best checkpoint; None: what the stage was trained with. found: all checkpoints
+    of the folder, if they have been read; None: they are read once, when they are first asked for.
     """
 
     name: str
     checkpoint_dir: str | Path = "checkpoints/race"
-    run_dir: str | Path = "runs/race"
+    run_dir: str | Path | None = "runs/race"
     monitor: str | None = None
+    found: list[Checkpoint] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         if self.name not in CHAIN:
@@ -33,21 +33,10 @@ class Stage:
             raise RaceError(f"MONITOR is {self.monitor!r}, expected one of {', '.join(MONITORS)}")
 
     @property
-    def notebook(self) -> str:
-        """The notebook that trains it."""
-        return f"{CHAIN[self.name]}.ipynb"
-
-    @property
     def before(self) -> "Stage | None":
         """The stage whose best checkpoint this one starts from."""
         earlier = list(CHAIN)[: list(CHAIN).index(self.name)]
         return dataclasses.replace(self, name=earlier[-1], monitor=None) if earlier else None
-
-    @property
-    def onwards(self) -> list["Stage"]:
-        """This stage and those that are built on it."""
-        names = list(CHAIN)[list(CHAIN).index(self.name) :]
-        return [dataclasses.replace(self, name=name, monitor=None) for name in names]
 
     @property
     def state_path(self) -> Path:
@@ -57,126 +46,159 @@ class Stage:
     @property
     def made_with(self) -> dict:
         """The parameters that it was made with."""
-        made = {"CHECKPOINT_DIR": str(self.checkpoint_dir), "RUN_DIR": str(self.run_dir)}
-        return made | ({"MONITOR": self.monitor} if self.monitor else {})
+        made = {"checkpoint_dir": str(self.checkpoint_dir), "run_dir": str(self.run_dir)}
+        return made | ({"monitor": self.monitor} if self.monitor else {})
 
-    def files(self) -> list[Path]:
-        """The checkpoint files of this stage, by name; the stage is read from inside, or a damaged file's name."""
-        found, damaged = self._read()
-        named = [path for path, _, _ in damaged if path.name.startswith(self.name)]
-        return sorted([*(checkpoint.path for checkpoint in found), *named])
+    @property
+    def trained_again(self) -> str:
+        """What to do to train it again from its start: a sentence."""
+        aside = f"{self.checkpoint_dir}/earlier/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        files = f"{self.checkpoint_dir}/{self.name}-*.ckpt"
+        files += f" {self.state_path}" if self.state_path.exists() else ""
+        move = f"mkdir -p {aside} && mv {files} {aside}"
+        return f"To train it again, set another CHECKPOINT_DIR and RUN_DIR, or move its files away: {move}"
 
+    @functools.cached_property
     def saved(self) -> list[Checkpoint]:
-        """Its checkpoints, best first, the earlier one of equals; damaged ones are printed."""
-        found, damaged = self._read()
-        for _, _, problem in damaged:
-            print(f"skipped: {problem}")
-        return found
-
-    def damaged(self) -> list[str]:
-        """What is wrong with files that may be its checkpoints."""
-        return [problem for _, _, problem in self._read()[1]]
+        """Its checkpoints, best first, the earlier one of equals; raises RaceError if one of the folder is damaged."""
+        found = read_checkpoints(self.checkpoint_dir) if self.found is None else self.found
+        own = [checkpoint for checkpoint in found if checkpoint.stage == self.name]
+        rule = self.monitor or (own[0].monitor if own else MONITORS[0])
+        return sorted(own, key=lambda checkpoint: _cost(checkpoint, rule))
 
     @property
     def rule(self) -> str:
         """Which of MONITORS picks its best checkpoint."""
-        return self._rule(self._read()[0])
-
-    def checkpoints(self) -> pd.DataFrame:
-        """Its checkpoints, best first: path, epoch, val_loss_epoch (exact), val_acc; damaged ones are printed."""
-        rows = [(it.path, it.epoch, it.val_loss, it.val_acc) for it in self.saved()]
-        return pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"]).astype({"val_acc": float})
+        return self.monitor or (self.saved[0].monitor if self.saved else MONITORS[0])
 
     def best(self) -> Checkpoint:
-        """The checkpoint with the lowest validation loss, or highest accuracy (`monitor`); the earlier one of equals.
-
-        Raises RaceError if there is none, or if a damaged one may have been the best.
-        """
-        found, damaged = self._read()
-        by_loss = self._rule(found) == MONITORS[0]
-        lowest = _loss(found[0]) if found and by_loss else math.inf  # a name does not say the accuracy
-        if problems := [problem for _, loss, problem in damaged if loss <= lowest + 0.005]:  # names have two digits
-            raise RaceError("; ".join(problems))
-        if not found:
-            missing = f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: run {self.notebook} first"
-            raise RaceError(missing + _of_unknown_stage(self.checkpoint_dir))
-        if not math.isfinite(_loss(found[0])):
+        """The checkpoint with the lowest validation loss, or highest accuracy (`rule`); raises RaceError if none is."""
+        if not self.saved:
+            first = f"run {CHAIN[self.name]}.ipynb first"
+            raise RaceError(f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: {first}")
+        if math.isinf(_cost(self.saved[0], MONITORS[0])[0]):
             raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no checkpoint has a finite validation loss")
-        return found[0]
+        return self.saved[0]
 
-    def _read(self) -> tuple[list[Checkpoint], list[tuple[Path, float, str]]]:
-        """(checkpoints, best first; of each damaged file that may be one: path, the loss in its name, the problem)"""
-        found, damaged = [], []
-        for path in sorted(Path(self.checkpoint_dir).glob("*.ckpt")):
-            try:
-                found.append(Checkpoint(path))
-            except RaceError as error:
-                of_another = re.match(r"e\d+", path.name) and not path.name.startswith(self.name)
-                loss = LOSS_IN_NAME.search(path.name)
-                if not of_another:
-                    damaged.append((path, float(loss[1]) if loss else -math.inf, str(error)))
-        own = [checkpoint for checkpoint in found if checkpoint.stage == self.name]
-        worth = _loss if self._rule(own) == MONITORS[0] else _errors
-        return sorted(own, key=lambda checkpoint: (worth(checkpoint), checkpoint.epoch)), damaged
+    def other_best(self) -> Checkpoint:
+        """What the other one of MONITORS would have picked."""
+        other = MONITORS[1 - MONITORS.index(self.rule)]
+        return min(self.saved, key=lambda checkpoint: _cost(checkpoint, other))
 
-    def _rule(self, checkpoints: list[Checkpoint]) -> str:
-        """Which of MONITORS picks the best one of these."""
-        return self.monitor or (checkpoints[0].monitor if checkpoints else MONITORS[0])
+    def checkpoints(self) -> pd.DataFrame:
+        """Its checkpoints as they are on disk now, best first: path, epoch, val_loss_epoch (exact), val_acc."""
+        rows = [(it.path, it.epoch, it.val_loss, it.val_acc) for it in dataclasses.replace(self, found=None).saved]
+        return pd.DataFrame(rows, columns=["path", "epoch", "val_loss_epoch", "val_acc"]).astype({"val_acc": float})
+
+
+def _cost(checkpoint: Checkpoint, rule: str) -> tuple[float, int]:
+    """What the best checkpoint has the least of: its loss, or share of wrong answers; infinite if either is unknown."""
+    loss, accuracy = checkpoint.val_loss, checkpoint.val_acc
+    known = loss is not None and math.isfinite(loss) and (rule == MONITORS[0] or accuracy is not None)
+    return (loss if rule == MONITORS[0] else 1 - accuracy) if known else math.inf, checkpoint.epoch
+
+
+def read_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
+    """All checkpoints of a folder, by name; raises RaceError with the first one that is damaged."""
+    found = [Checkpoint(path) for path in sorted(Path(checkpoint_dir).glob("*.ckpt"))]
+    for checkpoint in found:
+        checkpoint.beside = found
+    return found
+
+
+def stages_of(checkpoint_dir: str | Path, run_dir: str | Path | None = None) -> list[Stage]:
+    """The stages that have checkpoints, in the order of the chain; raises RaceError if none has."""
+    found = read_checkpoints(checkpoint_dir)
+    stages = [stage for name in CHAIN if (stage := Stage(name, checkpoint_dir, run_dir, found=found)).saved]
+    if not stages:
+        others = f" (of unknown stage: {', '.join(it.name for it in found[:3])})" if found else ""
+        raise RaceError(f"{checkpoint_dir} has no checkpoints of a stage: run ex01.ipynb first{others}")
+    return stages
+
+
+def stage_of(checkpoint: Checkpoint) -> Stage | None:
+    """The stage of a checkpoint, with the files beside it; None for a folder, and for one of other code."""
+    if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
+        return None
+    if checkpoint.beside is None:
+        checkpoint.beside = read_checkpoints(checkpoint.path.parent)
+    return Stage(checkpoint.stage, checkpoint.path.parent, None, found=checkpoint.beside)
 
 
 def epochs_trained(checkpoint: Checkpoint) -> int | None:
     """How many epochs the stage of a checkpoint was trained, by the files of its run beside it; None if some lack."""
-    if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
-        return None
-    beside, _ = Stage(checkpoint.stage, checkpoint.path.parent)._read()
-    start = checkpoint.lineage.get("weights_start")
-    epochs = {it.epoch for it in beside if it.lineage.get("weights_start") == start}
-    return len(epochs) if epochs == set(range(len(epochs))) else None
+    stage, start = stage_of(checkpoint), checkpoint.lineage.get("weights_start")
+    epochs = {it.epoch for it in stage.saved if it.lineage.get("weights_start") == start} if stage else set()
+    return len(epochs) if epochs and epochs == set(range(len(epochs))) else None
 
 
-def by_the_other_rule(checkpoint: Checkpoint) -> Checkpoint | None:
-    """What the other one of MONITORS would have picked in the stage of a checkpoint; None if that is not known."""
-    if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
-        return None
-    rule = MONITORS[1 - MONITORS.index(checkpoint.monitor)]
-    return next(iter(Stage(checkpoint.stage, checkpoint.path.parent, monitor=rule).saved()), None)
+def lineage_table(checkpoints: list[Checkpoint], names: list[str]) -> pd.DataFrame:
+    """What each named checkpoint remembers, a row each.
+
+    recipe: dict, None if unknown; epochs: trained in its stage; chosen_epoch: its own, from 0; parent: which of the
+    others its base is, by hash.
+    """
+    name_of, rows = dict(zip([it.sha256 for it in checkpoints], names, strict=True)), []
+    for it, name in zip(checkpoints, names, strict=True):
+        row = {"name": name, "stage": it.stage or it.label, "base": it.base, "learning_rate": it.learning_rate}
+        row |= {"recipe": it.lineage.get("recipe"), "epochs": epochs_trained(it), "chosen_epoch": it.epoch}
+        rows.append(row | {"val_loss": it.val_loss, "parent": name_of.get(it.base_sha256)})
+    return pd.DataFrame(rows)
 
 
-def _loss(checkpoint: Checkpoint) -> float:
-    """Its validation loss; infinite if it is not known, or not a number."""
-    loss = checkpoint.val_loss
-    return math.inf if loss is None or math.isnan(loss) else loss
-
-
-def _errors(checkpoint: Checkpoint) -> float:
-    """Its share of wrong validation answers; infinite if that is not known, or its loss is not a number."""
-    known = checkpoint.val_acc is not None and math.isfinite(_loss(checkpoint))
-    return 1 - checkpoint.val_acc if known else math.inf
-
-
-def _of_unknown_stage(checkpoint_dir: str | Path) -> str:
-    """The end of a message: which files there are that do not say their stage."""
-    names = []
-    for path in sorted(Path(checkpoint_dir).glob("*.ckpt")):
-        with contextlib.suppress(RaceError):
-            names += [path.name] if Checkpoint(path).stage is None else []
-    told = f" (which stage made {', '.join(names[:3])} is unknown: give its path as a parameter to use it)"
-    return told if names else ""
-
-
-def begun_stages(checkpoint_dir: str | Path) -> list[Stage]:
-    """The stages that have checkpoints, in the order of the chain; raises RaceError if none has."""
-    stages = [stage for name in CHAIN if (stage := Stage(name, checkpoint_dir)).files()]
-    if not stages:
-        raise RaceError(f"{checkpoint_dir} has no checkpoints: run ex01.ipynb first{_of_unknown_stage(checkpoint_dir)}")
-    return stages
+def stages_behind(checkpoints: list[Checkpoint]) -> dict[str, str]:
+    """The stages that these checkpoints have gone through, as they remember them, each with its rule of selection."""
+    named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
+    rules = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}
+    last = checkpoints[-1]  # beside it lie those that are not named
+    for name in named & CHAIN.keys() - rules.keys():
+        rules[name] = Stage(name, last.path.parent, found=last.beside).rule
+    return {name: rules[name] for name in CHAIN if name in rules}
 
 
 def best_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
     """The best checkpoint of each stage that has any, in the order of the chain."""
-    return [stage.best() for stage in begun_stages(checkpoint_dir)]
+    return [stage.best() for stage in stages_of(checkpoint_dir)]
 
 
 def latest_checkpoint(checkpoint_dir: str | Path) -> Checkpoint:
     """The best checkpoint of the latest stage that has any."""
-    return begun_stages(checkpoint_dir)[-1].best()
+    return stages_of(checkpoint_dir)[-1].best()
+
+
+def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:
+    """The metrics of a stage's newest run, from its CSV log; one row per logged step. Raises RaceError."""
+    logs = Path(run_dir) / "logs" / stage
+    versions = sorted(logs.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    if not versions:
+        raise RaceError(f"{logs} has no metrics.csv: run the training cell of the stage first")
+    return pd.read_csv(versions[-1])
+
+
+def learning_story(
+    run_dir: str | Path, stages: dict[str, str], questions_per_epoch: int, validation_questions: int
+) -> tuple[pd.DataFrame, list[str]]:
+    """Validation after each epoch of all stages over the questions seen, and notes on logs that are missing.
+
+    stages: their names, and which of MONITORS picks the best checkpoint of each.
+    Columns: stage, monitor, epoch (from 0), questions (trained on by then, over all stages), val_loss, val_acc, val_low
+    and val_high (Wilson's 95 % interval of val_acc), learning_rate (the stage's highest).
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    columns = ["stage", "monitor", "epoch", "questions", "val_loss", "val_acc", "val_low", "val_high", "learning_rate"]
+    parts, notes, asked = [], [], validation_questions or math.nan
+    for stage, monitor in stages.items():
+        try:
+            log = read_log(run_dir, stage)
+            epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last").astype({"epoch": int})
+            of_stage = {"stage": stage, "monitor": monitor, "learning_rate": log["learning_rate"].max()}
+        except (RaceError, KeyError):
+            notes.append(f"no log of {stage} with a validated epoch in {run_dir}/logs: it is missing from the figure")
+            continue
+        before = parts[-1]["questions"].max() if parts else 0
+        questions = before + (epochs["epoch"] + 1) * questions_per_epoch
+        low, high = proportion_confint(epochs["val_acc"] * asked, asked, method="wilson")
+        of_stage |= {"questions": questions, "val_loss": epochs["val_loss_epoch"], "val_low": low, "val_high": high}
+        parts.append(epochs.assign(**of_stage)[columns])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), notes

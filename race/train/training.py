@@ -1,6 +1,9 @@
 """A stage from its start to its end: the module that it trains, its trainer, and training that resumes after a kill."""
 
+import contextlib
 import errno
+import importlib
+import inspect
 import logging
 import os
 import subprocess
@@ -13,34 +16,30 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.plugins import precision as plugins
+from pytorch_lightning.strategies import DDPStrategy
 
-from race import LETTERS, MONITORS, RaceError, check_least
-from race.data.cache import cache_identity, check_files, check_tokenizer, read_manifest
-from race.data.seen import seen_articles
-from race.device import AUTOCAST, check_precision, default_device, default_precision, processes, versions
-from race.encoder import compile_layers
-from race.model_files import load_config
-from race.parameters import ROOT
-from race.train.callbacks import EarlierRun, LossWatch, ProgressBar, StageReport, StartInForce
+from race import LETTERS, MONITORS, RaceError
+from race.data import Cache, open_cache, seen_articles
+from race.device import AUTOCAST, default_device, default_precision, hardware, processes, versions
+from race.encoder import attention_kernel, compile_layers
+from race.files import locked, remove_unfinished
+from race.models import load_config
+from race.parameters import ROOT, check
+from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
-from race.train.logs import further_loggers
-from race.train.precision import Autocast
-from race.train.stages import Stage
+from race.train.stages import Stage, read_checkpoints
 from race.train.state import (
     KeepState,
-    changed_settings,
     check_identity,
-    only_process,
+    ended_by_signals,
     read_state,
-    signals_as_before,
+    say,
     stage_identity,
 )
-from race.train.together import Together
 from race_module import RaceModule
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MEETING_MINUTES = 10.0  # how long the processes of a stage wait for each other at its start
 
 
 def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
@@ -52,10 +51,9 @@ def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
     def shortened(text: str) -> str:
         return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
 
-    tokenizer = dataset.cache.tokenizer
     item, rows = dataset[index], []
     for option, (ids, parts) in enumerate(zip(item["input_ids"], dataset.parts(index), strict=True)):
-        texts = [shortened(tokenizer.decode(part)) for part in parts]
+        texts = [shortened(dataset.cache.tokenizer.decode(part)) for part in parts]
         rows.append([LETTERS[option], "correct" if option == item["label"] else "", len(ids), *texts])
     table = pd.DataFrame(rows, columns=["option", "answer", "tokens", "article", "question and option"])
     return table.set_index("option").rename_axis(None)
@@ -63,7 +61,7 @@ def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
 
 def start_stage(
     stage: Stage,
-    cache_dir: str | Path,
+    cache: Cache | str | Path,
     base_model: str | Path | None = None,
     base_checkpoint: str | Path | None = None,
     **settings,
@@ -73,44 +71,45 @@ def start_stage(
     The first stage starts from `base_model` (None: the model kept in the cache), others from `base_checkpoint` (None:
     the best one of the stage before). settings: those of RaceModule, such as learning_rate.
     """
-    manifest = read_manifest(cache_dir)
-    identity = cache_identity(manifest)
+    cache = open_cache(cache)
     if stage.before is None:
-        if base_model is not None:
-            check_tokenizer(base_model, manifest, cache_dir)
-        elif not manifest["model"]["weights"]:
-            raise RaceError(f"{cache_dir} keeps no weights ({manifest['model']['name']} had none); set BASE_MODEL")
-        else:
-            check_files(cache_dir, "model/")
-        module = RaceModule(model=base_model or Path(cache_dir) / "model", **settings)
-        encoder = module.model.base_model
-        base, chain = str(base_model or manifest["model"]["name"]), []
-        articles = _articles_of(base_model or Path(cache_dir) / "model", base)
-        pretrained = [part for name, part in encoder.named_children() if not name.startswith("pooler")]
-        sha256 = weights_hash(*pretrained)  # later stages: of the file
+        module, origin = _pretrained(cache, base_model, settings)
     else:
         checkpoint = Checkpoint(base_checkpoint) if base_checkpoint else stage.before.best()
-        checkpoint.check_encoding(manifest, cache_dir)
-        module = checkpoint.load(cache_dir, **settings)
-        base, sha256, chain = checkpoint.name, checkpoint.sha256, [*checkpoint.chain, checkpoint.stage or "unknown"]
-        articles = checkpoint.lineage.get("articles")
-    known, used = module.model.config.vocab_size, manifest["tokenizer"]["vocabulary"]
+        checkpoint.check_encoding(cache)
+        module = checkpoint.load(cache, **settings)
+        chain = [*checkpoint.chain, checkpoint.stage or "unknown"]
+        origin = {"base": checkpoint.name, "base_sha256": checkpoint.sha256, "chain": chain}
+        origin["articles"] = checkpoint.lineage.get("articles")
+    known, used = module.model.config.vocab_size, cache.manifest["tokenizer"]["vocabulary"]
     if known < used:
         raise RaceError(f"the model has {known} tokens, the cache {used}: make a cache with the model's own tokenizer")
-    module.lineage = {"stage": stage.name, "cache": identity, "tokenizer": identity["tokenizer"]}
-    module.lineage |= {"base": base, "base_sha256": sha256, "chain": chain, "recipe": settings}
-    module.lineage |= {"articles": articles}
-    module.lineage |= {"weights_start": weights_hash(module.model), "versions": versions(), "commit": git_commit()}
-    module.made_with = {name.upper(): value for name, value in settings.items()} | {"CACHE_DIR": str(cache_dir)}
-    module.made_with |= {"BASE_MODEL": base_model, "BASE_CHECKPOINT": base_checkpoint, "SEED": torch.initial_seed()}
+    module.lineage = {"stage": stage.name, "cache": cache.identity, "tokenizer": cache.identity["tokenizer"], **origin}
+    module.lineage |= {"recipe": settings, "weights_start": weights_hash(module.model)}
+    module.lineage |= {"versions": versions(), "commit": git_commit()}
+    module.made_with = settings | {"cache_dir": cache.name, "base_model": base_model}
+    module.made_with |= {"base_checkpoint": base_checkpoint, "seed": torch.initial_seed()}
     return module
 
 
-def _articles_of(model: str | Path, name: str) -> dict | None:
-    """What a model that e1 starts from says of its articles; {} if it is no multiple-choice model, None if unknown."""
-    known = Checkpoint(model).lineage.get("articles") if Path(model).is_dir() else None
+def _pretrained(cache: Cache, base_model: str | Path | None, settings: dict) -> tuple[RaceModule, dict]:
+    """A pretrained encoder with a new head, and what a checkpoint remembers of it."""
+    if base_model is not None:
+        cache.check_tokenizer(base_model)
+    elif not cache.manifest["model"]["weights"]:
+        raise RaceError(f"{cache} keeps no weights ({cache.manifest['model']['name']} had none); set BASE_MODEL")
+    else:
+        cache.check_files("model/")
+    model, name = base_model or cache.model, str(base_model or cache.manifest["model"]["name"])
+    module = RaceModule(model=model, **settings)
+    articles = Checkpoint(model).lineage.get("articles") if Path(model).is_dir() else None
     trained = any(str(it).endswith("ForMultipleChoice") for it in load_config(model).architectures or [])
-    return known or (None if trained and name != "demo" else {})
+    if articles is None and (name == "demo" or not trained):
+        articles = {}  # no multiple-choice model: it was trained on none
+    encoder = [
+        part for part_name, part in module.model.base_model.named_children() if not part_name.startswith("pooler")
+    ]
+    return module, {"base": name, "base_sha256": weights_hash(*encoder), "chain": [], "articles": articles}
 
 
 def git_commit() -> str | None:
@@ -130,7 +129,6 @@ def train_stage(
     precision: str | None = None,
     early_stopping: int | None = None,
     save_minutes: float = 10.0,
-    fresh: int = False,
     log_every: int = 10,
     accelerator: str | None = None,
     deterministic: bool = False,
@@ -140,153 +138,148 @@ def train_stage(
 ) -> pl.Trainer:
     """Train a stage, or resume it where a kill or an interrupt ended it; prints which. A finished one trains nothing.
 
-    precision: None chooses by device. early_stopping: end after N epochs without a better validation.
-    save_minutes: how often the state is saved from which a stage resumes. fresh: train the stage again, once: a run
-    begun so is resumed, also if `fresh` is left standing (2, 3, … begin once more). Checkpoints of the earlier run, and
-    of the stages built on it, move to `earlier/`. accelerator: None chooses, or "cpu", "gpu". deterministic: only
-    algorithms that give the same bits again. compile: torch.compile of the layers. loggers, callbacks: further ones of
-    Lightning's (loggers: race.train.logs.further_loggers).
-
+    Settings are those of the notebooks (race.parameters), but log_every (steps) and callbacks (further ones).
     SIGTERM, SIGUSR1 and an interrupt end training after the micro-batch, with the state saved: the signal then has its
     usual effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
     """
-    check_least(max_epochs=(max_epochs, 1), save_minutes=(save_minutes, 0), early_stopping=(early_stopping, 1))
-    device, monitor = default_device(accelerator), stage.monitor or MONITORS[0]
-    precision = precision or default_precision(accelerator)
-    check_precision(precision)
-    further = further_loggers(loggers, stage.run_dir, stage.name)
-    module.total_steps = steps = max_epochs * data.batches_per_epoch()
-    if module.warmup >= max(1, steps):
-        raise RaceError(f"WARMUP is {module.warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
-    identity = stage_identity(module, data, monitor)
-    state = _state_of(stage, int(fresh), identity)
-    keeper = KeepState(stage, save_minutes, int(fresh) if state is None else state.get("fresh", 0))
-    callbacks = [StartInForce(), EarlierRun(stage), keeper, LossWatch(), StageReport(), *callbacks]
+    check(max_epochs=max_epochs, early_stopping=early_stopping, save_minutes=save_minutes, precision=precision)
+    precision, monitor = precision or default_precision(accelerator), stage.monitor or MONITORS[0]
+    device = default_device(accelerator)
+    module.schedule.steps = steps = max_epochs * data.batches_per_epoch()
+    if (warmup := module.schedule.warmup) >= max(1, steps):
+        raise RaceError(f"WARMUP is {warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
+    state, keeper = read_state(stage.state_path), KeepState(stage, save_minutes, stage_identity(module, data, monitor))
+    kernel = attention_kernel(module.model.config, device, AUTOCAST.get(precision))
+    report = StageReport(f"{hardware(device)}, {precision}, {kernel}")
+    watching = [keeper, NewestOfEpoch(stage), LossWatch(), report, *callbacks]
     if early_stopping is not None:
         mode = "max" if monitor == "val_acc" else "min"
-        callbacks.append(EarlyStopping(monitor, mode=mode, patience=early_stopping))
-    if compile:
-        compile_layers(module.model)
-    before = torch.are_deterministic_algorithms_enabled()
-    trainer = _trainer(
-        stage, module, state, max_epochs, device, precision, log_every, deterministic, callbacks, further
-    )
-    data.start_at(0, 0)
-    data.longest_first = module.padded
-    _remember(module, data, trainer, stage, monitor)
-    if state is not None:
-        check_identity(state, identity, stage.name)
+        watching.append(EarlyStopping(monitor, mode=mode, patience=early_stopping))
+    of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "callbacks": watching}
+    trainer = _trainer(stage, module, state, precision, device, loggers, of_run)
+    if state is None:
+        _begin(stage, module, data, trainer)
+    else:
+        check_identity(state, keeper.identity, stage)
         if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):
-            again = f"FRESH = {keeper.fresh + 1 if fresh else True} trains it again"
-            say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train ({again})")
-            torch.use_deterministic_algorithms(before)
+            say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train. {stage.trained_again}")
             return trainer
         say(f"{stage.name} resumes from epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}")
-    try:
-        _fit(trainer, keeper, module, data, resume=state is not None)
-    finally:
-        torch.use_deterministic_algorithms(before)
+    if compile:
+        compile_layers(module.model)
+    _fit(trainer, keeper, module, data, state is not None, deterministic)
     return trainer
 
 
-def _remember(
-    module: RaceModule, data: pl.LightningDataModule, trainer: pl.Trainer, stage: Stage, monitor: str
-) -> None:
-    """What the checkpoints of a stage will say of its training, beside what `start_stage` knows."""
-    recipe = {name.lower(): value for name, value in data.made_with.items() if name != "CACHE_DIR"}
-    recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": monitor}
+def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule, trainer: pl.Trainer) -> None:
+    """Check that a stage starts as its checkpoints will say, and note what these are to remember of its training."""
+    if names := [it.name for it in read_checkpoints(stage.checkpoint_dir) if it.stage == stage.name]:
+        lying = f"{stage.checkpoint_dir} has checkpoints of {stage.name}, but no state to resume from"
+        raise RaceError(f"{lying}: {', '.join(names)}. {stage.trained_again}")
+    if module.lineage.get("weights_start") not in (None, weights_hash(module.model)):
+        raise RaceError("the weights have been trained since the model was made: run the model's cell again first")
+    recipe = {name: value for name, value in data.made_with.items() if name != "cache_dir"}
+    recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": stage.monitor or MONITORS[0]}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
 
 
-def _state_of(stage: Stage, fresh: int, identity: dict) -> dict | None:
-    """The state to resume from; None to begin, which `fresh` asks for unless this very run was begun so."""
-    if not fresh:
-        return read_state(stage.state_path)
-    try:
-        state = read_state(stage.state_path)
-    except RaceError:
-        return None
-    if state is None or state.get("fresh", 0) != fresh or changed_settings(state, identity):
-        return None
-    say(f"FRESH counts once: {stage.name} was begun with it and goes on (FRESH = {fresh + 1} begins once more)")
-    return state
+def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: str) -> list:
+    """The loggers of these names, each with its arguments; nothing is imported that is not asked for.
+
+    A name is one of pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
+    save_dir is `run_dir`/loggers and name is the stage. Raises RaceError.
+    """
+    made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": stage}
+    for name, given in (wanted or {}).items():
+        module, _, kind = name.rpartition(".")
+        try:
+            make = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), kind)
+            taken = inspect.signature(make).parameters
+            made.append(make(**({key: it for key, it in defaults.items() if key in taken} | given)))
+        except Exception as error:  # whatever its package raises: not installed, not logged in, unknown argument
+            raise RaceError(f"LOGGERS, {name}: {error}") from error
+    return made
+
+
+class MixedPrecision(plugins.MixedPrecision):
+    """Lightning's, which forgets the casts of weights at once; here they last until the end of the step.
+
+    It has the same name, under which Lightning keeps the state of the loss scaler.
+    """
+
+    def autocast_context_manager(self) -> torch.autocast:
+        """Around every training and validation step."""
+        return torch.autocast(self.device, AUTOCAST[self.precision])
 
 
 def _trainer(
-    stage: Stage,
-    module: RaceModule,
-    state: dict | None,
-    max_epochs: int,
-    device: torch.device,
-    precision: str,
-    log_every: int,
-    deterministic: bool,
-    callbacks,
-    further: list,
+    stage: Stage, module: RaceModule, state: dict | None, precision: str, device: torch.device, loggers, of_run: dict
 ) -> pl.Trainer:
     """A checkpoint after each epoch, CSV and TensorBoard logs (of a resumed stage, those from before), progress bar."""
-    _quiet()
-    family = module.model.config.model_type
-    checkpoints = ModelCheckpoint(
-        stage.checkpoint_dir,
-        filename=f"{stage.name}-{family}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
-        monitor="val_loss_epoch",  # in the file name; Stage.best() chooses
-        save_top_k=-1,
-        save_weights_only=True,
-        enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
-    )
-    logs = Path(stage.run_dir) / "logs"
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # Lightning's hints do not fit: the loader needs few workers, and processes() says in its own words what runs where
+    for hint in ("many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist", "srun"):
+        warnings.filterwarnings("ignore", message=f".*{hint}.*")
+    of_run["callbacks"] += [
+        ModelCheckpoint(
+            stage.checkpoint_dir,
+            filename=f"{stage.name}-{module.model.config.model_type}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
+            monitor="val_loss_epoch",  # in the file name; Stage.best() chooses
+            save_top_k=-1,
+            save_weights_only=True,
+            enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
+        ),
+        ProgressBar(refresh_rate=10),  # a refresh reads numbers from the GPU
+    ]
+    further, logs = further_loggers(loggers, stage.run_dir, stage.name), Path(stage.run_dir) / "logs"
     csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
     purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
+    board = TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)
+    half = [MixedPrecision(precision, device.type)] if AUTOCAST.get(precision) else []
     devices, nodes, environment = processes()
-    half = [Autocast(precision, device.type)] if AUTOCAST.get(precision) else []
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
     return pl.Trainer(
-        max_epochs=max_epochs,
         precision=None if half else precision,  # a plugin says its own
         accelerator=device.type,
-        deterministic=deterministic or None,  # False would switch off what the user has switched on
         devices=devices,
         num_nodes=nodes,
-        strategy="auto" if devices * nodes == 1 else Together(MEETING_MINUTES, broadcast_buffers=False),
+        strategy="auto" if devices * nodes == 1 else DDPStrategy(broadcast_buffers=False),
         plugins=[AtomicCheckpointIO(), *half, *environment],
-        callbacks=[checkpoints, *callbacks, ProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
-        logger=[csv, TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge), *further],
-        log_every_n_steps=log_every,
+        logger=[csv, board, *further],
+        num_sanity_val_steps=0,  # a cache is checked when it is made, and a batch that does not fit is divided
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,  # the epoch in which a stage resumes has fewer batches than the others
         enable_model_summary=False,
+        **of_run,
     )
 
 
 def _fit(
-    trainer: pl.Trainer, keeper: KeepState, module: RaceModule, data: pl.LightningDataModule, resume: bool
+    trainer: pl.Trainer, keeper: KeepState, module: RaceModule, data: pl.LightningDataModule, resume: bool, exact: bool
 ) -> None:
-    path = keeper.stage.state_path
+    """Train, alone in the files of the stage; exact: with deterministic algorithms only."""
+    path, first, before = keeper.stage.state_path, trainer.is_global_zero, torch.are_deterministic_algorithms_enabled()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.use_deterministic_algorithms(exact or before)
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
+    if trainer.precision == "64-true":
+        module.double()  # or Lightning would load the weights of a state before
+    data.start_at(0, 0)
+    data.longest_first = module.padded
     try:
-        with only_process(keeper.stage), signals_as_before(keeper):
+        lock = locked(path.with_suffix(".lock")) if first else contextlib.nullcontext()
+        with lock, ended_by_signals(keeper, trainer):
+            if first:  # clear away what a killed process has left
+                remove_unfinished(path.parent, path.name)
+                remove_unfinished(path.parent.parent, f"{keeper.stage.name}-")
             trainer.fit(module, data, ckpt_path=path if resume else None, weights_only=True)
+    except BlockingIOError as error:
+        raise RaceError(f"another process trains {keeper.stage.name} here: wait for it ({error})") from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise RaceError(
-            f"the disk is full ({error}): nothing that was finished is lost; make room and run this again to resume"
-        ) from error
+        raise RaceError(f"the disk is full ({error}): make room and run this again to resume") from error
     finally:
-        module.__dict__.pop("between_parts", None)  # the signals of this run end nothing else
-
-
-def say(line: str) -> None:
-    """Print a line once, however many processes there are."""
-    if rank_zero_only.rank == 0:
-        print(line, flush=True)
-
-
-def _quiet() -> None:
-    """Keep Lightning's hints out of the notebook: the reports say what runs where, and the loader needs few workers."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # sync_dist: sums are reduced over processes before their mean is logged; srun: processes() says it in its own words
-    for hint in ("many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist", "srun"):
-        warnings.filterwarnings("ignore", message=f".*{hint}.*")
+        torch.use_deterministic_algorithms(before)
+        module.stop = None  # the signals of this run end nothing else

@@ -6,80 +6,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import pytorch_lightning as pl
 import torch
+from helpers import ROOT
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from transformers import BertConfig, BertForMultipleChoice, BertTokenizer
+from transformers import AutoTokenizer
 
 from race import RaceError
-from race.data import RaceDataModule, collate
+from race.data import collate
+from race.data.cache import build_cache
 from race.data.module import RaceDataset
 from race.export.__main__ import main
-from race.export.card import model_card
-from race.export.folder import _hub_id, _is_race, _public, ancestry, export_checkpoint
+from race.export.folder import ancestry, export_checkpoint, hub_id, is_race, model_card, public_name
 from race.files import file_hash
-from race.score.results import RESULT_COLUMNS
-from race.train.checkpoints import Checkpoint
-from race.train.stages import Stage
-from race.train.training import start_stage, train_stage
+from race.score.statistics import PROBABILITIES
 from race_module import RaceModule
 
-
-def train(cache: Path, folder: Path, name: str) -> Path:
-    """A few real steps of a stage; returns its checkpoint."""
-    pl.seed_everything(0, verbose=False)
-    stage = Stage(name, folder / "checkpoints", folder / "run")
-    module = start_stage(stage, cache, learning_rate=1e-2)
-    train_stage(stage, module, RaceDataModule(cache, batch_size=8, limit_questions=24), 1)
-    return stage.best().path
-
-
-@pytest.fixture(scope="module")
-def chain(cache, tmp_path_factory) -> list[Path]:
-    """The checkpoints of stages e1 and e2."""
-    folder = tmp_path_factory.mktemp("chain")
-    return [train(cache, folder, stage) for stage in ("e1", "e2")]
-
-
-@pytest.fixture(scope="module")
-def bert_cache(corpus, tmp_path_factory) -> Path:
-    """The small corpus in the tokens of a tiny BERT with random weights."""
-    from race.data.cache import build_cache
-
-    model, folder = tmp_path_factory.mktemp("bert"), tmp_path_factory.mktemp("bert-cache") / "small"
-    words = sorted({w for p in corpus.rglob("*.txt") for w in re.findall(r"[a-z]+", p.read_text().lower())})
-    letters = list("abcdefghijklmnopqrstuvwxyz.,'?_-:;!0123456789")
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(w for w in words if len(w) > 1)]
-    BertTokenizer(vocab={piece: row for row, piece in enumerate(pieces)}).save_pretrained(model)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    torch.manual_seed(0)
-    BertForMultipleChoice(BertConfig(vocab_size=len(pieces), initializer_range=0.3, **shape)).save_pretrained(model)
-    build_cache(str(corpus), str(model), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bert_chain(bert_cache, tmp_path_factory) -> list[Path]:
-    return [train(bert_cache, tmp_path_factory.mktemp("bert-chain"), "e1")]
-
-
-def results_csv(folder: Path, checkpoint: Path) -> Path:
-    """Results of a checkpoint (40 of 69 right, of them 25 of 41 and 15 of 28) and of another one."""
-    rows = [
-        ["e2", checkpoint.name, "test", "all", 69, 40, 40 / 69, 0.4615, 0.6897],
-        ["e2", checkpoint.name, "test", "middle", 41, 25, 25 / 41, 0.4570, 0.7430],
-        ["e2", checkpoint.name, "test", "high", 28, 15, 15 / 28, 0.3583, 0.7049],
-        ["e1", "another.ckpt", "test", "all", 69, 20, 20 / 69, 0.1964, 0.4064],
-    ]
-    path = folder / "results.csv"
-    pd.DataFrame(rows, columns=RESULT_COLUMNS).to_csv(path, index=False)
-    return path
-
-
+FAMILIES = ("albert", "bert", "deberta-v2")
 LONG = {
     "article": "Nora Hill lives in a small town. " * 90,
     "questions": ["Who lives in the town ?", "In the morning _ ."],
@@ -92,17 +39,47 @@ LONG = {
 }
 
 
-@pytest.fixture(params=["albert", "bert"])
-def exported(request, tmp_path):
-    """(checkpoint, its cache, its export, a cache of long text in the same tokens)."""
-    from race.data.cache import build_cache
+def trained(family: str) -> SimpleNamespace:
+    """What an earlier version trained and scored: cache, checkpoint, results, saved predictions."""
+    folder = ROOT / "tests" / "before_1_5" / family
+    (checkpoint,), (scored,) = folder.glob("checkpoints/*.ckpt"), folder.glob("runs/predictions/*.parquet")
+    predictions = pd.read_parquet(scored)
+    results = folder / "runs" / "results.csv"
+    return SimpleNamespace(cache=folder / "cache", checkpoint=checkpoint, results=results, predictions=predictions)
 
-    cache = request.getfixturevalue({"albert": "cache", "bert": "bert_cache"}[request.param])
-    checkpoint = request.getfixturevalue({"albert": "chain", "bert": "bert_chain"}[request.param])[-1]
-    (tmp_path / "source" / "test").mkdir(parents=True)
-    (tmp_path / "source" / "test" / "long.json").write_text(json.dumps(LONG))
-    build_cache(str(tmp_path / "source"), str(cache / "model"), tmp_path / "long")
-    return checkpoint, cache, export_checkpoint(checkpoint, tmp_path / "exported", cache), tmp_path / "long"
+
+@pytest.fixture(scope="module")
+def albert() -> SimpleNamespace:
+    return trained("albert")
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, SimpleNamespace]:
+    """Each family exported with its results, and a cache of text that is truncated at both ends."""
+    found = {family: trained(family) for family in FAMILIES}
+    for family, made in found.items():
+        folder = tmp_path_factory.mktemp(family)
+        (folder / "source" / "test").mkdir(parents=True)
+        (folder / "source" / "test" / "long.json").write_text(json.dumps(LONG))
+        build_cache(str(folder / "source"), str(made.cache / "model"), folder / "long")
+        made.long = folder / "long"
+        made.folder = export_checkpoint(made.checkpoint, folder / "model", made.cache, made.results, repo="ada/race-e1")
+    return found
+
+
+@pytest.fixture(params=FAMILIES)
+def exported(request, exports) -> SimpleNamespace:
+    return exports[request.param]
+
+
+@pytest.fixture
+def two_stages(albert, tmp_path) -> list[Path]:
+    """A checkpoint and one of stage e2 that remembers it as its base."""
+    first = Path(shutil.copy(albert.checkpoint, tmp_path / "e1.ckpt"))
+    content = torch.load(first, weights_only=True)
+    content["race"] |= {"stage": "e2", "base": first.name, "base_sha256": file_hash(first), "chain": ["e1"]}
+    torch.save(content, tmp_path / "e2.ckpt")
+    return [first, tmp_path / "e2.ckpt"]
 
 
 def run_alone(code: str, folder: Path) -> str:
@@ -119,134 +96,85 @@ def run_alone(code: str, folder: Path) -> str:
     return run.stdout
 
 
-def test_the_card_s_own_example_gives_the_checkpoint_s_logits(exported, tmp_path):
+def test_the_cards_own_example_gives_the_scored_probabilities(exports, tmp_path):
     """The example of the card, word for word, on questions of the cache and on text that is cut at both ends."""
-    checkpoint, cache, folder, long = exported
-    example = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    datasets = [(RaceDataset(cache, "test"), range(4)), (RaceDataset(long, "test"), range(2))]
-    assert datasets[1][0].lengths().max() == 512 and len(datasets[1][0][1]["token_type_ids"][0].nonzero()[0]) == 129
-    module, expected = RaceModule.load_from_checkpoint(checkpoint).eval(), []
-    with torch.no_grad():
-        for dataset, rows in datasets:
-            expected += [module(collate([dataset[i]]))[0] for i in rows]
-    texts = [dataset.text(i) for dataset, rows in datasets for i in rows]
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    runs, expected = [], []
+    for made in exports.values():
+        example = re.search(r"```python\n(.*?)```", (made.folder / "README.md").read_text(), re.DOTALL)[1]
+        scored, long = RaceDataset(made.cache, "test"), RaceDataset(made.long, "test", 160)
+        assert long.lengths().max() == 160
+        texts = [dataset.text(i) for dataset in (scored, long) for i in range(len(dataset))]
+        asked = [[text["article"], text["question"], text["options"]] for text in texts]
+        runs.append((example.replace('"ada/race-e1"', repr(str(made.folder))), asked))
+        module = RaceModule.load_from_checkpoint(made.checkpoint).eval()
+        with torch.no_grad():
+            cut = [module(collate([long[i]]))[0].softmax(0) for i in range(len(long))]
+        expected.append(torch.stack([*torch.tensor(made.predictions[PROBABILITIES].to_numpy("float32")), *cut]))
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
     code = (
-        example.replace('"exported"', repr(str(folder))) + "\nimport json, sys\n"
+        "import json, sys, torch\n"
+        "for example, asked in json.load(open('runs.json')):\n"
+        "    exec(example, names := {})\n"
+        "    with torch.no_grad():\n"
+        "        logits = [names['model'](**names['encode'](*it)).logits[0] for it in asked]\n"
+        "    print(json.dumps([it.softmax(0).tolist() for it in logits]))\n"
         "assert not [name for name in sys.modules if name.split('.')[0] in ('race', 'race_module')]\n"
-        "rows = [[t['article'], t['question'], t['options']] for t in json.load(open('texts.json'))]\n"
-        "with torch.no_grad():\n"
-        "    print(json.dumps([model(**encode(*row)).logits[0].tolist() for row in rows]))\n"
     )
-    *shown, last = run_alone(code, tmp_path).splitlines()
-    assert [bool(re.fullmatch(r"\d+\.\d %  \w.*", line)) for line in shown] == [True] * 4
-    logits = torch.tensor(json.loads(last))
-    assert (logits - torch.stack(expected)).abs().max().item() < 1e-5
-    assert logits.std(1).min() > 1e-3  # equal, and not all the same
+    lines = run_alone(code, tmp_path).splitlines()
+    assert [bool(re.fullmatch(r"\d+\.\d %  \w.*", line)) for line in lines] == [True, True, True, True, False] * 3
+    for line, probabilities in zip(lines[4::5], expected, strict=True):
+        found = torch.tensor(json.loads(line))
+        assert (found - probabilities).abs().max().item() < 1e-5
+        assert found.std(1).min() > 1e-4  # equal, and not all the same
 
 
 def test_the_folder_is_plain(exported):
     """Nothing in it is of this repository's own: names, attention, activation, precision, paths."""
-    checkpoint, cache, folder, _ = exported
-    names = {path.name for path in folder.iterdir()}
-    assert names == {
-        *"config.json model.safetensors tokenizer.json tokenizer_config.json README.md export.json".split()
-    }
-    assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
-    config = json.loads((folder / "config.json").read_text())
+    names = "config.json model.safetensors tokenizer.json tokenizer_config.json README.md export.json results.csv"
+    assert {path.name for path in exported.folder.iterdir()} == {*names.split()}
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in exported.folder.iterdir() if path.suffix != ".csv")
+    config = json.loads((exported.folder / "config.json").read_text())
     assert config["dtype"] == "float32" and config["id2label"] == {"0": "A", "1": "B", "2": "C", "3": "D"}
     assert config["hidden_act"] == ("gelu_new" if config["model_type"] == "albert" else "gelu")
-    for path in folder.glob("*.json"):
-        assert "packed" not in path.read_text() and str(cache) not in path.read_text()
-    with safe_open(folder / "model.safetensors", "pt") as saved:
-        state = RaceModule.load_from_checkpoint(checkpoint).model.state_dict()
+    for path in exported.folder.glob("*.json"):
+        assert "packed" not in path.read_text() and str(exported.cache) not in path.read_text()
+    state = RaceModule.load_from_checkpoint(exported.checkpoint).model.state_dict()
+    with safe_open(exported.folder / "model.safetensors", "pt") as saved:
         assert set(saved.keys()) == set(state)
         assert all(torch.equal(saved.get_tensor(name), tensor) for name, tensor in state.items())
-    assert json.loads((folder / "export.json").read_text())["largest_logit_difference"] < 1e-5
+    assert json.loads((exported.folder / "export.json").read_text())["largest_logit_difference"] < 1e-5
+    segments = ["token_type_ids"] if config["type_vocab_size"] else []  # ALBERT's own tokenizer leaves them out
+    encoded = AutoTokenizer.from_pretrained(exported.folder)("a", "b")
+    assert list(encoded) == ["input_ids", *segments, "attention_mask"]
 
 
-def test_the_tokenizer_returns_segments(exported):
-    """ALBERT's own does not unless asked, and a model without them answers as if all were article."""
-    from transformers import AutoTokenizer
-
-    encoded = AutoTokenizer.from_pretrained(exported[2])("a", "b")
-    assert list(encoded) == ["input_ids", "token_type_ids", "attention_mask"]
-    assert encoded["token_type_ids"] == [0, 0, 0, 1, 1]
-
-
-def test_an_export_can_be_a_base_model(exported, cache):
-    module = start_stage(Stage("e1"), exported[1], base_model=exported[2], learning_rate=1e-3)
-    assert torch.equal(
-        module.model.classifier.weight, RaceModule.load_from_checkpoint(exported[0]).model.classifier.weight
-    )
-
-
-def test_card_with_results(cache, chain, tmp_path):
-    """Every row of this checkpoint, and no other's, with its split, level, number, interval and source."""
-    results = results_csv(tmp_path, chain[1])
-    folder = export_checkpoint(chain[1], tmp_path / "e2", cache, results, repo="ada/race-e2")
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.model_name == "race-e2" and card.data.pipeline_tag == "multiple-choice"
-    assert [(r.dataset_config, r.dataset_split, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
-        ("all", "test", "accuracy", 0.5797),
-        ("middle", "test", "accuracy", 0.6098),
-        ("high", "test", "accuracy", 0.5357),
-    ]
-    first = card.data.eval_results[0]
-    assert first.metric_name == "accuracy on 69 questions, 95 % interval 46.2 % to 69.0 %"
-    assert first.source_url.endswith("/ada/race-e2/resolve/main/results.csv")
-    (index,) = card.data.to_dict()["model-index"]
-    assert (
-        index["name"] == "race-e2"
-        and [set(r) >= {"task", "dataset", "metrics"} for r in index["results"]] == [True] * 3
-    )
-    assert "| test | middle | 41 | 61.0 % | 45.7 % to 74.3 % |" in card.text
-    assert pd.read_csv(folder / "results.csv")["correct"].tolist() == [40, 25, 15]
-
-
-def test_scores_of_another_file_of_that_name_are_refused(cache, chain, tmp_path):
-    """Where results tell a checkpoint's hash, the name alone does not do; a stage that is run again repeats names."""
-    results = results_csv(tmp_path, chain[1])
-    own = {"checkpoint_sha256": file_hash(chain[1]), "precision": "bf16-mixed"}
-    pd.read_csv(results).assign(**own).to_csv(results, index=False)
-    folder = export_checkpoint(chain[1], tmp_path / "e2", cache, results)
-    assert "Scored in bf16-mixed; the weights here are float32." in (folder / "README.md").read_text()
-    pd.read_csv(results).assign(checkpoint_sha256="0" * 64).to_csv(results, index=False)
-    with pytest.raises(RaceError, match="scores of another file called e2-albert-race"):
-        export_checkpoint(chain[1], tmp_path / "other", cache, results)
-
-
-def test_card_says_what_the_model_is_and_is_not(cache, chain, tmp_path):
-    """Trained on the demo: not RACE, no claim of its licence; both stages with what they started from."""
-    folder = export_checkpoint(chain[1], tmp_path / "e2", cache)
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.eval_results is None and "Not scored" in card.text
+def test_card_with_results(exported):
+    """Every row with its split, level, number, interval and source; not RACE, and no claim of its licence."""
+    card, rows = ModelCard.load(exported.folder / "README.md"), pd.read_csv(exported.results)
+    assert card.data.model_name == "race-e1" and card.data.pipeline_tag == "multiple-choice"
+    found = [(it.dataset_config, it.dataset_split, it.metric_value) for it in card.data.eval_results]
+    assert found == [(row.level, row.split, round(row.accuracy, 4)) for row in rows.itertuples()]
+    ends = f"{100 * rows['passage_low'][0]:.1f} % to {100 * rows['passage_high'][0]:.1f} %"
+    assert card.data.eval_results[0].metric_name == f"accuracy on 14 questions, 95 % interval {ends}"
+    assert card.data.eval_results[0].source_url.endswith("/ada/race-e1/resolve/main/results.csv")
+    assert f"| test | all | 14 | {100 * rows['accuracy'][0]:.1f} % | {ends} |" in card.text
     assert card.data.get("datasets") is None and card.data.get("license") is None and "not RACE" in card.text
-    assert f"| e1 | `demo` | `{chain[0].name}` | 1e-2, constant | 0 |" in card.text
-    assert f"| e2 | `{chain[0].name}` | `{chain[1].name}` | 1e-2, constant | 0 |" in card.text
-    for word in ("## Limits", "## Lineage and recipe", "weight decay 0.0", "export.json"):
-        assert (word in card.text) == (word != "export.json")
+    assert pd.read_csv(exported.folder / "results.csv")["correct"].tolist() == rows["correct"].tolist()
 
 
-def test_card_of_a_model_of_race():
+def test_card_without_results_tells_the_lineage(albert, two_stages, tmp_path):
+    folder = export_checkpoint(two_stages[1], tmp_path / "e2", albert.cache)
+    text = ModelCard.load(folder / "README.md").text
+    assert "Not scored" in text and "42 in train, 14 in validation" in text
+    assert re.search(r"\| e1 \| `albert` \| `e1.ckpt` \| 1e-3, constant \| 0 \| 1\.3\d+ \| 0.0 % \|", text)
+    assert "| e2 | `e1.ckpt` | `e2.ckpt` | 1e-3, constant | 0 |" in text
+
+
+def test_card_of_a_model_of_race(exports):
     """Licence, dataset and base model are named where the data is RACE, and a sample is called one."""
-    link = {"checkpoint": "e1.ckpt", "base": "albert-base-v2", "stage": "e1", "recipe": {"learning_rate": 2e-5}}
-    facts = {
-        "checkpoint": "e1.ckpt",
-        "checkpoint_sha256": "0" * 64,
-        "model_type": "albert",
-        "parameters": 11_684_353,
-        "optimizer": {"weight_decay": 0.0, "epsilon": 1e-8},
-        "max_len": 512,
-        "attention_dropout": 0.0,
-        "max_qa_len": 128,
-        "template": {"before": [2], "between": [3], "after": [3], "segments": [0, 0, 0, 1, 1], "has_segments": True}
-        | {"tokens": [["[CLS]"], ["[SEP]"], ["[SEP]"]]},
-        "lineage": [link],
-        "base_model": "albert-base-v2",
-        "data": {"name": "ehovy/race", "sha256": None, "is_race": True},
-        "questions": {"train": 87866, "validation": 4887, "test": 4934},
-    }
+    facts = json.loads((exports["albert"].folder / "export.json").read_text())
+    facts |= {"base_model": "albert-base-v2", "data": {"name": "ehovy/race", "sha256": None, "is_race": True}}
+    facts |= {"questions": {"train": 87866, "validation": 4887, "test": 4934}}
     row = {"split": "test", "level": "all", "questions": 500, "accuracy": 0.67, "ci_low": 0.6276, "ci_high": 0.7098}
     card = model_card(facts, pd.DataFrame([row]), "race-e1")
     assert card.data.base_model == "albert-base-v2" and card.data.datasets == ["ehovy/race"]
@@ -258,105 +186,84 @@ def test_card_of_a_model_of_race():
 
 
 def test_race_is_told_by_its_name_or_by_its_numbers():
-    def told(name: str, test: int, trained_on: str | None = None) -> bool:
-        source = {"name": name, "sha256": "1"}
-        manifest = {"source": source, "splits": {"train": {"questions": 87866}, "test": {"questions": test}}}
-        return _is_race(manifest, source | ({"name": trained_on, "sha256": "2"} if trained_on else {}))
-
-    assert told("ehovy/race", 10) and told("/data/RACE.tar.gz", 4934)
-    assert not told("/data/RACE.tar.gz", 4933) and not told("demo", 1112)
-    assert not told("/data/RACE.tar.gz", 4934, trained_on="/data/other")  # the cache is not what it was trained on
+    source, race = {"name": "/data/RACE.tar.gz", "sha256": "1"}, {"train": 87866, "test": 4934}
+    assert is_race({"name": "ehovy/race", "sha256": "2"}, source, {"test": 10}) and is_race(source, source, race)
+    assert not is_race(source, source, race | {"test": 4933})
+    assert not is_race(source | {"sha256": "2"}, source, race)  # the cache is not what it was trained on
 
 
 def test_paths_of_this_machine_stay_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     names = ("albert-base-v2", "albert/albert-base-v2", "/home/ada/RACE.tar.gz", "models/mine", "./mine")
-    assert [_public(name) for name in names] == [*names[:2], "RACE.tar.gz", "mine", "mine"]
+    assert [public_name(name) for name in names] == [*names[:2], "RACE.tar.gz", "mine", "mine"]
+    oldest = [SimpleNamespace(base=base, chain=[]) for base in ("albert-base-v2", "demo", "models/mine", None)]
+    oldest.append(SimpleNamespace(base="e1.ckpt", chain=["e1"]))  # the chain's beginning is not known
+    assert [hub_id(it) for it in oldest] == ["albert-base-v2", None, None, None, None]
 
 
-def test_the_pretrained_model_below_the_chain_is_named(tmp_path, monkeypatch):
-    """Unless it is a folder of this machine, or the chain's beginning is not known."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-
-    def named(**lineage) -> str | None:
-        torch.save({"race": lineage}, tmp_path / "x.ckpt")
-        return _hub_id(Checkpoint(tmp_path / "x.ckpt"))
-
-    assert named(stage="e1", base="albert-base-v2", base_sha256="1", chain=[]) == "albert-base-v2"
-    for base in ("demo", "/home/ada/albert", "models/mine", None):
-        assert named(stage="e1", base=base, chain=[]) is None
-    assert named(stage="e2", base="e1.ckpt", base_sha256="1", chain=["e1"]) is None
+def test_lineage_ends_where_a_base_is_missing_or_another(two_stages, tmp_path):
+    assert [link.stage for link in ancestry(two_stages[1])] == ["e1", "e2"]
+    for content in (two_stages[1].read_bytes(), b"", None):  # the name of e1's, other content; no file
+        two_stages[0].write_bytes(content) if content is not None else two_stages[0].unlink()
+        assert [link.stage for link in ancestry(two_stages[1])] == ["e2"]
 
 
-def test_lineage_ends_where_a_base_is_missing_or_another(chain, tmp_path):
-    assert [link.stage for link in ancestry(chain[1])] == ["e1", "e2"]
-    alone = shutil.copy(chain[1], tmp_path)
-    assert [link.stage for link in ancestry(alone)] == ["e2"]
-    for content in (chain[1].read_bytes(), chain[0].read_bytes()[:1000]):  # the name of e1's, other content
-        (tmp_path / chain[0].name).write_bytes(content)
-        assert [link.stage for link in ancestry(alone)] == ["e2"]
-
-
-def test_an_export_is_replaced_only_when_told_and_nothing_else_ever(cache, chain, tmp_path):
-    folder = export_checkpoint(chain[0], tmp_path / "e", cache)
+def test_an_export_is_replaced_only_when_told_and_nothing_else_ever(albert, two_stages, tmp_path):
+    folder, mine = export_checkpoint(two_stages[0], tmp_path / "e", albert.cache), tmp_path / "mine"
     with pytest.raises(RaceError, match="--force replaces it"):
-        export_checkpoint(chain[1], folder, cache)
-    assert json.loads((folder / "export.json").read_text())["checkpoint"] == chain[0].name
-    export_checkpoint(chain[1], folder, cache, force=True)
-    assert json.loads((folder / "export.json").read_text())["checkpoint"] == chain[1].name
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+        export_checkpoint(two_stages[1], folder, albert.cache)
+    assert json.loads((folder / "export.json").read_text())["checkpoint"] == "e1.ckpt"
+    export_checkpoint(two_stages[1], folder, albert.cache, force=True)
+    assert json.loads((folder / "export.json").read_text())["checkpoint"] == "e2.ckpt"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(RaceError, match="is no export"):
-        export_checkpoint(chain[1], tmp_path / "mine", cache, force=True)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "mine"]
+        export_checkpoint(two_stages[1], mine, albert.cache, force=True)
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "e1.ckpt", "e2.ckpt", "mine"]
 
 
-def test_everything_wrong_is_said_at_once_and_nothing_is_left(cache, bert_cache, chain, tmp_path):
-    results = results_csv(tmp_path, Path("other.ckpt"))
-    with pytest.raises(RaceError) as error:
-        export_checkpoint(chain[1], tmp_path / "e", bert_cache, results, repo="no name")
-    said = str(error.value)
-    assert "another tokenizer" in said and f"no row of {chain[1].name}" in said and "expected USER/NAME" in said
-    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"checkpoint": "missing.ckpt"}, "missing.ckpt: no such checkpoint"),
+        ({"cache_dir": trained("bert").cache}, "another tokenizer"),
+        ({"results": trained("bert").results}, "has no row of this e1-albert-race"),
+        (
+            {"results": ROOT / "tests" / "before_1_5" / "albert" / "runs" / "logs/e1/version_0/metrics.csv"},
+            "results.csv",
+        ),
+        ({"repo": "no name"}, "expected USER/NAME"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_left(given, said, albert, tmp_path):
+    with pytest.raises(RaceError, match=said):
+        export_checkpoint(
+            **{"checkpoint": albert.checkpoint, "cache_dir": albert.cache, "out_dir": tmp_path / "e"} | given
+        )
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["missing", "half", "foreign"])
-def test_a_bad_checkpoint_is_refused(kind, cache, chain, tmp_path, capsys):
-    path = tmp_path / "x.ckpt"
-    if kind == "half":
-        path.write_bytes(chain[0].read_bytes()[:5000])
-    elif kind == "foreign":
-        torch.save({"state_dict": {"weight": torch.ones(2)}}, path)
-    before = sorted(tmp_path.iterdir())
-    assert main([str(path), str(tmp_path / "e"), "--cache", str(cache)]) == 1
-    said = {"missing": "no such checkpoint", "half": "cut off or damaged", "foreign": "is no multiple-choice model"}
-    assert said[kind] in capsys.readouterr().err
-    assert sorted(tmp_path.iterdir()) == before
+def test_scores_of_another_file_of_that_name_are_refused(albert, tmp_path):
+    """Where results tell a checkpoint's hash, the name alone does not do; a stage that is run again repeats names."""
+    results = pd.read_csv(albert.results)
+    results.assign(checkpoint_sha256="0" * 64).to_csv(tmp_path / "results.csv", index=False)
+    with pytest.raises(RaceError, match="has no row of this e1-albert-race"):
+        export_checkpoint(albert.checkpoint, tmp_path / "e", albert.cache, tmp_path / "results.csv")
+    results.iloc[:, :9].to_csv(tmp_path / "results.csv", index=False)  # as version 1.0 wrote them
+    folder = export_checkpoint(albert.checkpoint, tmp_path / "e", albert.cache, tmp_path / "results.csv")
+    assert len(ModelCard.load(folder / "README.md").data.eval_results) == len(results)
 
 
-def test_results_of_another_cache_are_refused(cache, chain, tmp_path):
-    results = results_csv(tmp_path, chain[1])
-    table = pd.read_csv(results)
-    table["questions"] = 4934
-    table.to_csv(results, index=False)
-    with pytest.raises(RaceError, match="counts 4934 questions of test, the cache 69"):
-        export_checkpoint(chain[1], tmp_path / "e", cache, results)
-    table.drop(columns="ci_low").to_csv(results, index=False)
-    with pytest.raises(RaceError, match="no column ci_low"):
-        export_checkpoint(chain[1], tmp_path / "e", cache, results)
-
-
-def test_an_export_that_would_answer_otherwise_is_not_made(cache, chain, tmp_path, monkeypatch):
-    monkeypatch.setattr("race.export.folder._largest_difference", lambda *_: float("nan"))
+def test_an_export_that_would_answer_otherwise_is_not_made(albert, tmp_path, monkeypatch):
+    monkeypatch.setattr("race.export.folder._logits", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(RaceError, match="logits differ by nan"):
-        export_checkpoint(chain[1], tmp_path / "e", cache)
+        export_checkpoint(albert.checkpoint, tmp_path / "e", albert.cache)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_line(cache, chain, tmp_path, capsys):
-    assert main([str(chain[1]), str(tmp_path / "e"), "--cache", str(cache), "--repo", "ada/race"]) == 0
-    said = capsys.readouterr().out
-    assert "its logits equal the checkpoint's" in said and f"hf upload ada/race {tmp_path / 'e'} ." in said
+def test_command_line(albert, tmp_path, capsys):
+    arguments = [str(albert.checkpoint), str(tmp_path / "e"), "--cache", str(albert.cache), "--repo", "ada/race"]
+    assert main(arguments) == 0 and f"hf upload ada/race {tmp_path / 'e'} ." in capsys.readouterr().out
+    assert main(arguments) == 1 and "--force" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import pytest
 import torch
 from small_stage import position, stage, state
 
-from race.train.state import Wishes
 from race_module import RaceModule
 
 SETTINGS = {"epochs": 1, "precision": "64-true", "data": {"limit_questions": 32}, "token_budget": 1}
@@ -30,7 +29,7 @@ def test_an_interrupt_ends_a_step_between_its_micro_batches(cache, tmp_path, mon
         patched.setattr(RaceModule, "loss", interrupted)
         stage(tmp_path / "stopped", cache, **SETTINGS)
     assert sum(calls) == 2 * 8 + 3  # no further micro-batch
-    assert "between_parts" not in vars(modules[0])  # it ends nothing else that is done with this module
+    assert modules[0].stop is None  # it ends nothing else that is done with this module
     found = position(tmp_path / "stopped")
     assert (found["epoch"], found["batches"], found["steps"]) == (0, 2, 2)
     assert "stopped by SIGINT at epoch 0, batch 2" in capsys.readouterr().out
@@ -67,35 +66,3 @@ def test_a_smaller_budget_is_kept_when_a_stage_resumes(cache, tmp_path, monkeypa
     stage(tmp_path / "stopped", cache, **settings)
     whole, stopped = (state(tmp_path / name)["state_dict"] for name in ("whole", "stopped"))
     assert all(torch.equal(stopped[name], tensor) for name, tensor in whole.items())
-
-
-@pytest.fixture
-def wishes(monkeypatch):
-    """Wishes of two processes; the other one's are set by the test."""
-    others = [0]
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, how: tensor.clamp_(min=others[0]))
-    return Wishes(), others
-
-
-def test_a_wish_is_read_two_steps_later_and_granted_once(wishes):
-    made, others = wishes
-    agreed = []
-    for step in range(8):
-        agreed.append(made.agreed())
-        if agreed[-1]:
-            made.granted()
-            others[0] = 0
-        if step == 2:
-            others[0] = 1  # the other process wishes to save, until it has
-        made.send(0, torch.device("cpu"))
-    assert agreed == [0, 0, 0, 0, 1, 0, 0, 0]
-
-
-def test_the_wish_to_end_is_never_taken_for_granted(wishes):
-    made, others = wishes
-    made.send(0, torch.device("cpu"))
-    others[0] = 2
-    made.send(0, torch.device("cpu"))
-    made.granted()
-    made.send(0, torch.device("cpu"))
-    assert [made.agreed(), made.agreed()] == [0, 2]

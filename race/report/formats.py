@@ -1,6 +1,7 @@
 """How numbers and names are written in sentences, tables, figures and reports."""
 
 import numpy as np
+import pandas as pd
 
 SIGNIFICANT = 0.05  # a p-value below is called significant
 
@@ -10,10 +11,20 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def signed(value: float) -> str:
-    """A difference as "+24.2", "−0.3" or "0.0"."""
-    text = f"{value:+.1f}".replace("-", "−")
-    return "0.0" if text[1:] == "0.0" else text
+def signed(value: float, digits: int = 1) -> str:
+    """A number as "+24.2", "−0.3" or "0.0"."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
+
+
+def points(difference: float) -> str:
+    """A difference of two fractions in percentage points, as "+24.2"."""
+    return signed(100 * difference)
+
+
+def interval(low: float, high: float, form=percent) -> str:
+    """The two ends as "73.3 % to 78.3 %"; a dash if they are not known."""
+    return "–" if pd.isna(low) else f"{form(low)} to {form(high)}"
 
 
 def p_number(p: float) -> str:
@@ -39,20 +50,15 @@ def rate(learning_rate: float) -> str:
 
 def schedule(recipe: dict) -> str:
     """The schedule of a stage's recipe as "constant", or "linear, warm-up 1000, clipped at 1"."""
-    words = [recipe.get("schedule", "constant")]
-    words += [f"warm-up {recipe['warmup']:g}"] if recipe.get("warmup") else []
-    words += [f"clipped at {recipe['max_grad_norm']:g}"] if np.isfinite(recipe.get("max_grad_norm") or np.inf) else []
-    return ", ".join(words)
-
-
-def significance(p: float) -> str:
-    """ "significant" or "not significant"."""
-    return "significant" if p < SIGNIFICANT else "not significant"
+    warmup, norm = recipe.get("warmup"), recipe.get("max_grad_norm") or np.inf
+    text = recipe.get("schedule", "constant") + (f", warm-up {warmup:g}" if warmup else "")
+    return text + (f", clipped at {norm:g}" if np.isfinite(norm) else "")
 
 
 def listed(names, most: int | None = None) -> str:
-    """Names as "a", "a and b", "a, b and c"; more than `most` as "4 others"."""
+    """Names as "a", "a and b", "a, b and c"; of more than `most` the others as "a, b, c and 4 more"."""
+    names = list(names)
+    if most and len(names) > most:
+        names[most:] = [f"{len(names) - most} more"]
     *first, last = names
-    if most and len(first) >= most:
-        return f"{len(first) + 1} others"
     return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,320 @@
+"""Predictions of checkpoints: made once, kept with what made them, and the results that follow from them."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from race import LETTERS, LEVELS, RaceError
+from race.data import RaceDataModule, build_cache, collate, seen_before
+from race.device import AUTOCAST, default_device, default_precision, device_name, versions
+from race.files import atomic_write, file_hash, from_root, locked
+from race.memory import fit_memory, in_parts
+from race.score import statistics
+from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
+from race.train.checkpoints import Checkpoint, short_names
+
+FORMAT = 2  # of saved predictions
+RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct", "accuracy", "ci_low", "ci_high"]
+PASSAGE_COLUMNS = ["passages", "icc", "design_effect", "passage_low", "passage_high"]
+MACRO_COLUMNS = ["macro_accuracy", "macro_low", "macro_high"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictions:
+    """A table with a row for each question (as `predict` gives it), and what made it.
+
+    made: settings with hashes of checkpoint and cache, checkpoint, folder, stage, source, seconds, made, versions.
+    """
+
+    table: pd.DataFrame
+    made: dict
+
+    @property
+    def name(self) -> str:
+        """How its files in a run folder are called: stage and split, and the level if it is of one alone."""
+        settings = self.made["settings"]
+        return "-".join(filter(None, [self.made["stage"], settings["split"], settings["level"]]))
+
+    @functools.cached_property
+    def results(self) -> pd.DataFrame:
+        """accuracy_table, then macro accuracy over the levels, settings, device, seconds, versions and folder.
+
+        Of one level alone there is one row, of that level.
+        """
+        made, settings = self.made, self.made["settings"]
+        table = accuracy_table(self.table, made["stage"], made["checkpoint"], settings["split"])
+        if settings["level"]:
+            table = table[table["level"] == settings["level"]].reset_index(drop=True)
+        levels = table[table["level"] != "all"]
+        whole = len(levels) == len(LEVELS) and levels["questions"].sum() == len(self.table)
+        details = dict(zip(MACRO_COLUMNS, statistics.macro_accuracy(levels) if whole else [None] * 3, strict=True))
+        details |= {name: value for name, value in settings.items() if name not in ("format", "split", "level")}
+        details |= {"seconds": made["seconds"]} | {name: made["versions"][name] for name in ("torch", "transformers")}
+        return table.assign(**details, made=made["made"], folder=made.get("folder"))
+
+
+def score(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir: str | Path, **how) -> Predictions:
+    """The predictions of a checkpoint, kept in `run_dir` with results.csv; how: precision and accelerator."""
+    return next(iter(score_each([checkpoint], data, split, run_dir, **how).values()))
+
+
+def score_each(
+    checkpoints: list[Checkpoint], data: RaceDataModule, split: str, run_dir, **how
+) -> dict[str, Predictions]:
+    """`score` for several checkpoints, by short name; raises RaceError if one is named twice."""
+    hashes = [checkpoint.sha256 for checkpoint in checkpoints]
+    if twice := [str(it) for it, sha256 in zip(checkpoints, hashes, strict=True) if hashes.count(sha256) > 1]:
+        raise RaceError(f"the same checkpoint is named more than once: {', '.join(twice)}")
+    scored = [kept_predictions(checkpoint, data, split, run_dir, **how) for checkpoint in checkpoints]
+    save_results(run_dir, scored)
+    return dict(zip(short_names(checkpoints), scored, strict=True))
+
+
+def validation_predictions(
+    checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir: str | Path, **how
+) -> Predictions | None:
+    """Predictions on validation, to fit a temperature for `split`; None if that makes no sense, the reason printed."""
+    if split == "validation" or "validation" not in data.cache.splits:
+        reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has none"
+        print(f"no temperature is fitted: {reason}")
+        return None
+    return kept_predictions(checkpoint, data, "validation", run_dir, **how)
+
+
+def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
+    """The predictions in `run_dir` if the same checkpoint, cache and settings made them; otherwise made and kept."""
+    settings = {"checkpoint_sha256": checkpoint.sha256} | prediction_settings(data, split, **how)
+    name = "-".join(filter(None, [checkpoint.label, checkpoint.sha256[:8], split, data.level]))
+    path = Path(run_dir) / "predictions" / f"{name}.parquet"
+    if found := read_predictions(path):
+        differ = [name for name, value in settings.items() if found.made["settings"].get(name) != value]
+        if not differ:
+            print(f"{path.name}: saved predictions are used, made {found.made['made']}")
+            return found
+        print(f"{path.name}: scored again, because the saved predictions differ in {', '.join(differ)}")
+    started = time.perf_counter()
+    table = predict(checkpoint, data, split, **how)
+    made = {
+        "settings": settings,
+        "checkpoint": checkpoint.name,
+        "folder": from_root(checkpoint.path.parent),
+        "stage": checkpoint.stage or checkpoint.label,
+        "source": data.cache.manifest["source"],
+        "questions": len(table),
+        "seconds": round(time.perf_counter() - started, 2),
+        "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "versions": {"python": platform.python_version()} | versions(),
+    }
+    save_predictions(path, table, made)
+    return Predictions(pd.read_parquet(path), made)
+
+
+def prediction_settings(
+    data: RaceDataModule, split: str, precision: str | None = None, accelerator: str | None = None
+) -> dict:
+    """Everything but the checkpoint that decides predictions to the last bit, with defaults resolved.
+
+    precision: default by device, one of race.device.AUTOCAST; accelerator: "cpu", "gpu" or None.
+    """
+    splits, device = data.cache.manifest["splits"], default_device(accelerator)
+    if split not in splits:
+        raise RaceError(f"{data.cache} has no {split} split; make a cache from a source that has one")
+    precision = precision or default_precision(accelerator)
+    if precision not in AUTOCAST:
+        raise RaceError(f"PRECISION is {precision!r}; scoring takes one of {', '.join(AUTOCAST)}")
+    limited = data.limit_questions is not None and data.limit_questions < splits[split]["questions"]
+    files = json.dumps(data.cache.manifest["files"], sort_keys=True)
+    return {
+        "format": FORMAT,
+        "cache_sha256": hashlib.sha256(files.encode()).hexdigest(),
+        "split": split,
+        "batch_size": data.batch_size,
+        "max_len": data.max_len,
+        "limit_questions": data.limit_questions if limited else None,
+        "seed": data.seed if limited else None,  # draws the sample, and nothing else
+        "precision": precision,
+        "level": data.level,
+        "device": device_name(device),
+    }
+
+
+def save_predictions(path: Path, table: pd.DataFrame, made: dict) -> None:
+    """Write a table of predictions, and then what made it, with the hash of its file."""
+    atomic_write(path, lambda file: table.to_parquet(file, index=False))
+    write_json(path.with_suffix(".json"), made | {"sha256": file_hash(path)})
+
+
+def read_predictions(path: Path) -> Predictions | None:
+    """Saved predictions; None if there are none, or (which is printed) other ones than the JSON file describes."""
+    try:
+        made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if made["sha256"] == file_hash(path) and made["settings"]["format"] == FORMAT:
+            return Predictions(pd.read_parquet(path), made)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        pass
+    print(f"{path.name}: not used, it is not what {path.with_suffix('.json').name} describes")
+    return None
+
+
+def save_results(run_dir: str | Path, scored: list[Predictions]) -> None:
+    """Put results into results.csv, where they replace those of the same checkpoints and split; other rows stay.
+
+    The same: of one hash, or of one name in one folder, where a file has been written again. Of one level alone only
+    that level's rows are replaced.
+    """
+    path, hashes = Path(run_dir) / "results.csv", ["checkpoint_sha256", "split"]
+    places = ["checkpoint", "folder", "split"]
+    rows = [row for found in scored for row in found.results.to_dict("records")]
+    table = pd.DataFrame(rows, columns=scored[0].results.columns, dtype=object)
+
+    def keys(rows: pd.DataFrame, columns: list[str]) -> pd.MultiIndex:
+        return pd.MultiIndex.from_frame(rows.reindex(columns=columns, fill_value=""))
+
+    with locked(path.with_name(".results.lock"), wait=True):
+        if path.exists():
+            old = pd.read_csv(path, dtype=str, keep_default_na=False)  # as text, so that nothing is rounded
+            same = keys(old, hashes).isin(keys(table, hashes)) | keys(old, places).isin(keys(table, places))
+            same &= ("all" in set(table["level"])) | old["level"].isin(table["level"])
+            table = pd.concat([table, old[~same]])
+        table = table.sort_values(["stage", "checkpoint", "split"], kind="stable")
+        atomic_write(path, lambda file: table.to_csv(file, index=False))
+
+
+def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split: str) -> pd.DataFrame:
+    """RESULT_COLUMNS (Wilson intervals), PASSAGE_COLUMNS (statistics.by_passage) and SEEN_COLUMNS, a row for all
+    questions and for each level present.
+
+    trained_on, selected_on: the number of questions whose article trained the checkpoint, or is in the validation split
+    that chose it, as far as known; missing where that is known of none. not_known: of how many it is not.
+    """
+    parts = {"all": predictions}
+    parts |= {level: part for level in LEVELS if len(part := predictions[predictions["level"] == level])}
+    rows = []
+    for level, part in parts.items():
+        questions, correct = len(part), int(statistics.is_correct(part).sum())
+        low, high = statistics.wilson(correct, questions)
+        values = [stage, checkpoint, split, level, questions, correct, correct / questions, float(low), float(high)]
+        known = {name: part.get(column, pd.Series(pd.NA, part.index)) for name, column in SEEN_COLUMNS.items()}
+        counts = {name: int(column.sum()) if column.notna().any() else None for name, column in known.items()}
+        counts |= {"not_known": max(int(column.isna().sum()) for column in known.values())}
+        rows.append(dict(zip(RESULT_COLUMNS, values, strict=True)) | statistics.by_passage(part) | counts)
+    return pd.DataFrame(rows).astype(dict.fromkeys(SEEN_COLUMNS, "Int64"))
+
+
+def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", **how) -> pd.DataFrame:
+    """Score one checkpoint on a split; one row a question, in the order of the cache. how: as prediction_settings.
+
+    Columns: example_id, question_index, level, answer and prediction ("A".."D"), p_A … p_D, those of `question_facts`
+    and of race.data.seen. Raises RaceError if the model's output is not finite.
+    """
+    precision = prediction_settings(data, split, **how)["precision"]
+    checkpoint.check_encoding(data.cache)
+    dataset, module, parts = data.dataset(split), _loaded(checkpoint, data, how.get("accelerator")), []
+    with tqdm(total=len(dataset), desc=f"scoring {split}", unit=" questions") as bar:
+        for batch in data.ordered_loader(split):
+            parts.append(_probabilities(module, batch, precision))
+            bar.update(len(batch))
+    probabilities = np.empty((len(dataset), len(LETTERS)))
+    probabilities[dataset.length_order()] = np.concatenate(parts)
+    if bad := int((~np.isfinite(probabilities)).any(1).sum()):
+        raise RaceError(
+            f"{checkpoint}: the output is not finite on {bad:,} of {len(dataset):,} questions; it has diverged, "
+            f'or {precision} has too small a range: try PRECISION = "32-true"'
+        )
+    columns = dataset.columns()
+    table = pd.DataFrame({name: columns[name] for name in ("example_id", "question_index", "level")})
+    table["answer"] = np.take(LETTERS, columns["label"])
+    table["prediction"] = np.take(LETTERS, probabilities.argmax(1))  # as accuracy is counted in training
+    table[PROBABILITIES] = probabilities
+    known = {name: pd.array(column, "boolean") for name, column in seen_before(checkpoint.lineage, dataset).items()}
+    return pd.concat([table, question_facts(dataset), pd.DataFrame(known)], axis=1)
+
+
+def question_facts(dataset) -> pd.DataFrame:
+    """What the analyses need to know of each question, so that they need no text: kind, and RaceDataset.facts."""
+    facts = dataset.facts()
+    facts.insert(0, "kind", [statistics.kind_of_question(question) for question in facts.pop("question")])
+    return facts
+
+
+def _loaded(checkpoint: Checkpoint, data: RaceDataModule, accelerator: str | None):
+    device = default_device(accelerator)
+    module = checkpoint.load(data.cache).to(device).eval()
+    fit_memory(module, device)
+    return module
+
+
+@torch.inference_mode()
+def _probabilities(module, batch, precision: str) -> np.ndarray:
+    """[B, 4] probabilities of the options of a batch, computed on the module's device, in micro-batches that fit."""
+    half = AUTOCAST[precision]
+    with torch.autocast(module.device.type, half, enabled=half is not None):
+        parts = in_parts(module, batch.to(module.device), lambda part, is_last: module(part).double().softmax(1))
+    return torch.cat(parts).cpu().numpy()
+
+
+def answer_question(
+    checkpoint: Checkpoint, data: RaceDataModule, article: str, question: str, options: list[str], accelerator=None
+) -> pd.DataFrame:
+    """A checkpoint's answer to a typed question: letter, option and probability, a row each; in float32."""
+    batch = collate([data.cache.encode_question(article, question, options, data.max_len)])
+    probabilities = _probabilities(_loaded(checkpoint, data, accelerator), batch, "32-true")[0]
+    return pd.DataFrame({"letter": LETTERS, "option": options, "probability": probabilities})
+
+
+def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out: str | Path, **how) -> pd.DataFrame:
+    """A checkpoint's choice for every question of a source whose answers may be missing; kept as CSV and parquet.
+
+    Columns: split, id, question_index, question, choice ("A".."D"), option (its text), p_A … p_D; in the order of the
+    source. out: the folder; how: precision, accelerator of `predict`. Raises RaceError.
+    """
+    cache, parts = data.cache, []
+    checkpoint.check_encoding(cache)
+    with tempfile.TemporaryDirectory() as folder:
+        build_cache(source, str(cache.model), f"{folder}/asked", cache.manifest["max_qa_len"], answers=False)
+        asked = RaceDataModule(f"{folder}/asked", data.batch_size, data.max_len)
+        for split in asked.cache.splits:
+            found, dataset = predict(checkpoint, asked, split, **how), asked.dataset(split)
+            texts = pd.DataFrame([dataset.text(row) for row in range(len(dataset))])
+            table = texts[["example_id", "question_index", "question"]].rename(columns={"example_id": "id"})
+            table.insert(0, "split", split)
+            letters = zip(texts["options"], found["prediction"].map(LETTERS.index), strict=True)
+            table = table.assign(choice=found["prediction"], option=[options[letter] for options, letter in letters])
+            parts.append(table.join(found[PROBABILITIES].round(6)))
+    table = pd.concat(parts, ignore_index=True)
+    path = Path(out) / f"{Path(source).stem}-{checkpoint.label}-{checkpoint.sha256[:8]}.csv"
+    atomic_write(path, lambda file: table.to_csv(file, index=False))
+    atomic_write(path.with_suffix(".parquet"), lambda file: table.to_parquet(file, index=False))
+    print(f"{len(table):,} questions answered; the table is {path}")
+    return table
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write JSON atomically: tables as lists of records, numbers that JSON does not know as null."""
+    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, pd.DataFrame):
+        return _plain(value.to_dict("records"))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    missing = value is pd.NA or (isinstance(value, float) and not math.isfinite(value))
+    return None if missing else value
