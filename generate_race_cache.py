@@ -40,13 +40,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--source", help="hub id (ehovy/race), folder, tar, zip or file of questions, or 'demo'")
     add("--model", help="hub name (albert-base-v2) or folder with the tokenizer to use; not needed for 'demo'")
     add("--out", help="the cache folder to make, such as cache/race")
-    add(
-        "--max-qa-len",
-        type=int,
-        metavar="N",
-        default=MAX_QA_LEN,
-        help="truncate question+option from the left to N tokens",
-    )
+    last = "truncate question+option from the left to N tokens"
+    add("--max-qa-len", type=int, metavar="N", default=MAX_QA_LEN, help=last)
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)")
     add("--force", action="store_true", help="replace a cache with other content")
     add("--skip-bad", action="store_true", help="leave out bad questions and passages, and list them in the cache")
@@ -70,21 +65,16 @@ def summary(manifest: dict, out: str | Path) -> str:
         lines.append(
             f"  {split:<10} {counts['passages']:>7,} passages {counts['questions']:>7,} questions ({levels}), "
             f"{counts['tokens'] / counts['sequences']:.1f} tokens per sequence, "
-            f"{100 * counts['truncated'] / counts['sequences']:.1f} % truncated, "
-            f"{counts['token_bytes'] / counts['questions']:.0f} token bytes per question"
+            f"{100 * counts['truncated'] / counts['sequences']:.1f} % truncated"
         )
-    questions = sum(counts["questions"] for counts in manifest["splits"].values())
-    size = sum(file["bytes"] for file in manifest["files"].values())
     lines.append(f"  articles in more than one split: {manifest['articles_in_more_than_one_split']:,}")
     lines += [f"  {note}" for note in manifest["notes"][:20]]
     if len(manifest["notes"]) > 20:
         lines.append(f"  … and {len(manifest['notes']) - 20} more, listed in {out}/left-out.txt")
     if not manifest["model"]["weights"]:
         lines.append(f"  {manifest['model']['name']} has no weights: set BASE_MODEL in ex01 to train with this cache")
-    lines.append(f"  {size / 1e6:.1f} MB")
-    if not manifest.get("kept"):
-        lines[-1] += f", {manifest['seconds']:.1f} s, {questions / manifest['seconds']:,.0f} questions per second"
-    return "\n".join(lines)
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    return "\n".join([*lines, f"  {size / 1e6:.1f} MB, made in {manifest['seconds']:.1f} s"])
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def ours(files: str, out: Path) -> dict:
     assert transformers.AutoTokenizer and transformers.AutoConfig
     gc.disable()  # as generate_race_cache.py does
     start = time.perf_counter()
-    manifest = build_cache(files, common.at_hand(common.ALBERT), out, workers=2)
+    manifest = build_cache(files, common.at_hand(common.ALBERT), out)
     seconds = time.perf_counter() - start
     stored = sum(counts["token_bytes"] for counts in manifest["splits"].values())
     return {"seconds": seconds, "bytes": stored, "peak_mb": _peak_mb()}

@@ -24,14 +24,12 @@ PLACES = {
     "race.data": ["RaceDataModule", "collate"],
     "race.data.cache": ["build_cache", "write_manifest"],
     "race.data.module": ["RaceDataset"],
-    "race.data.sources": ["read_source"],
+    "race.data.passages": ["read_source"],
     "race.demo.model": ["write_model"],
     "race.encoder": ["PACKED", "compile_layers", "takes_segments"],
     "race.files": ["file_hash"],
-    "race.memory": ["fit_memory"],
-    "race.score.predict": ["predict"],
-    "race.score.results": ["accuracy_table"],
-    "race.train.precision": ["Autocast", "autocast"],
+    "race.memory": ["fit_memory", "in_parts"],
+    "race.score.predictions": ["accuracy_table", "predict"],
     "race.train.stages": ["Stage"],
     "race.train.training": ["start_stage", "train_stage"],
     "race_module": ["RaceModule"],
@@ -181,7 +179,7 @@ def our_module(config, device: str, half: bool = False):
     """RaceModule for steps without a trainer, on the device, its micro-batches fitted to the memory there."""
     module = used("RaceModule")(config=config)
     module.manual_backward, module.log = torch.Tensor.backward, lambda *_, **__: None
-    used("fit_memory")(module.to(device), torch.device(device), half=half)
+    used("fit_memory")(module.to(device), torch.device(device), half)
     return module
 
 
@@ -199,9 +197,18 @@ def side_model(side: str, options: argparse.Namespace, cache: str):
     return module
 
 
+def autocast(device: str, precision: str) -> contextlib.AbstractContextManager:
+    """torch's autocast as training steps run under it, or nothing in float32."""
+    return torch.autocast(device, HALF[precision]) if HALF[precision] else contextlib.nullcontext()
+
+
 def trainer(precision: str, device: str, steps: int, callbacks: list):
     """A trainer as race.train.training makes it as far as a step's time and memory go: no files, no progress bar."""
     import pytorch_lightning as pl
+
+    class MixedPrecision(pl.plugins.MixedPrecision):
+        def autocast_context_manager(self) -> contextlib.AbstractContextManager:
+            return autocast(device, precision)  # Lightning's own forgets the casts of weights at once
 
     half = HALF[precision] is not None
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
@@ -210,7 +217,7 @@ def trainer(precision: str, device: str, steps: int, callbacks: list):
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
         precision=None if half else precision,
-        plugins=[used("Autocast")(precision, device)] if half else None,
+        plugins=[MixedPrecision(precision, device)] if half else None,
         callbacks=callbacks,
         limit_val_batches=0,
         **dict.fromkeys(off, False),
@@ -283,11 +290,8 @@ def sides_of(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def side_autocast(side: str, options: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """What a side computes under: ours what training steps run under, Hugging Face's model torch's own autocast."""
-    precision = "32-true" if side == OURS_FP32 else options.precision
-    if is_ours(side):
-        return used("autocast")(options.device, precision)
-    return torch.autocast(options.device, HALF[precision]) if HALF[precision] else contextlib.nullcontext()
+    """What a side computes under."""
+    return autocast(options.device, "32-true" if side == OURS_FP32 else options.precision)
 
 
 @contextlib.contextmanager

@@ -87,8 +87,9 @@ def _ours(model, data, side: str, options: argparse.Namespace) -> list:
     probabilities = []
     with common.side_autocast(side, options):
         for batch in data.ordered_loader("validation"):
-            for part in batch.to(model.device).micro_batches(model.token_budget):
-                probabilities.append(model(part).double().softmax(1))
+            probabilities += common.in_parts(
+                model, batch.to(model.device), lambda part, _: model(part).double().softmax(1)
+            )
         return torch.cat(probabilities).tolist()
 
 

@@ -243,7 +243,7 @@ def run_stage(name: str, options: argparse.Namespace) -> dict:
     started = time.perf_counter()
     trainer = common.train_stage(stage, module, data, 1 if options.small else EPOCHS[name])
     seconds, best = time.perf_counter() - started, stage.best()
-    predictions = common.predict(best, options.carried, "test", limit_questions=limit)
+    predictions = common.predict(best, data, "test", accelerator="gpu" if options.device == "cuda" else "cpu")
     scores = common.accuracy_table(predictions, name, best.name, "RACE/dev").query("level == 'all'").iloc[0]
     result = {"stage": name, "learning_rate": RATES[name], "epochs": trainer.current_epoch, "seconds": seconds}
     result |= {"train_questions": len(data.dataset("train")), "checkpoint": best.name}

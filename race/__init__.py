@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 # Every step has another number of tokens: blocks of rounded sizes are used again, instead of ever more being reserved.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
@@ -18,15 +19,9 @@ SPLITS = ("train", "validation", "test")
 MONITORS = ("val_loss_epoch", "val_acc")  # what picks the best checkpoint: the lowest loss, or the highest accuracy
 RACE_QUESTIONS = {"train": 87866, "validation": 4887, "test": 4934}  # Lai et al. 2017, arXiv:1704.04683
 MAX_LEN, MAX_QA_LEN = 512, 128  # tokens of a sequence, and of its question+option
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # name or owner/name on the Hugging Face hub
 
 
 class RaceError(ValueError):
     """Something that the user can fix: the message says what is wrong, where, and what to do."""
-
-
-def check_least(**values: tuple[float | None, float]) -> None:
-    """Raise RaceError with every value that is below its least one; None passes. values: (value, least)."""
-    wrong = [(name, *pair) for name, pair in values.items() if pair[0] is not None and pair[0] < pair[1]]
-    if wrong:
-        raise RaceError("; ".join(f"{name} is {value}, expected {least} or more" for name, value, least in wrong))

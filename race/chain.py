@@ -17,14 +17,13 @@ import psutil
 
 from generate_race_cache import main as generate_race_cache
 from race import CHAIN, RACE_QUESTIONS, RaceError
-from race.data import RaceDataModule
-from race.data.cache import Cache
+from race.data import Cache, RaceDataModule
 from race.files import atomic_write
 from race.parameters import ROOT, Settings, check, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
-from race.report.sentences import planning
+from race.report.sentences import over_seeds, planning
 from race.score.predictions import RESULT_COLUMNS, write_json
-from race.score.runs import Run, seeds_report
+from race.score.runs import Run, stages_over_seeds
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
@@ -35,6 +34,7 @@ OF_A_RUN = {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"}  # 
 GONE = {
     "--fresh": "--fresh is gone: to train a stage again, move its files away or give other folders, with "
     "--set CHECKPOINT_DIR=… RUN_DIR=… (docs/resuming.md)",
+    "--base-checkpoint": "--base-checkpoint is gone: give --set e2.BASE_CHECKPOINT=…, or that of e3",
     "--jobs": "--jobs is gone: start the command once for each seed, as --seeds 1 and --seeds 2, then with all of them",
 }
 
@@ -84,7 +84,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     named = "chain (the default), constant, resets, step, linear, cosine, or a TOML file; several are compared"
     add("--recipe", nargs="+", action="extend", metavar="NAME", dest="recipes", help=named)
     add("--stages", nargs="*", choices=CHAIN, help="only these; none: the evaluations only")
-    add("--base-checkpoint", help="checkpoint from which the first of --stages starts (e2 or e3)")
     add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished notebooks")
     plan_only = "only say how many seeds and questions a true difference of so many points of accuracy takes"
     add("--difference", type=float, metavar="POINTS", help=plan_only)
@@ -104,10 +103,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _complete(options: argparse.Namespace) -> None:
     """What follows from the options, such as recipes from their names; RaceError for what does not go together."""
     check(limit_questions=options.limit_questions, seeds=options.seeds, difference=options.difference)
-    if options.base_checkpoint:
-        if not options.stages or "e1" in options.stages:
-            raise RaceError("--base-checkpoint goes with --stages e2 or e3: e1 starts from the pretrained model")
-        options.pairs.append(f"{min(options.stages)}.BASE_CHECKPOINT={options.base_checkpoint}")
     for stage in CHAIN:
         read(parse_set(options.pairs, stage))
     options.recipes = named_recipes(options.recipes or [BASELINE], options.name)
@@ -192,9 +187,13 @@ def report(options: argparse.Namespace, evaluated: list[dict]) -> dict[str, str]
         settings = Settings(evaluated[0] | {"SEED": 0, "RUN_DIR": f"runs/{run_name(options.run, name)}-over-seeds"})
         how, data = settings.scoring(), RaceDataModule(**settings.data())  # one sample of questions for all seeds
         try:
-            seeds_report(runs, data, how.pop("split"), ROOT / how.pop("run_dir"), **how)
+            split, out = how.pop("split"), ROOT / how.pop("run_dir")
+            means, compared = stages_over_seeds(runs, data, split, **how)
         except RaceError as error:
             return {"over seeds": f"the results over seeds: {error}"}
+        print(text := over_seeds(means, compared))
+        found = {"verdict": text.splitlines(), "accuracies": means, "differences": compared}
+        write_json(out / f"stages-{split}.json", found)
     return {}
 
 

@@ -155,9 +155,3 @@ def _in_interactive_step() -> bool:
         return task.pid != os.getpid() and task.terminal() is not None
     except psutil.NoSuchProcess:
         return True
-
-
-def check_precision(precision: str | None, known: tuple[str, ...] = ()) -> None:  # until training and scoring check
-    from race.parameters import check
-
-    check(precision=precision)

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from race import OPTIONS, RaceError
 from race.attention import SHORT, has_varlen, packed_attention
-from race.models import check_family, load_config, local_copy, weights_problem, wrong_transformers
+from race.models import check_family, load_config, local_copy, weights_problem
 
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # by the names that families give it
 
@@ -84,7 +84,7 @@ def _prepared(model: nn.Module) -> nn.Module:
         return model
     model.set_attn_implementation("packed")
     if model.config._attn_implementation != "packed":
-        raise wrong_transformers()
+        raise RaceError("this transformers cannot run packed sequences; install requirements.txt")
     model.base_model.run_layer = run_layer  # compile_layers puts another one here
     for module in model.modules():
         for name, child in module.named_children():

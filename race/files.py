@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from race import RaceError
+from race import ROOT, RaceError
 
 DAY = 86400.0  # seconds; on a file system without locks, an unfinished folder of that age belongs to nobody
 UNFINISHED = ".tmp"  # ".NAME.….tmp" is work that has not been finished
@@ -43,6 +43,12 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def from_root(path: Path) -> str:
+    """A path as seen from the repository, if it is in there."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def flush(path: str | Path) -> None:

@@ -6,7 +6,6 @@ import torch
 from torch.cuda import max_memory_allocated, memory_reserved
 
 from race import MAX_LEN, OPTIONS, RaceError
-from race.encoder import is_packed
 
 ATTENTION_MAPS = 6  # [tokens, tokens] of each head that padded families keep: scores, softmax, dropout, positions
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
@@ -57,10 +56,10 @@ def fit_memory(module, device: torch.device, half: bool = False) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what this process keeps, and does not use, is free too
             free, parameters = torch.cuda.mem_get_info(device)[0], sum(it.numel() for it in module.parameters())
-            module.token_budget = token_budget_for(module.model.config, parameters, free, half)
+            module.token_budget = token_budget_for(module.model.config, parameters, free, half, module.padded)
 
 
-def token_budget_for(config, parameters: int, free: int, half: bool) -> int:
+def token_budget_for(config, parameters: int, free: int, half: bool, padded: bool = False) -> int:
     """Tokens of a micro-batch with `free` bytes: nine tenths of them, less weights and optimizer state.
 
     Kept for the backward pass, a token and layer. In float32: its input, query, key, value, context as attention gives
@@ -74,7 +73,7 @@ def token_budget_for(config, parameters: int, free: int, half: bool) -> int:
     layer, width = (22 * hidden + 4 * intermediate, 2) if half else (36 * hidden + 8 * intermediate, 4)
     if getattr(config, "rope_parameters", None):  # ModernBERT: rotated queries and keys, and a gated feed-forward
         layer += width * (3 * hidden + 2 * intermediate)
-    if not is_packed(config):
+    if padded:
         layer += width * ATTENTION_MAPS * config.num_attention_heads * MAX_LEN
     fixed = 20 * parameters + (1 << 29)  # weights, gradients, two moments, casts or buckets; context and workspace
     return int(max(OPTIONS * MAX_LEN, (0.9 * free - fixed) / (layer * (layers + 1) + 32 * hidden)))

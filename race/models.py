@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import unicodedata
-from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
@@ -47,9 +46,8 @@ def local_copy(model: str | Path) -> Path:
             if not any(folder.glob("*.safetensors")):  # the same weights are often there in both formats
                 huggingface_hub.snapshot_download(str(model), allow_patterns=[*MODEL_FILES, "pytorch_model*.bin"])
         except (OSError, ValueError) as error:
-            raise not_loaded(model, "files", error, "no such folder here, and the hub does not give them") from error
-    if not (folder / "config.json").is_file():
-        raise RaceError(f"{model} has no config.json: expected a Hugging Face folder (not TensorFlow's), or a hub name")
+            reason = _first_sentence(error)
+            raise RaceError(f"{model}: no such folder, and from the hub it cannot be loaded ({reason})") from error
     return folder
 
 
@@ -132,7 +130,7 @@ def load_tokenizer(model: str | Path):
         raise not_loaded(model, "tokenizer", error, "add the tokenizer.json of the model") from error
     words = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}
     if not words:
-        raise RaceError(f"{model} has no tokenizer that transformers reads; add the tokenizer.json of the model")
+        raise RaceError(f"{model} has no tokenizer files that transformers reads; add the tokenizer.json of the model")
     capitals = sum(word != word.lower() for word in words)
     if getattr(tokenizer, "do_lower_case", False) and capitals > CASED * len(words):
         raise RaceError(f"{model}: its tokenizer lower-cases, its vocabulary does not; add its tokenizer_config.json")
@@ -224,6 +222,8 @@ def load_config(model: str | Path):
     from transformers import AutoConfig
 
     folder = local_copy(model)
+    if not (folder / "config.json").is_file():
+        raise RaceError(f"{model} has no config.json: expected a Hugging Face folder (not TensorFlow's), or a hub name")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration may hold anything
@@ -244,9 +244,3 @@ def check_family(config, model: str | Path = "this model") -> None:
     if family not in HEADS:
         known = ", ".join(sorted(HEADS.keys() - REFUSED))
         raise RaceError(f"{model}: the type {family!r} has no multiple-choice head in transformers; those are {known}")
-
-
-def wrong_transformers() -> RaceError:
-    """What to say when the installed transformers cannot run packed sequences."""
-    found = version("transformers")
-    return RaceError(f"transformers {found} does not run packed sequences; install the version in requirements.txt")

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import yaml
 
-from race import LEVELS, MONITORS, SPLITS, RaceError
+from race import LEVELS, MONITORS, ROOT, SPLITS, RaceError
 from race.schedule import NAMES, is_schedule
 
-ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 OF_DATA = ("CACHE_DIR", "BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "LEVEL", "SEED")
@@ -171,12 +170,6 @@ def read(given: dict) -> dict:
     if gone := [sentence for name, sentence in GONE.items() if given.get(name)]:
         raise RaceError("\n".join(gone))
     return _meant({name: given[name] for name in given if name in OF_NOTEBOOKS})
-
-
-def from_root(path: Path) -> str:
-    """A path as seen from the repository, if it is in there."""
-    path = path.resolve()
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def parse_set(pairs: list[str], stage: str | None = None) -> dict[str, str]:

@@ -92,9 +92,7 @@ def test_an_executed_notebook_runs_again_where_it_lies(chain):
 
 def test_the_saved_notebook_holds_the_questions_themselves(chain):
     shown = [it.get("data", {}).get("text/html", "") for it in outputs(chain / "run", "eval_test_dataset_race")]
-    worst, browser = [html for html in shown if "race-cards" in html]
-    results = pd.read_csv(chain / "run" / "results.csv").query("level == 'all' and stage == 'e3'").iloc[0]
-    assert worst.count("<details") == min(10, results["questions"] - results["correct"])
+    (browser,) = [html for html in shown if "race-cards" in html]
     assert browser.count("<details") == 48 and "race-filters" in browser
     assert (chain / "run" / "eval_test_dataset_race.ipynb").stat().st_size < 2_000_000
 

@@ -2,11 +2,17 @@
 
 import importlib
 
-HOMES = {"RaceDataModule": "race.data.module", "collate": "race.data.batches"}
+ROOMS = {
+    "batches": ["collate"],
+    "cache": ["Cache", "build_cache", "open_cache"],
+    "module": ["RaceDataModule", "RaceDataset"],
+    "seen": ["seen_before", "seen_articles"],
+}
+HOMES = {name: f"race.data.{room}" for room, names in ROOMS.items() for name in names}
 
 
 def __getattr__(name: str):
-    """`from race.data import RaceDataModule, collate`, without loading torch for those who only make a cache."""
+    """What other rooms use, such as `from race.data import RaceDataModule`; torch is loaded only where it is needed."""
     if name in HOMES:
         return getattr(importlib.import_module(HOMES[name]), name)
     raise AttributeError(f"module 'race.data' has no attribute {name!r}")

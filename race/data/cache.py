@@ -262,21 +262,23 @@ def _write_split(
     texts = [question_option(question, option) for _, _, question, four, _ in rows for option in four]
     article_ids = tokenize(tokenizer, articles, f"{split}: articles")
     qa_ids = keep_last(tokenize(tokenizer, texts, f"{split}: questions and options"), max_qa_len)
-    passage_columns = {
-        "example_id": pa.array(example_ids, pa.string()),
-        "level": pa.array(levels, pa.string()),
-        "article": pa.array(articles, pa.large_string()),
-        "article_ids": article_ids,
+    tables = {
+        "passages": {
+            "example_id": pa.array(example_ids, pa.string()),
+            "level": pa.array(levels, pa.string()),
+            "article": pa.array(articles, pa.large_string()),
+            "article_ids": article_ids,
+        },
+        "questions": {
+            "passage": pa.array(passage_of, pa.int32()),
+            "question_index": pa.array(places, pa.int32()),
+            "question": pa.array(questions, pa.large_string()),
+            "options": pa.array(options, pa.list_(pa.large_string(), OPTIONS)),
+            "label": pa.array(labels, pa.int8()),
+            "qa_ids": pa.FixedSizeListArray.from_arrays(qa_ids, OPTIONS),
+        },
     }
-    question_columns = {
-        "passage": pa.array(passage_of, pa.int32()),
-        "question_index": pa.array(places, pa.int32()),
-        "question": pa.array(questions, pa.large_string()),
-        "options": pa.array(options, pa.list_(pa.large_string(), OPTIONS)),
-        "label": pa.array(labels, pa.int8()),
-        "qa_ids": pa.FixedSizeListArray.from_arrays(qa_ids, OPTIONS),
-    }
-    for name, columns in (("passages", passage_columns), ("questions", question_columns)):
+    for name, columns in tables.items():
         batch = pa.record_batch(columns)
         with pa.ipc.new_file(str(folder / f"{split}-{name}.arrow"), batch.schema) as writer:
             writer.write_batch(batch)
@@ -321,34 +323,3 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     if there["tokenizer"]["sha256"] != manifest["tokenizer"]["sha256"]:
         parts.append("tokenizer")
     raise RaceError(f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it")
-
-
-# -------------------------------------------------------------------------------- until every room takes a Cache
-
-read_manifest, template_of = (lambda folder: Cache(folder).manifest), _template_of
-
-
-def check_files(cache_dir, names=""):
-    open_cache(cache_dir).check_files(names)
-
-
-def splits_of(manifest):
-    return [split for split in SPLITS if split in manifest["splits"]]
-
-
-def cache_identity(manifest):
-    source, tokenizer = manifest["source"], manifest["tokenizer"]["sha256"]
-    of_source = {"source": source["name"], "source_sha256": source["sha256"]}
-    return of_source | {"tokenizer": tokenizer, "max_qa_len": manifest["max_qa_len"]}
-
-
-def check_tokenizer(model, manifest, cache_dir):
-    open_cache(cache_dir).check_tokenizer(model)
-
-
-def encode_question(cache_dir, *question):
-    return open_cache(cache_dir).encode_question(*question)
-
-
-def tables(cache_dir, split):
-    return open_cache(cache_dir).tables(split)

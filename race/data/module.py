@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from race import LETTERS, MAX_LEN, OPTIONS, SPLITS, RaceError
+from race import MAX_LEN, OPTIONS, SPLITS, RaceError
 from race.data.batches import ShuffledBatches, collate
 from race.data.cache import Cache, open_cache
 from race.parameters import check
@@ -88,20 +87,15 @@ class RaceDataset(Dataset):
     def facts(self):
         """[N] rows of what analyses need to know of each question, as a pandas table.
 
-        question (text); article_tokens (before truncation); truncated (any of its sequences); longest_option ("A".."D"
-        by characters; None where two are equally long).
+        question (text); article_tokens (before truncation); truncated (any of its sequences).
         """
         import pandas as pd
 
-        characters = pc.utf8_length(self._questions["options"].values).to_numpy().reshape(-1, OPTIONS)
         article_lengths, qa_lengths = self._part_lengths()
-        characters = characters[self._rows]
-        tied = (characters == characters.max(1, keepdims=True)).sum(1) > 1
         facts = {
             "question": self._questions["question"].take(pa.array(self._rows)).to_pylist(),
             "article_tokens": article_lengths[:, 0],
             "truncated": (self._template.lengths(article_lengths, qa_lengths) > self.max_len).any(1),
-            "longest_option": np.where(tied, None, np.take(np.array(LETTERS, object), characters.argmax(1))),
         }
         return pd.DataFrame(facts)
 
@@ -152,15 +146,6 @@ class RaceDataModule(pl.LightningDataModule):
         names = ("batch_size", "max_len", "limit_questions", "seed", "level")
         return {"cache_dir": self.cache.name} | {name: getattr(self, name) for name in names}
 
-    @property
-    def cache_dir(self):  # until every room takes a Cache
-        return self.cache.name
-
-    @property
-    def manifest(self) -> dict:
-        """The manifest of the cache."""
-        return self.cache.manifest
-
     def setup(self, stage: str | None = None) -> None:
         """Open the splits that the cache holds."""
         if self.train_dataset or self.val_dataset or self.test_dataset:
@@ -171,30 +156,22 @@ class RaceDataModule(pl.LightningDataModule):
         self.train_dataset, self.val_dataset, self.test_dataset = map(datasets.get, SPLITS)
 
     def open_split(self, split: str) -> RaceDataset:
-        """Open one split, without a check of its files; raises RaceError if the cache lacks it."""
-        rows = None if self.level is None else self._rows_of_level(split)
-        dataset = RaceDataset(self.cache, split, self.max_len, rows)
-        if self.limit_questions is None or self.limit_questions >= len(dataset):
-            return dataset
-        sample = np.sort(np.random.default_rng(self.seed).choice(len(dataset), self.limit_questions, replace=False))
-        return RaceDataset(self.cache, split, self.max_len, sample if rows is None else rows[sample])
-
-    def _rows_of_level(self, split: str) -> np.ndarray:
-        rows = np.flatnonzero(RaceDataset(self.cache, split).columns()["level"] == self.level)
+        """Open one split, without a check of its files; raises RaceError if the cache lacks it, or its level."""
+        whole = RaceDataset(self.cache, split, self.max_len)
+        rows = np.arange(len(whole)) if self.level is None else np.flatnonzero(whole.columns()["level"] == self.level)
         if not len(rows):
-            held = ", ".join(self.manifest["splits"][split]["levels"]) or "none"
+            held = ", ".join(self.cache.manifest["splits"][split]["levels"]) or "none"
             raise RaceError(f"LEVEL = {self.level!r}: {self.cache} has no such questions in {split} (levels: {held})")
-        return rows
+        if self.limit_questions is not None and self.limit_questions < len(rows):
+            drawn = np.random.default_rng(self.seed).choice(len(rows), self.limit_questions, replace=False)
+            rows = rows[np.sort(drawn)]
+        return whole if len(rows) == len(whole) else RaceDataset(self.cache, split, self.max_len, rows)
 
     def dataset(self, split: str) -> RaceDataset:
         """The dataset of "train", "validation" or "test"; raises RaceError if the cache lacks it."""
         self.setup()
         datasets = dict(zip(SPLITS, (self.train_dataset, self.val_dataset, self.test_dataset), strict=True))
         return datasets.get(split) or self.open_split(split)  # which raises
-
-    def encode_question(self, article: str, question: str, options: list[str]) -> dict:
-        """A typed question as an item of a dataset, with the ids that it would have in the cache; raises RaceError."""
-        return self.cache.encode_question(article, question, options, self.max_len)
 
     def start_at(self, epoch: int, batches: int) -> None:
         """Start `epoch` after its first `batches` batches, to resume a stage; other epochs start at 0."""

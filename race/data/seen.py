@@ -20,7 +20,7 @@ def seen_articles(data, before: dict | None) -> dict:
     return known | {"complete": before is not None and before.get("complete", True)}
 
 
-def seen(lineage: dict, dataset) -> dict[str, np.ndarray]:
+def seen_before(lineage: dict, dataset) -> dict[str, np.ndarray]:
     """[N] article_in_train, article_in_validation: is the article of a question one that trained, or chose, a model?
 
     True, False, or None where that is not known. lineage: of a checkpoint; one without hashes, but of the same source

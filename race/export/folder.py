@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that transformers loads by itself: weights, tokenizer, configuration and model card."""
+"""A checkpoint as a folder that transformers loads by itself: weights, tokenizer, configuration, model card."""
 
 import dataclasses
 import json
@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 from safetensors import SafetensorError
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from race import LETTERS, OPTIONS, RACE_QUESTIONS, RaceError
-from race.data import collate
-from race.data.cache import Cache, open_cache
-from race.data.module import RaceDataset
+from race.data import Cache, RaceDataset, collate, open_cache
 from race.encoder import attention_dropout, longest_input, pads_left, takes_segments
-from race.export.card import model_card
 from race.files import file_identity, known_hash, move_into_place, set_mode, temporary_folder
+from race.report.formats import interval, percent, rate, schedule
+from race.report.sentences import seen
+from race.score.statistics import quoted_interval
 from race.train.checkpoints import Checkpoint
 from race_module import RaceModule
 
+TEMPLATE = Path(__file__).with_name("card.md")
+RACE_HOME = "https://www.cs.cmu.edu/~glai1/data/race/"
 FORMAT = 1
 LOGIT_TOLERANCE = 1e-4  # float32 sums in another order differ by about 1e-6; wrong weights by far more
 RESULTS_NEEDED = {"checkpoint", "split", "level", "questions", "accuracy", "ci_low", "ci_high"}
@@ -172,3 +175,77 @@ def _logits(folder: Path, items: list[dict]) -> torch.Tensor:
     rows = [{name: item[name][option].tolist() for name in names} for item in items for option in range(OPTIONS)]
     padded = tokenizer.pad(rows, return_tensors="pt")
     return model.eval()(**{name: tensor.view(len(items), OPTIONS, -1) for name, tensor in padded.items()}).logits
+
+
+# ------------------------------------------------------------------------------------------------- the model card
+
+
+def model_card(facts: dict, scores: pd.DataFrame | None, name: str) -> ModelCard:
+    """facts: as in export.json; scores: the checkpoint's rows of results.csv; name: of the repository or folder."""
+    race, title = facts["data"]["is_race"], name.split("/")[-1]
+    rows = [] if scores is None else [_score(row, facts["questions"]) for _, row in scores.iterrows()]
+    licence = {"license": "other", "license_name": "race-non-commercial-research", "license_link": RACE_HOME}
+    data = ModelCardData(
+        language="en",
+        **(licence | {"datasets": ["ehovy/race"]} if race else {}),
+        library_name="transformers",
+        pipeline_tag="multiple-choice",
+        tags=["reading-comprehension", facts["model_type"], *(["race"] if race else [])],
+        metrics=["accuracy"],
+        base_model=facts["base_model"],
+        model_name=title,
+        eval_results=[_eval_result(row, facts["data"], name) for row in rows] or None,
+    )
+    context = {"facts": facts, "race": race, "race_home": RACE_HOME, "title": title, "name": name, "rows": rows}
+    context |= {"percent": percent, "rate": rate, "schedule": schedule} | _sequence(facts["template"])
+    context["seen"] = "" if scores is None else _seen(scores)
+    context["precisions"] = ", ".join(sorted(set(scores["precision"]))) if rows and "precision" in scores else ""
+    return ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), **context)
+
+
+def _sequence(template: dict) -> dict:
+    """How a sequence is put together, for the sentence and for the code of the card."""
+    parts = [template[name] for name in ("before", "between", "after")]
+    before, between, after = map(" ".join, template["tokens"])
+    segments = template["segments"]
+    return {
+        "sequence": f"{before} article {between} question+option {after}".strip(),
+        "special_ids": ", ".join(str(list(part)) for part in parts),
+        "special_tokens": ", ".join(text or "none" for text in (before, between, after)),
+        "specials": sum(map(len, parts)),
+        "kinds": (segments[len(parts[0])], segments[-len(parts[2]) - 1], list(segments[-len(parts[2]) :])),
+    }
+
+
+def _score(row: pd.Series, cached: dict[str, int]) -> dict:
+    """One row of the table of accuracies; a sample is called one. cached: the questions of each split."""
+    whole, asked = cached.get(row["split"], 0), f"{row['questions']:,}"
+    asked += f" of {whole:,}" if row["level"] == "all" and row["questions"] < whole else ""
+    low, high, _ = quoted_interval(row)
+    shown = {"asked": asked, "accuracy": float(row["accuracy"]), "interval": interval(low, high)}
+    return {"split": row["split"], "level": row["level"]} | shown
+
+
+def _seen(scores: pd.DataFrame) -> str:
+    """What each scored split is to the checkpoint, where the results say it."""
+    if "trained_on" not in scores:
+        return "The validation split chose the checkpoint."
+    whole = scores.drop_duplicates("split")
+    return " ".join(f"Split {row['split']}: {seen([row.to_frame().T], ['this model'])}" for _, row in whole.iterrows())
+
+
+def _eval_result(row: dict, data: dict, name: str) -> EvalResult:
+    """The same for the hub; the source is named if the repository is known."""
+    source = {"source_name": "results.csv", "source_url": hf_hub_url(name, "results.csv")} if "/" in name else {}
+    return EvalResult(
+        task_type="multiple-choice",
+        task_name="Reading comprehension",
+        dataset_type="ehovy/race" if data["is_race"] else data["name"],
+        dataset_name="RACE" if data["is_race"] else f"{data['name']} (not RACE)",
+        dataset_config=row["level"],
+        dataset_split=row["split"],
+        metric_type="accuracy",
+        metric_value=round(row["accuracy"], 4),
+        metric_name=f"accuracy on {row['asked']} questions, 95 % interval {row['interval']}",
+        **source,
+    )

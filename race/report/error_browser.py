@@ -24,18 +24,6 @@ FIELDS = '<span class="field">{}</span> ' * 3 + '<span class="kind">{}</span> <s
 HEAD = f'<div class="race-head">{FIELDS.format("answer", "confidence", "level", "kind", "question")}</div>'
 
 
-def confident_mistakes(predictions: pd.DataFrame) -> np.ndarray:
-    """The rows of the ten wrong answers with the highest confidence, highest first."""
-    wrong = np.flatnonzero(~is_correct(predictions))
-    return wrong[np.argsort(-confidence(predictions)[wrong], kind="stable")][:10]
-
-
-def mistake_cards(predictions: pd.DataFrame, dataset) -> HTML:
-    """The ten most confident mistakes as cards; a click opens one. dataset: the questions behind the predictions."""
-    cards = "".join(_card(predictions, dataset, int(row)) for row in confident_mistakes(predictions))
-    return HTML(f'<style>{CSS}</style><div class="race-cards">{HEAD}{cards}</div>' if cards else "<p>No mistakes.</p>")
-
-
 def error_browser(predictions: pd.DataFrame, dataset) -> HTML:
     """Questions to read, with filters: all mistakes and correct answers, or a sample (`browsed_rows`).
 
@@ -57,13 +45,11 @@ def error_browser(predictions: pd.DataFrame, dataset) -> HTML:
 
 def browsed_rows(predictions: pd.DataFrame, mistakes: int = 150, correct: int = 50) -> np.ndarray:
     """The rows that the browser shows, in its order; the ten most confident mistakes are always among them."""
-    rng, sure, is_good = np.random.default_rng(0), confidence(predictions), is_correct(predictions)
-    first = confident_mistakes(predictions)[:mistakes]
-    others, good = np.setdiff1d(np.flatnonzero(~is_good), first), np.flatnonzero(is_good)
-    drawn = rng.choice(others, min(len(others), mistakes - len(first)), replace=False)
-    wrong = np.concatenate([first, drawn]).astype(int)
-    good = rng.choice(good, min(len(good), correct), replace=False).astype(int)
-    return np.concatenate([wrong[np.argsort(-sure[wrong], kind="stable")], good[np.argsort(sure[good], kind="stable")]])
+    rng, order = np.random.default_rng(0), np.argsort(-confidence(predictions), kind="stable")
+    is_good = is_correct(predictions)[order]
+    wrong, good = order[~is_good], order[is_good][::-1]
+    others = np.sort(rng.permutation(wrong[10:].size)[: mistakes - 10]) + 10
+    return np.concatenate([wrong[:10], wrong[others], good[np.sort(rng.permutation(good.size)[:correct])]])
 
 
 def _menus(predictions: pd.DataFrame) -> str:

@@ -12,8 +12,9 @@ from race.score.statistics import quoted_interval
 
 SHOWN = 3  # so many others are named one by one
 RULES = {"val_loss_epoch": "validation loss", "val_acc": "validation accuracy"}
-BUDGET = {"questions": "questions trained on", "checkpoints": "checkpoints to choose from"}
-BUDGET |= {"monitor": "chosen by", "learning_rates_tried": "learning rates tried"}
+BUDGET = {"questions": "questions trained on", "fewest_epochs": "epochs of the shortest run"}
+BUDGET |= {"checkpoints": "checkpoints to choose from", "monitor": "chosen by"}
+BUDGET |= {"learning_rates_tried": "learning rates tried"}
 
 
 def finding(row: pd.Series) -> str:
@@ -110,15 +111,6 @@ def _seen(who: str, was: str, questions: int, trained: int, chosen: int, unknown
     return " ".join(text) or f"No article of these questions was used to train or to choose {who}."
 
 
-def alike(row: pd.Series) -> str:
-    """How much wider than Wilson's the interval by passage is."""
-    if pd.isna(row["passage_low"]):
-        return "How alike the questions of a passage are is not known here: Wilson's interval takes all as independent."
-    wider = (row["passage_high"] - row["passage_low"]) / (row["ci_high"] - row["ci_low"])
-    counts = f"{row['questions']:,} questions on {row['passages']:,} passages"
-    return f"{counts}: the interval by passage is {wider:.2f} times as wide as Wilson's. Quote the one by passage."
-
-
 def overlap(predictions: pd.DataFrame) -> str:
     """How many questions have a truncated sequence, and the accuracy without those whose article trained it."""
     text = f"Questions with a truncated sequence: {int(predictions['truncated'].sum()):,} of {len(predictions):,}."
@@ -147,31 +139,12 @@ def groups(table: pd.DataFrame) -> str:
 
 def letters(predictions: pd.DataFrame) -> str:
     """Position bias: whether letters are chosen as often as they are correct."""
-    table = statistics.letter_counts(predictions)
-    apart = (table["chosen"] - table["right"]).abs()
-    if not apart.any():
-        return "Each letter is chosen exactly as often as it is correct."
     statistic, freedom, p = statistics.letter_test(predictions)
+    if not freedom:
+        return "Every answer is correct, so there is no preference for a letter to test."
     test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, degrees of freedom: {freedom}, {p_value(p)}"
-    largest = [
-        f"{row.letter}, chosen on {percent(row.chosen_share)} and correct on {percent(row.right_share)}"
-        for row in table[apart == apart.max()].itertuples()
-    ]
     return (
-        f"How often each letter is chosen and how often it is correct: the difference is {_significance(p)} ({test}). "
-        f"It is largest for {', and for '.join(largest)} of the questions."
-    )
-
-
-def longest_option(predictions: pd.DataFrame) -> str:
-    """Length bias: whether the longest of the four options is chosen as often as it is correct."""
-    found = statistics.longest_option_test(predictions)
-    if not found["questions"]:
-        return "No question has one longest option."
-    return (
-        f"On the {found['questions']:,} questions with one longest option, it is chosen on {percent(found['chosen'])} "
-        f"and correct on {percent(found['correct'])}: the difference is {_significance(found['p'])} "
-        f"(exact McNemar test, {p_value(found['p'])})."
+        f"How often each letter is chosen and how often it is correct: the difference is {_significance(p)} ({test})."
     )
 
 
@@ -262,40 +235,41 @@ def difference(row: pd.Series, margin: float) -> str:
     """What was found of one recipe, or stage, against another over seeds; margin: points that would matter."""
     found, (first, second) = finding(row), row[["first", "second"]]
     text = f"{second} − {first} = {points(row['difference'])} points"
-    if min(row["seeds_first"], row["seeds_second"]) < 2:
-        return (
-            f"{text} on these {row['questions']:,} questions. One seed cannot say how far another seed would be away: "
-            "this is about these checkpoints, and says nothing of the recipes."
-        )
+    over = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''} and {row['questions']:,} questions"
+    if row["seeds"] == 1:
+        return f"{text} on {over}. This is about these checkpoints, and says nothing of another seed."
+    if pd.isna(row["ci_low"]):
+        return f"{text} on {over}; not tested: the same answers in all runs, or questions of one passage only."
+    text += f" (95 % interval {interval(row['ci_low'], row['ci_high'], points)}, over {over}"
     if found == "not tested":
-        return f"{text}; not tested: the same answers in all runs, or questions of one passage only."
-    paired = ", compared seed by seed" if row["same_base"] else ""
-    text += f" (95 % interval {interval(row['ci_low'], row['ci_high'], points)}, over seeds and questions{paired}; "
-    text += f"Holm {p_value(row['p_holm'])}): "
+        return f"{text}); too few seeds for a verdict."
     beyond = 100 * max(abs(row["ci_low"]), abs(row["ci_high"]))
     unlikely = f"not significant; a difference beyond {beyond:.1f} points is unlikely"
+    text += f"; Holm {p_value(row['p_holm'])}): "
     text += unlikely if found == "not significant" else f"{second} is {found} than {first}"
     if max(abs(row["low_90"]), abs(row["high_90"])) <= margin / 100:
-        alike = f"{second} is as good as {first} within" if found == "not significant" else "the difference is below"
-        text += f"; {alike} {_points(margin)} (90 % interval)"
+        text += f"; the difference is below {_points(margin)} (90 % interval)"
     return f"{text}."
+
+
+def over_seeds(means: pd.DataFrame, compared: pd.DataFrame) -> str:
+    """How the stages of one recipe do over its seeds (runs.accuracies), each against the first (against_baseline)."""
+    lines = []
+    for row in means.itertuples():
+        spread = f"; standard deviation {100 * row.sd:.2f} points" if len(row.each) > 1 else ""
+        lines.append(f"{row.recipe}: {percent(row.accuracy)} ({', '.join(map(percent, row.each))}{spread})")
+    return "\n".join([*lines, *(difference(row, 1.0) for _, row in compared.iterrows())])
 
 
 def budget(table: pd.DataFrame) -> str:
     """Whether all recipes had the same (runs.training_totals), and in what they differ."""
-    row, text = table.iloc[0], ""
-    if table["questions"].nunique() == 1:
-        text = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."
-    if len(uneven := table[table["fewest_epochs"] < table["epochs"]]):
-        text += f" Some seeds of {listed(uneven['recipe'])} had fewer epochs than others."
-    had = pd.DataFrame(list(table["also"])).rename(columns=lambda name: name.replace("_", " "))
-    had = had.assign(**{words: table[column].to_numpy() for column, words in BUDGET.items()})
-    had = had.astype(object).where(had.notna(), "unknown")
-    for name, values in had.map(lambda value: str(RULES.get(value, value))[:20]).items():
-        if values.nunique() > 1:
-            each = listed(f"{recipe} {value}" for recipe, value in zip(table["recipe"], values, strict=True))
-            text += f" **They differ in “{name}”**: {each}."
-    return text.strip()
+    row, settings = table.iloc[0], pd.DataFrame(list(table["also"]))
+    had = table[[*BUDGET]].rename(columns=BUDGET).join(settings.rename(columns=lambda name: name.replace("_", " ")))
+    differ = [name for name, values in had.items() if values.nunique(dropna=False) > 1]
+    text = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."
+    return (text if BUDGET["questions"] not in differ else "") + (
+        f" **They differ in {listed(differ)}**." if differ else ""
+    )
 
 
 def recipes_scope(source: str, split: str) -> str:

@@ -10,7 +10,6 @@ from race.report.formats import interval, p_number, percent, points, rate, sched
 from race.report.sentences import BUDGET, RULES
 from race.score.comparison import power
 from race.score.statistics import quoted_interval
-from race.train.stages import Stage, epochs_trained
 
 PUBLISHED = Path(__file__).with_name("published.csv")  # other people's accuracies on RACE, and what each of them is
 
@@ -21,9 +20,15 @@ def _decimals(digits: int):
     return lambda value: f"{value:.{digits}f}".replace("-", "−")
 
 
-FORMATS = dict.fromkeys(["difference", "95 % interval", "90 % interval"], points)
+FORMATS = dict.fromkeys(["difference", "95 % interval"], points)
 FORMATS |= dict.fromkeys(["epochs", "chosen_epoch", "freedom"], _decimals(0)) | {"log_loss": _decimals(4)}
-FORMATS |= {"val_loss": _decimals(3), "icc": _decimals(2), "design_effect": _decimals(2), "monitor": RULES.get}
+FORMATS |= {
+    "val_loss": _decimals(3),
+    "icc": _decimals(2),
+    "design_effect": _decimals(2),
+    "monitor": RULES.get,
+    "recipe": schedule,
+}
 FORMATS |= {"p": p_number, "p_holm": p_number, "learning_rate": rate}
 FORMATS |= dict.fromkeys(["sd", "half_width"], lambda value: f"{100 * value:.2f} points")
 HEADINGS = {"passage": "95 % by passage", "ci": "95 % Wilson", "difference": "points", "p_holm": "Holm p"}
@@ -73,34 +78,10 @@ def calibration_style(table: pd.DataFrame):
     return styled(shown, columns, error="95 % of the error", floor="if perfectly calibrated")
 
 
-def lineage_table(checkpoints: list, names: list[str]) -> pd.DataFrame:
-    """What each named checkpoint remembers, a row each.
+def comparison_table(tables: list[pd.DataFrame], lineage: pd.DataFrame) -> pd.DataFrame:
+    """One row a checkpoint: what it remembers (stages.lineage_table), its accuracy and that of each level.
 
-    epochs: trained in its stage; chosen_epoch: its own, from 0; parent: which of the others its base is, by hash.
-    """
-    name_of, rows = dict(zip([it.sha256 for it in checkpoints], names, strict=True)), []
-    for it, name in zip(checkpoints, names, strict=True):
-        row = {"name": name, "stage": it.stage or it.label, "base": it.base, "learning_rate": it.learning_rate}
-        row |= {"schedule": schedule(it.lineage["recipe"]) if "recipe" in it.lineage else None}
-        row |= {"epochs": epochs_trained(it), "chosen_epoch": it.epoch, "val_loss": it.val_loss}
-        rows.append(row | {"parent": name_of.get(it.base_sha256)})
-    return pd.DataFrame(rows)
-
-
-def stages_behind(checkpoints: list) -> dict[str, str]:
-    """The stages that these checkpoints have gone through, as they remember them, each with its rule of selection."""
-    named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
-    rules = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}
-    last = checkpoints[-1]  # beside it lie those that are not named
-    for name in named & CHAIN.keys() - rules.keys():
-        rules[name] = Stage(name, last.path.parent, found=last.beside).rule
-    return {name: rules[name] for name in CHAIN if name in rules}
-
-
-def comparison_table(tables: list[pd.DataFrame], checkpoints: list, names: list[str]) -> pd.DataFrame:
-    """One row a checkpoint: what it remembers, its accuracy and that of each level with the interval to quote.
-
-    The ends: accuracy_low, accuracy_high, middle_low, middle_high, high_low, high_high.
+    The ends of the intervals to quote: accuracy_low, accuracy_high, middle_low, middle_high, high_low, high_high.
     """
     scores = []
     for table in tables:
@@ -110,22 +91,27 @@ def comparison_table(tables: list[pd.DataFrame], checkpoints: list, names: list[
             low, high, _ = quoted_interval(row)
             score |= {name: row["accuracy"], f"{name}_low": low, f"{name}_high": high}
         scores.append(score)
-    return lineage_table(checkpoints, names).join(pd.DataFrame(scores))
+    return lineage.join(pd.DataFrame(scores))
 
 
 def comparison_style(table: pd.DataFrame):
     """The comparison for reading."""
     shown = table.rename(columns={"accuracy_low": "ci_low", "accuracy_high": "ci_high"})
-    columns = "name base learning_rate schedule epochs chosen_epoch val_loss accuracy ci middle high"
-    return styled(shown, columns, epochs="epochs trained", chosen_epoch="chosen epoch (from 0)", ci="95 % to quote")
+    columns = "name base learning_rate recipe epochs chosen_epoch val_loss accuracy ci middle high"
+    return styled(
+        shown,
+        columns,
+        recipe="schedule",
+        epochs="epochs trained",
+        chosen_epoch="chosen epoch (from 0)",
+        ci="95 % to quote",
+    )
 
 
 def pairs_style(pairs: pd.DataFrame):
-    """Differences for reading, in points: of checkpoints (compare_pairs) or of recipes (runs.compare)."""
-    shown = pairs.rename(columns={"low_90": "ninety_low", "high_90": "ninety_high"})
-    columns = "choice second first gained lost both neither difference ci ninety p p_holm freedom"
-    headings = {"choice": "checkpoints", "second": "name", "first": "against", "freedom": "degrees of freedom"}
-    return styled(shown, columns, ci="95 % interval", ninety="90 % interval", **headings)
+    """Differences for reading, in points: of checkpoints (compare_pairs) or of recipes (against_baseline)."""
+    columns = "second first gained lost both neither difference ci p p_holm"
+    return styled(pairs, columns, ci="95 % interval", second="name", first="against")
 
 
 def reported_accuracy(tables: list[pd.DataFrame]) -> dict[str, float]:
@@ -159,4 +145,4 @@ def budgets_style(table: pd.DataFrame):
 
 def accuracies_style(table: pd.DataFrame):
     """runs.accuracies for reading."""
-    return styled(table, sd="standard deviation", each="chosen, each seed")
+    return styled(table, "recipe accuracy each sd last_epoch", sd="standard deviation", each="of each seed")

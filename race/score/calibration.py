@@ -59,9 +59,8 @@ def calibration_spread(predictions: pd.DataFrame, seed: int = 0) -> dict:
     error, (floor_low, floor_high) = calibration_error(predictions), np.quantile(floor, (0.025, 0.975))
     upper = np.quantile(errors, 0.975)
     low, high = 0.0 if error <= floor_high else 2 * error - upper, upper - (errors.mean() - error)
-    names = ("error_low", "error_high", "floor", "floor_low", "floor_high")
-    values = max(low, 0.0), min(max(high, error), 1.0), floor.mean(), floor_low, floor_high
-    return {name: float(value) for name, value in zip(names, values, strict=True)}
+    found = {"error_low": max(low, 0.0), "error_high": min(max(high, error), 1.0), "floor": floor.mean()}
+    return {name: float(value) for name, value in (found | {"floor_low": floor_low, "floor_high": floor_high}).items()}
 
 
 def losses(predictions: pd.DataFrame) -> np.ndarray:

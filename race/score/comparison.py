@@ -17,9 +17,9 @@ OUTCOMES = ["both", "gained", "lost", "neither"]
 PAIR_COLUMNS = ["first", "second", "questions", *OUTCOMES, "difference", "ci_low", "ci_high", "p", "p_holm", "pairs"]
 RESAMPLES = 10_000
 TURNED = {"first": "second", "gained": "lost", "ci_low": "ci_high"}  # what changes places if the two do
-DIFFERENCE_COLUMNS = ["first", "second", "questions", "seeds_first", "seeds_second", "difference", "ci_low", "ci_high"]
-DIFFERENCE_COLUMNS += ["low_90", "high_90", "p", "p_holm", "freedom", "sd_first", "sd_second", "same_base"]
-CHOICES = ("chosen", "other rule", "last epoch")  # checkpoints of a run that are scored; the first one counts
+DIFFERENCE_COLUMNS = ["first", "second", "questions", "seeds", "difference", "ci_low", "ci_high", "low_90", "high_90"]
+DIFFERENCE_COLUMNS += ["p", "p_holm", "freedom", "sd_first", "sd_second"]
+LEAST_SEEDS = 3  # from which a difference is tested
 POWER = 0.8  # share of comparisons that find a true difference, for which seeds are counted
 # Of two runs on RACE, for planning: SD of a run's accuracy beside the questions', and the share of questions on which
 # two seeds of a recipe, and two recipes, are not both right or both wrong.
@@ -110,38 +110,36 @@ def check_same_questions(predictions: list[pd.DataFrame]) -> None:
             )
 
 
-def recipe_difference(
-    first: np.ndarray, second: np.ndarray, passages: np.ndarray, levels: np.ndarray, same_base: bool = False
-) -> dict:
+def recipe_difference(first: np.ndarray, second: np.ndarray, passages: np.ndarray, levels: np.ndarray) -> dict:
     """Accuracy of recipe `second` − of `first`, over seeds and questions: the keys of DIFFERENCE_COLUMNS.
 
-    first, second: [seeds, questions] right (1) or wrong (0), on the same questions; passages, levels: [questions].
-    same_base: run s of both has gone on from the same weights, so that the runs are compared seed by seed.
+    first, second: [seeds, questions] right (1) or wrong (0). Row s of both is the run of one seed, with the same head
+    and order of questions: runs are compared seed by seed. passages, levels: [questions].
     The variance is that of the questions, with passages as clusters within levels, and that of the runs beyond what
     the questions explain; degrees of freedom after Satterthwaite: multi-reader multi-case analysis with runs as readers
-    (Hillis 2014, Statistics in Medicine 33:330). One seed has no interval and no p: they are NaN.
+    (Hillis 2014, Statistics in Medicine 33:330). One seed has no interval, and fewer than LEAST_SEEDS no p: NaN.
     """
     first, second = np.asarray(first, float), np.asarray(second, float)
-    seeds, each = (len(first), len(second)), second.mean(0) - first.mean(0)
-    found = {"questions": first.shape[1], "seeds_first": seeds[0], "seeds_second": seeds[1]}
-    found |= {"difference": float(each.mean()), "same_base": same_base}
-    found |= dict.fromkeys(["ci_low", "ci_high", "low_90", "high_90", "p", "freedom"], np.nan)
-    found |= {"sd_first": _spread(first), "sd_second": _spread(second)}
-    if same_base and seeds[0] != seeds[1]:
-        raise RaceError(f"runs are compared seed by seed: {seeds[0]} and {seeds[1]} seeds were given")
-    of_questions, clusters = _variance_of_questions(each, passages, levels)
-    if min(seeds) < 2 or clusters < 1:
+    if first.shape != second.shape:
+        raise RaceError(f"runs are compared seed by seed: {len(first)} and {len(second)} seeds were given")
+    gains, (seeds, questions) = second - first, first.shape
+    found = dict.fromkeys(DIFFERENCE_COLUMNS[5:], np.nan) | {"questions": questions, "seeds": seeds}
+    found |= {"difference": float(gains.mean()), "sd_first": _spread(first), "sd_second": _spread(second)}
+    of_questions, clusters = _variance_of_questions(gains.mean(0), passages, levels)
+    if seeds < 2 or clusters < 1:
         return found
-    runs = [_variance_of_runs(values) for values in ([second - first] if same_base else [first, second])]
-    variance = of_questions + sum(max(0.0, total - explained) for total, explained, _ in runs)
+    of_runs = gains.mean(1).var(ddof=1) / seeds
+    rest = gains - gains.mean(1, keepdims=True) - gains.mean(0) + gains.mean()
+    noise = (rest**2).sum() / ((seeds - 1) * (questions - 1)) / (seeds * questions)  # of single answers, in of_runs
+    variance = of_questions + max(0.0, of_runs - noise)
     if variance == 0:  # right and wrong on the same questions, in every run
         return found
-    freedom = (of_questions + sum(total for total, _, _ in runs)) ** 2
-    freedom /= of_questions**2 / clusters + sum(total**2 / (count - 1) for total, _, count in runs)
-    error = variance**0.5
-    found |= {"p": float(2 * t.sf(abs(found["difference"]) / error, freedom)), "freedom": float(freedom)}
+    freedom = variance**2 / (of_questions**2 / clusters + of_runs**2 / (seeds - 1))
+    found["freedom"] = float(freedom)
+    if seeds >= LEAST_SEEDS:
+        found["p"] = float(2 * t.sf(abs(found["difference"]) / variance**0.5, freedom))
     for low, high, level in (("ci_low", "ci_high", 0.975), ("low_90", "high_90", 0.95)):
-        reach = t.ppf(level, freedom) * error
+        reach = t.ppf(level, freedom) * variance**0.5
         found |= {low: float(found["difference"] - reach), high: float(found["difference"] + reach)}
     return found
 
@@ -161,26 +159,14 @@ def _variance_of_questions(each: np.ndarray, passages: np.ndarray, levels: np.nd
     return float((weights[level] * sums**2).sum() / len(each) ** 2), len(sums) - len(clusters)
 
 
-def _variance_of_runs(values: np.ndarray) -> tuple[float, float, int]:
-    """Of the mean of [runs, questions] values: variance over runs, what questions alone make of it, number of runs."""
-    runs, questions = values.shape
-    rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
-    mean_square = (rest**2).sum() / ((runs - 1) * (questions - 1))
-    return float(values.mean(1).var(ddof=1) / runs), float(mean_square / (runs * questions)), runs
-
-
-def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame, same_base: set[str] = frozenset()):
+def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.DataFrame:
     """A row for each recipe but the first, which they are compared with; p_holm: adjusted for all of them.
 
-    correct: [seeds, questions] by recipe; facts: example_id and level of the questions; same_base: recipes whose runs
-    have gone on from the same weights as the first one's, seed by seed.
+    correct: [seeds, questions] by recipe; facts: example_id and level of the questions.
     """
     (first, base), *others = correct.items()
     columns = facts["example_id"].to_numpy(), facts["level"].to_numpy()
-    rows = [
-        {"first": first, "second": name} | recipe_difference(base, runs, *columns, name in same_base)
-        for name, runs in others
-    ]
+    rows = [{"first": first, "second": name} | recipe_difference(base, runs, *columns) for name, runs in others]
     table = pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
     return table.assign(p_holm=statistics.holm(table["p"]))
 
@@ -193,9 +179,9 @@ def power(difference: float, seeds: int, questions: int, contrasts: int = 1) -> 
     noncentral t, on which it rests, is NaN for a large difference on few degrees of freedom.
     """
     of_questions = (RECIPES_DIFFER - RUNS_DIFFER + RUNS_DIFFER / seeds) / questions
-    run, clusters = (SD**2 + RUNS_DIFFER / 2 / questions) / seeds, max(1.0, questions / QUESTIONS_A_PASSAGE - 1)
-    error = (of_questions + 2 * SD**2 / seeds) ** 0.5
-    freedom = (of_questions + 2 * run) ** 2 / (of_questions**2 / clusters + 2 * run**2 / (seeds - 1))
+    of_runs, clusters = (2 * SD**2 + RUNS_DIFFER / questions) / seeds, max(1.0, questions / QUESTIONS_A_PASSAGE - 1)
+    variance = of_questions + 2 * SD**2 / seeds
+    freedom, error = variance**2 / (of_questions**2 / clusters + of_runs**2 / (seeds - 1)), variance**0.5
     found = {"seeds": seeds, "questions": questions, "half_width": float(t.ppf(0.975, freedom) * error)}
     place, spreads = abs(difference) / error, np.sqrt(chi2.ppf((np.arange(2000) + 0.5) / 2000, freedom) / freedom)
     for name, alpha in (("power", 0.05), ("power_holm", 0.05 / contrasts)):

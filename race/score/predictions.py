@@ -16,17 +16,13 @@ import torch
 from tqdm.auto import tqdm
 
 from race import LETTERS, LEVELS, RaceError
-from race.data import RaceDataModule, collate
-from race.data.cache import build_cache
-from race.data.seen import seen
+from race.data import RaceDataModule, build_cache, collate, seen_before
 from race.device import AUTOCAST, default_device, default_precision, device_name, versions
-from race.files import atomic_write, file_hash, locked
+from race.files import atomic_write, file_hash, from_root, locked
 from race.memory import fit_memory, in_parts
-from race.parameters import from_root
 from race.score import statistics
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
 from race.train.checkpoints import Checkpoint, short_names
-from race_module import RaceModule
 
 FORMAT = 2  # of saved predictions
 RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct", "accuracy", "ci_low", "ci_high"]
@@ -243,7 +239,7 @@ def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", *
     table["answer"] = np.take(LETTERS, columns["label"])
     table["prediction"] = np.take(LETTERS, probabilities.argmax(1))  # as accuracy is counted in training
     table[PROBABILITIES] = probabilities
-    known = {name: pd.array(column, "boolean") for name, column in seen(checkpoint.lineage, dataset).items()}
+    known = {name: pd.array(column, "boolean") for name, column in seen_before(checkpoint.lineage, dataset).items()}
     return pd.concat([table, question_facts(dataset), pd.DataFrame(known)], axis=1)
 
 
@@ -254,7 +250,7 @@ def question_facts(dataset) -> pd.DataFrame:
     return facts
 
 
-def _loaded(checkpoint: Checkpoint, data: RaceDataModule, accelerator: str | None) -> RaceModule:
+def _loaded(checkpoint: Checkpoint, data: RaceDataModule, accelerator: str | None):
     device = default_device(accelerator)
     module = checkpoint.load(data.cache).to(device).eval()
     fit_memory(module, device)
@@ -262,7 +258,7 @@ def _loaded(checkpoint: Checkpoint, data: RaceDataModule, accelerator: str | Non
 
 
 @torch.inference_mode()
-def _probabilities(module: RaceModule, batch, precision: str) -> np.ndarray:
+def _probabilities(module, batch, precision: str) -> np.ndarray:
     """[B, 4] probabilities of the options of a batch, computed on the module's device, in micro-batches that fit."""
     half = AUTOCAST[precision]
     with torch.autocast(module.device.type, half, enabled=half is not None):
@@ -274,7 +270,7 @@ def answer_question(
     checkpoint: Checkpoint, data: RaceDataModule, article: str, question: str, options: list[str], accelerator=None
 ) -> pd.DataFrame:
     """A checkpoint's answer to a typed question: letter, option and probability, a row each; in float32."""
-    batch = collate([data.encode_question(article, question, options)])
+    batch = collate([data.cache.encode_question(article, question, options, data.max_len)])
     probabilities = _probabilities(_loaded(checkpoint, data, accelerator), batch, "32-true")[0]
     return pd.DataFrame({"letter": LETTERS, "option": options, "probability": probabilities})
 

@@ -10,14 +10,11 @@ import pandas as pd
 
 from race import RaceError
 from race.data import RaceDataModule
-from race.data.cache import Cache
 from race.recipes import run_name
-from race.score.comparison import CHOICES, against_baseline
-from race.score.predictions import Predictions, kept_predictions, save_results, write_json
+from race.score.comparison import against_baseline
+from race.score.predictions import Predictions, kept_predictions, save_results
 from race.score.statistics import is_correct, mostly_trained_on
-from race.train.checkpoints import Checkpoint
-from race.train.logs import read_log
-from race.train.stages import Stage, stages_of
+from race.train.stages import Stage, read_log, stages_of
 from race.train.state import read_state
 
 Correct = dict[str, np.ndarray]  # [seeds, questions] right or wrong, by recipe or by stage
@@ -44,11 +41,14 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     @functools.cached_property
-    def checkpoints(self) -> dict[str, Checkpoint]:
-        """Those of its last stage that are scored, by CHOICES: the other rule's may be the same."""
-        last = self.stages[-1]
-        found = [last.best(), last.other_best(), max(last.saved, key=lambda it: it.epoch)]
-        return dict(zip(CHOICES, found, strict=True))
+    def chosen(self):
+        """The best checkpoint of its last stage."""
+        return self.stages[-1].best()
+
+    @property
+    def last_epoch(self):
+        """The checkpoint of the last epoch of its last stage."""
+        return max(self.stages[-1].saved, key=lambda it: it.epoch)
 
     def settings(self) -> dict:
         """What each stage was trained with, as its checkpoints remember it, but the seed: {"e1 batch_size": 32, …}."""
@@ -63,7 +63,7 @@ class Run:
         try:
             begun = [stage.name for stage in self.stages]
             states = {stage.name: read_state(stage.state_path) for stage in self.stages}
-            seed = self.checkpoints[CHOICES[0]].lineage.get("recipe", {}).get("seed")
+            seed = self.chosen.lineage.get("recipe", {}).get("seed")
         except RaceError as error:
             return f"{error}; {again}"
         asked = list(self.record.get("stages", begun))
@@ -78,7 +78,7 @@ class Run:
         return None
 
 
-def _settings(checkpoint: Checkpoint) -> dict:
+def _settings(checkpoint) -> dict:
     """The recipe of a checkpoint and its cache, without what does not change the training."""
     recipe, cache = (checkpoint.lineage.get(name) or {} for name in ("recipe", "cache"))
     own = {name: value for name, value in recipe.items() if name not in ("seed", "token_budget")}
@@ -114,14 +114,14 @@ def unlike(runs: list[Run]) -> list[str]:
         if differ := sorted(name for name in own.keys() | first.keys() if own.get(name) != first.get(name)):
             told = f"{run.checkpoint_dir} differs from {runs[0].checkpoint_dir} in {', '.join(differ)}"
             problems.append(f"{told}: runs of one recipe differ in their seed only")
-    hashes = [run.checkpoints[CHOICES[0]].sha256 for run in runs]
+    hashes = [run.chosen.sha256 for run in runs]
     if len(set(hashes)) < len(hashes):
         folders = ", ".join(run.checkpoint_dir for run in runs)
         problems.append(f"{folders}: two have the same checkpoint: that is one seed, not several")
     return problems
 
 
-def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
+def training_totals(found: dict[str, list[Run]], cache) -> pd.DataFrame:
     """What the runs of each recipe had, a row each; of numbers that differ between its seeds, the largest.
 
     Columns: recipe, stages (how many), learning_rate (the highest of each stage), epochs, questions (trained on),
@@ -150,14 +150,14 @@ def _epochs(stage: Stage) -> int:
     return 1 + max(checkpoint.epoch for checkpoint in stage.saved)
 
 
-def _training_questions(stage: Stage, cache: Cache) -> int:
+def _training_questions(stage: Stage, cache) -> int:
     """How many questions an epoch of its training had."""
     recipe = stage.saved[0].lineage.get("recipe", {})
     sample = {name: recipe.get(name) for name in ("limit_questions", "level")}
     return len(RaceDataModule(cache, seed=recipe.get("seed") or 0, **sample).open_split("train"))
 
 
-def training_curves(found: dict[str, list[Run]], cache: Cache) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+def training_curves(found: dict[str, list[Run]], cache) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """(validation after each epoch, the learning rate at each logged step, notes on logs that are missing).
 
     Columns: recipe, seed, questions (trained on by then), and val_loss_epoch and val_acc, or learning_rate and stage.
@@ -188,71 +188,46 @@ def training_curves(found: dict[str, list[Run]], cache: Cache) -> tuple[pd.DataF
 
 def correct_answers(
     found: dict[str, list[Run]], data: RaceDataModule, split: str, run_dir: str | Path, **how
-) -> tuple[dict[str, Correct], pd.DataFrame]:
-    """({choice: {recipe: [seeds, questions] right or wrong}}, the predictions of the first run, for their facts).
+) -> tuple[Correct, Correct, pd.DataFrame]:
+    """(answers of the chosen checkpoints, of those of the last epoch, predictions of the first run for their facts).
 
     how: precision and accelerator. Raises RaceError if most of the questions trained one of the checkpoints.
     """
     scored = {}
-    for checkpoint in (it for runs in found.values() for run in runs for it in run.checkpoints.values()):
+    for checkpoint in (it for runs in found.values() for run in runs for it in (run.chosen, run.last_epoch)):
         if checkpoint.sha256 not in scored:
             scored[checkpoint.sha256] = _on_new_questions(checkpoint, data, split, run_dir, **how)
     save_results(run_dir, list(scored.values()))
-    correct = {
-        choice: {
-            recipe: np.stack([is_correct(scored[run.checkpoints[choice].sha256].table) for run in runs])
-            for recipe, runs in found.items()
-        }
-        for choice in CHOICES
-    }
-    return correct, next(iter(scored.values())).table
+    right = {sha256: is_correct(predictions.table) for sha256, predictions in scored.items()}
+    chosen = {name: np.stack([right[run.chosen.sha256] for run in runs]) for name, runs in found.items()}
+    last = {name: np.stack([right[run.last_epoch.sha256] for run in runs]) for name, runs in found.items()}
+    return chosen, last, next(iter(scored.values())).table
 
 
-def _on_new_questions(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
+def _on_new_questions(checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
     predictions = kept_predictions(checkpoint, data, split, run_dir, **how)
     if mostly_trained_on(predictions.table):
         raise RaceError(f"most of these questions trained {checkpoint}: choose another SPLIT")
     return predictions
 
 
-def same_base(found: dict[str, list[Run]]) -> set[str]:
-    """The recipes whose last stage starts from the very weights of the first recipe's, seed by seed."""
-
-    def bases(runs: list[Run]) -> list[str | None]:
-        best = [run.checkpoints[CHOICES[0]] for run in runs]
-        return [checkpoint.lineage.get("weights_start") if checkpoint.chain else None for checkpoint in best]
-
-    wanted, *others = ((recipe, bases(runs)) for recipe, runs in found.items())
-    return {recipe for recipe, own in others if own == wanted[1] and None not in own}
-
-
-def compare(found: dict[str, list[Run]], correct: dict[str, Correct], facts: pd.DataFrame) -> pd.DataFrame:
-    """against_baseline for each of CHOICES, in the column `choice`; p_holm for the chosen ones alone."""
-    shared = same_base(found)
-    tables = [against_baseline(correct[choice], facts, shared).assign(choice=choice) for choice in CHOICES]
-    table = pd.concat(tables, ignore_index=True)
-    table.loc[table["choice"] != CHOICES[0], "p_holm"] = np.nan
-    return table
-
-
-def accuracies(correct: dict[str, Correct]) -> pd.DataFrame:
-    """Mean accuracy over seeds of each recipe, a row each, by choice; sd: of the chosen ones; each: of every seed."""
+def accuracies(chosen: Correct, last: Correct | None = None) -> pd.DataFrame:
+    """Mean accuracy over seeds of each recipe, a row each; sd and each: of every seed; last_epoch: the mean there."""
     rows = []
-    for recipe, runs in correct[CHOICES[0]].items():
+    for recipe, runs in chosen.items():
         each = runs.mean(1)
-        row = {"recipe": recipe} | {choice: float(by_recipe[recipe].mean()) for choice, by_recipe in correct.items()}
-        rows.append(row | {"sd": float(each.std(ddof=1)) if len(each) > 1 else np.nan, "each": each.tolist()})
+        row = {"recipe": recipe, "accuracy": float(each.mean()), "each": each.tolist()}
+        row |= {"sd": float(each.std(ddof=1)) if len(each) > 1 else np.nan}
+        rows.append(row | ({} if last is None else {"last_epoch": float(last[recipe].mean())}))
     return pd.DataFrame(rows)
 
 
-def seeds_report(runs: list[Run], data: RaceDataModule, split: str, out_dir: str | Path, **how) -> str:
-    """Print how the stages of one recipe do over its seeds, each against the first stage, and save stages-SPLIT.json.
+def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The best checkpoints of each stage over the seeds: (accuracies, against_baseline: each against the first stage).
 
-    runs: one for each seed, which keeps its own predictions; how: precision and accelerator. Raises RaceError.
+    runs: of one recipe, one for each seed, which keeps its own predictions; how: precision and accelerator. Raises
+    RaceError.
     """
-    from race.report.formats import listed, percent
-    from race.report.sentences import difference
-
     if problems := unlike(runs):
         raise RaceError("\n".join(problems))
     answers: dict[str, list[np.ndarray]] = {}
@@ -261,14 +236,4 @@ def seeds_report(runs: list[Run], data: RaceDataModule, split: str, out_dir: str
             facts = _on_new_questions(stage.best(), data, split, run.run_dir, **how).table
             answers.setdefault(stage.name, []).append(is_correct(facts))
     correct = {stage: np.stack(each) for stage, each in answers.items()}
-    compared, means = against_baseline(correct, facts, set(correct)), accuracies({CHOICES[0]: correct})
-    lines = [f"{len(facts):,} {split} questions, seeds {listed([str(run.seed) for run in runs])}:"]
-    for row in means.itertuples():
-        spread = f"; standard deviation {100 * row.sd:.2f} points" if len(runs) > 1 else ""
-        lines.append(f"{row.recipe}: {percent(row.chosen)} correct ({', '.join(map(percent, row.each))}{spread})")
-    verdict = [difference(row, 1.0) for _, row in compared.iterrows()]
-    write_json(
-        Path(out_dir) / f"stages-{split}.json", {"verdict": verdict, "differences": compared, "accuracies": means}
-    )
-    print(text := "\n".join(lines + verdict))
-    return text
+    return accuracies(correct), against_baseline(correct, facts)

@@ -161,42 +161,40 @@ def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
     the second is tested.
     """
     lengths, order = length_groups(predictions["article_tokens"])
-    truncated = predictions["truncated"].map({True: "truncated", False: "not truncated"})
+    whole = predictions["truncated"].map({True: "truncated", False: "not truncated"})
+    seen = predictions["article_in_train"].astype(object).map({True: "also in train", False: "not in train"})
     groupings = {
-        "kind of question": (predictions["kind"], KINDS),
-        "article length (tokens)": (lengths, order),
-        "sequence": (truncated, ["not truncated", "truncated"]),
-        "correct answer": (predictions["answer"], LETTERS),
+        "kind of question": pd.Categorical(predictions["kind"], KINDS),
+        "article length (tokens)": pd.Categorical(lengths, order),
+        "sequence": pd.Categorical(whole, ["not truncated", "truncated"]),
+        "correct answer": pd.Categorical(predictions["answer"], LETTERS),
     }
-    if predictions["article_in_train"].notna().any():
-        named = {True: "also in train", False: "not in train"}
-        seen = predictions["article_in_train"].astype(object).map(named).fillna("not known")
-        groupings["article"] = (seen, ["not in train", "also in train", "not known"])
-    known = predictions["level"].isin(LEVELS)
-    levels, parts = (predictions["level"] if known.any() else pd.Series("all", predictions.index)), []
-    for level in (*LEVELS, "all"):
-        if not (here := (levels == level).to_numpy()).any():
-            continue
-        effect = np.fmax(1.0, by_passage(predictions[here])["design_effect"])  # 1 where it is not known
-        for number, (grouping, (groups, names)) in enumerate(groupings.items()):
-            part = accuracy_by(predictions[here], np.asarray(groups, dtype=object)[here], names)
-            part = _against_the_rest(part, effect if grouping in OF_PASSAGES else 1.0)
-            place = number * 1000 + part["group"].map(names.index)
-            parts.append(part.assign(grouping=grouping, level=level, place=place))
-    table = pd.concat(parts).sort_values("place", kind="stable", ignore_index=True)
-    columns = ["grouping", "level", *GROUP_COLUMNS, "rest", "difference", "p"]
-    return table[columns].assign(p_holm=holm(table["p"]))
-
-
-def _against_the_rest(part: pd.DataFrame, design_effect: float) -> pd.DataFrame:
-    """Accuracies by group with rest, difference and p: each group against all others together."""
-    questions, correct = part["questions"].sum() - part["questions"], part["correct"].sum() - part["correct"]
-    rest = (correct / questions.where(questions > 0)).astype(float)
-    tables = zip(part["correct"], part["questions"] - part["correct"], correct, questions - correct, strict=True)
-    counts = [np.rint(np.array(table) / design_effect).astype(int).reshape(2, 2) for table in tables]
-    tested = (questions > 0).to_numpy() & ~((len(part) == 2) & (np.arange(len(part)) == 0))
-    p = [fisher_exact(table).pvalue if test else np.nan for table, test in zip(counts, tested, strict=True)]
-    return part.assign(rest=rest, difference=part["accuracy"] - rest, p=p)
+    if seen.notna().any():
+        names = ["not in train", "also in train", "not known"]
+        groupings["article"] = pd.Categorical(seen.fillna(names[-1]), names)
+    known = predictions["level"].isin(LEVELS).any()
+    level = pd.Categorical(predictions["level"] if known else ["all"] * len(predictions), [*LEVELS, "all"])
+    correct = pd.Series(is_correct(predictions))
+    counts = {
+        name: correct.groupby([group, level], observed=True).agg(["size", "sum"]) for name, group in groupings.items()
+    }
+    table = pd.concat(counts, names=["grouping", "group", "level"]).reset_index()
+    questions, right = table.pop("size"), table.pop("sum")
+    low, high = wilson(right, questions)
+    table = table.assign(questions=questions, correct=right, accuracy=right / questions, ci_low=low, ci_high=high)
+    of_level = table.groupby(["grouping", "level"], sort=False)
+    others = of_level[["questions", "correct"]].transform("sum") - table[["questions", "correct"]]
+    table["rest"] = others["correct"] / others["questions"].where(others["questions"] > 0)
+    effects = {
+        it: np.fmax(1.0, by_passage(predictions[level == it])["design_effect"]) for it in table["level"].unique()
+    }
+    effect = table["level"].map(effects).where(table["grouping"].isin(OF_PASSAGES), 1.0)
+    cells = [right, questions - right, others["correct"], others["questions"] - others["correct"]]
+    cells = np.rint(np.column_stack(cells) / effect.to_numpy()[:, None]).astype(int)
+    tested = (others["questions"] > 0) & ~((of_level["group"].transform("size") == 2) & (of_level.cumcount() == 0))
+    p = [fisher_exact(it.reshape(2, 2)).pvalue if test else np.nan for it, test in zip(cells, tested, strict=True)]
+    table = table.assign(difference=table["accuracy"] - table["rest"], p=p, p_holm=holm(p))
+    return table[["grouping", "level", *GROUP_COLUMNS, "rest", "difference", "p", "p_holm"]]
 
 
 def holm(p) -> np.ndarray:
@@ -246,18 +244,3 @@ def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     drawn = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, len(wrong))) @ (steps[0] - steps[1]).T
     as_large = ((drawn @ inverse) * drawn).sum(1) >= statistic * (1 - 1e-9)
     return statistic, freedom, float((as_large.sum() + 1) / (len(as_large) + 1))
-
-
-def longest_option_test(predictions: pd.DataFrame) -> dict:
-    """The longest option: how often it is chosen, how often it is correct (fractions), and McNemar's p of the two.
-
-    Keys: questions (with one longest option), ties (without: left out), chosen, correct, p.
-    """
-    known = predictions[predictions["longest_option"].notna()]
-    found = {"questions": len(known), "ties": len(predictions) - len(known)}
-    if known.empty:
-        return found | {"chosen": np.nan, "correct": np.nan, "p": np.nan}
-    chosen = (known["prediction"] == known["longest_option"]).to_numpy(bool)
-    correct = (known["answer"] == known["longest_option"]).to_numpy(bool)
-    p = mcnemar(int((chosen & ~correct).sum()), int((correct & ~chosen).sum()))
-    return found | {"chosen": float(chosen.mean()), "correct": float(correct.mean()), "p": p}

@@ -10,18 +10,15 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from race import CHANCE, MONITORS
-from race.data.batches import part_ends
-from race.device import AUTOCAST, hardware
-from race.encoder import attention_kernel
 from race.train.checkpoints import Checkpoint
-from race.train.state import check_finite
+from race.train.state import check_finite, say
 
 CHANCE_LOSS = -math.log(CHANCE)
 STUCK = 5000  # questions
 
 
 class NewestOfEpoch(pl.Callback):
-    """Keeps one checkpoint of an epoch: one that was validated again after a kill may have another loss on a GPU."""
+    """Keeps one checkpoint of an epoch: one that is validated again after a kill may have another loss on a GPU."""
 
     def __init__(self, stage):
         self.stage = stage
@@ -29,11 +26,10 @@ class NewestOfEpoch(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Remove the older files of the epoch before, now that the newest is on disk, if they are of this run."""
         if trainer.is_global_zero:
-            name = f"{self.stage.name}-*epoch={trainer.current_epoch - 1:02d}-*.ckpt"
-            files = Path(self.stage.checkpoint_dir).glob(name)
+            files = Path(self.stage.checkpoint_dir).glob(f"{self.stage.name}-*epoch={trainer.current_epoch - 1:02d}-*")
             for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)[:-1]:
                 lineage = Checkpoint(path).lineage
-                if all(lineage.get(name) == module.lineage.get(name) for name in ("stage", "weights_start", "recipe")):
+                if all(lineage.get(key) == module.lineage.get(key) for key in ("weights_start", "recipe")):
                     path.unlink()
 
     on_train_end = on_train_epoch_start
@@ -81,16 +77,19 @@ class LossWatch(pl.Callback):
 class StageReport(pl.Callback):
     """The speed in the log, a line after each epoch, and after the first minute how long the stage will take."""
 
-    def __init__(self, after_seconds: float = 60.0):
-        self.after_seconds, self.estimate = after_seconds, None
+    def __init__(self, device: str, after_seconds: float = 60.0):
+        self.device, self.after_seconds, self.estimated = (
+            device,
+            after_seconds,
+            False,
+        )  # device: how it computes, in words
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Say what is in force; start the clock; log short epochs more often, so that a trial run has curves too."""
-        if trainer.is_global_zero:
-            print(in_force(trainer, module), flush=True)
+        say(f"training on {self.device}; TOKEN_BUDGET {module.token_budget:,}")
         self._batches = trainer.datamodule.batches_per_epoch()
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self._batches // 20))
-        self._started, self._first_step, self.estimate = time.perf_counter(), trainer.global_step, None
+        self._started, self._first_step = time.perf_counter(), trainer.global_step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Time between epochs (validation, saving) does not count as training."""
@@ -103,31 +102,17 @@ class StageReport(pl.Callback):
         if before is not None:
             module.log("tokens_per_second", module.tokens / (now - before), on_step=True)
         seconds = now - self._started
-        if self.estimate is None and seconds >= self.after_seconds:
-            per_step = seconds / (trainer.global_step - self._first_step)
+        if not self.estimated and seconds >= self.after_seconds:
+            self.estimated, per_step = True, seconds / (trainer.global_step - self._first_step)
             total = timedelta(seconds=round(per_step * self._batches * trainer.max_epochs))
             steps = f"{trainer.max_epochs} epochs of {self._batches:,} steps at {per_step:.2f} s a step"
-            self.estimate = f"about {total} for {steps}, without validation"
-            trainer.progress_bar_callback.print(self.estimate)
+            trainer.progress_bar_callback.print(f"about {total} for {steps}, without validation")
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Report an epoch's validation."""
         loss, accuracy = (trainer.callback_metrics[name] for name in MONITORS)
         epoch = f"epoch {trainer.current_epoch}: validation loss {loss:.4f}, accuracy {100 * accuracy:.1f} %"
         trainer.progress_bar_callback.print(epoch)
-
-
-def in_force(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """What a stage runs on and how: device, precision, attention, micro-batches of its longest batch."""
-    device, data, precision = trainer.strategy.root_device, trainer.datamodule, trainer.precision
-    kernel = attention_kernel(module.model.config, device, AUTOCAST.get(precision))
-    dataset = data.dataset("train")
-    longest = dataset.length_order()[: -(-data.batch_size // trainer.world_size)]
-    parts = len(part_ends(dataset.lengths()[longest], module.token_budget, module.padded))
-    return (
-        f"{module.lineage.get('stage', 'training')} runs on {hardware(device)}, {precision}, {kernel}; "
-        f"micro-batches in its longest step: {parts} (TOKEN_BUDGET {module.token_budget:,})"
-    )
 
 
 class ProgressBar(TQDMProgressBar):

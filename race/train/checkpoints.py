@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from race import HUB_ID, MAX_LEN, MONITORS, RaceError
-from race.data.cache import Cache, open_cache
+from race.data import Cache, open_cache
 from race.files import file_identity, known_hash, read_archive, save_archive
 from race.models import load_config, local_copy, weights_problem
 from race_module import RaceModule

@@ -33,11 +33,6 @@ class Stage:
             raise RaceError(f"MONITOR is {self.monitor!r}, expected one of {', '.join(MONITORS)}")
 
     @property
-    def notebook(self) -> str:
-        """The notebook that trains it."""
-        return f"{CHAIN[self.name]}.ipynb"
-
-    @property
     def before(self) -> "Stage | None":
         """The stage whose best checkpoint this one starts from."""
         earlier = list(CHAIN)[: list(CHAIN).index(self.name)]
@@ -79,7 +74,8 @@ class Stage:
     def best(self) -> Checkpoint:
         """The checkpoint with the lowest validation loss, or highest accuracy (`rule`); raises RaceError if none is."""
         if not self.saved:
-            raise RaceError(f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: run {self.notebook} first")
+            first = f"run {CHAIN[self.name]}.ipynb first"
+            raise RaceError(f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: {first}")
         if math.isinf(_cost(self.saved[0], MONITORS[0])[0]):
             raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no checkpoint has a finite validation loss")
         return self.saved[0]
@@ -136,6 +132,30 @@ def epochs_trained(checkpoint: Checkpoint) -> int | None:
     return len(epochs) if epochs and epochs == set(range(len(epochs))) else None
 
 
+def lineage_table(checkpoints: list[Checkpoint], names: list[str]) -> pd.DataFrame:
+    """What each named checkpoint remembers, a row each.
+
+    recipe: dict, None if unknown; epochs: trained in its stage; chosen_epoch: its own, from 0; parent: which of the
+    others its base is, by hash.
+    """
+    name_of, rows = dict(zip([it.sha256 for it in checkpoints], names, strict=True)), []
+    for it, name in zip(checkpoints, names, strict=True):
+        row = {"name": name, "stage": it.stage or it.label, "base": it.base, "learning_rate": it.learning_rate}
+        row |= {"recipe": it.lineage.get("recipe"), "epochs": epochs_trained(it), "chosen_epoch": it.epoch}
+        rows.append(row | {"val_loss": it.val_loss, "parent": name_of.get(it.base_sha256)})
+    return pd.DataFrame(rows)
+
+
+def stages_behind(checkpoints: list[Checkpoint]) -> dict[str, str]:
+    """The stages that these checkpoints have gone through, as they remember them, each with its rule of selection."""
+    named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
+    rules = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}
+    last = checkpoints[-1]  # beside it lie those that are not named
+    for name in named & CHAIN.keys() - rules.keys():
+        rules[name] = Stage(name, last.path.parent, found=last.beside).rule
+    return {name: rules[name] for name in CHAIN if name in rules}
+
+
 def best_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
     """The best checkpoint of each stage that has any, in the order of the chain."""
     return [stage.best() for stage in stages_of(checkpoint_dir)]
@@ -144,3 +164,41 @@ def best_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
 def latest_checkpoint(checkpoint_dir: str | Path) -> Checkpoint:
     """The best checkpoint of the latest stage that has any."""
     return stages_of(checkpoint_dir)[-1].best()
+
+
+def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:
+    """The metrics of a stage's newest run, from its CSV log; one row per logged step. Raises RaceError."""
+    logs = Path(run_dir) / "logs" / stage
+    versions = sorted(logs.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    if not versions:
+        raise RaceError(f"{logs} has no metrics.csv: run the training cell of the stage first")
+    return pd.read_csv(versions[-1])
+
+
+def learning_story(
+    run_dir: str | Path, stages: dict[str, str], questions_per_epoch: int, validation_questions: int
+) -> tuple[pd.DataFrame, list[str]]:
+    """Validation after each epoch of all stages over the questions seen, and notes on logs that are missing.
+
+    stages: their names, and which of MONITORS picks the best checkpoint of each.
+    Columns: stage, monitor, epoch (from 0), questions (trained on by then, over all stages), val_loss, val_acc, val_low
+    and val_high (Wilson's 95 % interval of val_acc), learning_rate (the stage's highest).
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    columns = ["stage", "monitor", "epoch", "questions", "val_loss", "val_acc", "val_low", "val_high", "learning_rate"]
+    parts, notes, asked = [], [], validation_questions or math.nan
+    for stage, monitor in stages.items():
+        try:
+            log = read_log(run_dir, stage)
+            epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last").astype({"epoch": int})
+            of_stage = {"stage": stage, "monitor": monitor, "learning_rate": log["learning_rate"].max()}
+        except (RaceError, KeyError):
+            notes.append(f"no log of {stage} with a validated epoch in {run_dir}/logs: it is missing from the figure")
+            continue
+        before = parts[-1]["questions"].max() if parts else 0
+        questions = before + (epochs["epoch"] + 1) * questions_per_epoch
+        low, high = proportion_confint(epochs["val_acc"] * asked, asked, method="wilson")
+        of_stage |= {"questions": questions, "val_loss": epochs["val_loss_epoch"], "val_low": low, "val_high": high}
+        parts.append(epochs.assign(**of_stage)[columns])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), notes

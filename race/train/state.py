@@ -144,10 +144,9 @@ class KeepState(pl.Callback):
         budgets = state.get("token_budgets", [])  # the same micro-batches give the same bits
         if module.budget_is_fitted and len(budgets) == trainer.world_size:
             module.token_budget = budgets[trainer.global_rank]
-        sums = np.array(state["sums"])  # [processes, 3]
-        if len(sums) != trainer.world_size:  # other processes than before: the first one takes all
-            sums = np.concatenate([sums.sum(0, keepdims=True), np.zeros((trainer.world_size - 1, 3))])
-        module.sums = {"train": torch.tensor(sums[trainer.global_rank], dtype=torch.float64, device=module.device)}
+        sums, rank = torch.tensor(state["sums"], dtype=torch.float64), trainer.global_rank  # [processes, 3]
+        same = len(sums) == trainer.world_size  # otherwise the first process takes all
+        module.sums = {"train": sums[rank] if same else sums.sum(0) * (rank == 0)}
         if trainer.is_global_zero:
             _restore_log(trainer.logger, state["log"])
 
@@ -195,10 +194,8 @@ def check_identity(state: dict, identity: dict, stage) -> None:
     old = {"SCHEDULE": "constant", "WARMUP": 0, "MONITOR": MONITORS[0]} | state["identity"]  # as before version 1.5
     changed = [f"{name} was {old.get(name)!r}, is {new!r}" for name, new in identity.items() if old.get(name) != new]
     if changed:
-        raise RaceError(
-            f"{stage.name} was begun with other settings: {'; '.join(changed)}. Set them back to resume. "
-            f"{stage.trained_again}"
-        )
+        begun = f"{stage.name} was begun with other settings: {'; '.join(changed)}. Set them back to resume"
+        raise RaceError(f"{begun}. {stage.trained_again}")
 
 
 @contextlib.contextmanager
@@ -211,9 +208,7 @@ def ended_by_signals(keeper: KeepState, trainer: pl.Trainer) -> Iterator[None]:
         keeper.signal = number
         os.write(2, f"{signal.Signals(number).name}: saving and ending\n".encode())  # print is not for handlers
 
-    trainer._signal_connector.register_signal_handlers = lambda: (
-        None
-    )  # Lightning's may end a process without the others
+    trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's end one process alone
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         _handle(dict.fromkeys(SIGNALS, remember))

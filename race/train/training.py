@@ -1,8 +1,9 @@
 """A stage from its start to its end: the module that it trains, its trainer, and training that resumes after a kill."""
 
 import contextlib
-import dataclasses
 import errno
+import importlib
+import inspect
 import logging
 import os
 import subprocess
@@ -19,17 +20,15 @@ from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
 
 from race import LETTERS, MONITORS, RaceError
-from race.data.cache import Cache, open_cache
-from race.data.seen import seen_articles
-from race.device import AUTOCAST, default_device, default_precision, processes, versions
-from race.encoder import compile_layers
+from race.data import Cache, open_cache, seen_articles
+from race.device import AUTOCAST, default_device, default_precision, hardware, processes, versions
+from race.encoder import attention_kernel, compile_layers
 from race.files import locked, remove_unfinished
 from race.models import load_config
 from race.parameters import ROOT, check
 from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
-from race.train.logs import further_loggers
-from race.train.stages import Stage
+from race.train.stages import Stage, read_checkpoints
 from race.train.state import (
     KeepState,
     check_identity,
@@ -139,26 +138,25 @@ def train_stage(
 ) -> pl.Trainer:
     """Train a stage, or resume it where a kill or an interrupt ended it; prints which. A finished one trains nothing.
 
-    precision: None chooses by device. early_stopping: end after N epochs without a better validation. save_minutes: how
-    often the state is saved from which a stage resumes. accelerator: None chooses, or "cpu", "gpu". deterministic: only
-    algorithms that give the same bits again. compile: torch.compile of the layers. loggers, callbacks: further ones of
-    Lightning's (loggers: race.train.logs.further_loggers).
-
+    Settings are those of the notebooks (race.parameters), but log_every (steps) and callbacks (further ones).
     SIGTERM, SIGUSR1 and an interrupt end training after the micro-batch, with the state saved: the signal then has its
     usual effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
     """
     check(max_epochs=max_epochs, early_stopping=early_stopping, save_minutes=save_minutes, precision=precision)
     precision, monitor = precision or default_precision(accelerator), stage.monitor or MONITORS[0]
+    device = default_device(accelerator)
     module.schedule.steps = steps = max_epochs * data.batches_per_epoch()
     if (warmup := module.schedule.warmup) >= max(1, steps):
         raise RaceError(f"WARMUP is {warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
     state, keeper = read_state(stage.state_path), KeepState(stage, save_minutes, stage_identity(module, data, monitor))
-    watching = [keeper, NewestOfEpoch(stage), LossWatch(), StageReport(), *callbacks]
+    kernel = attention_kernel(module.model.config, device, AUTOCAST.get(precision))
+    report = StageReport(f"{hardware(device)}, {precision}, {kernel}")
+    watching = [keeper, NewestOfEpoch(stage), LossWatch(), report, *callbacks]
     if early_stopping is not None:
         mode = "max" if monitor == "val_acc" else "min"
         watching.append(EarlyStopping(monitor, mode=mode, patience=early_stopping))
     of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "callbacks": watching}
-    trainer = _trainer(stage, module, state, precision, default_device(accelerator), loggers, of_run)
+    trainer = _trainer(stage, module, state, precision, device, loggers, of_run)
     if state is None:
         _begin(stage, module, data, trainer)
     else:
@@ -175,16 +173,33 @@ def train_stage(
 
 def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule, trainer: pl.Trainer) -> None:
     """Check that a stage starts as its checkpoints will say, and note what these are to remember of its training."""
-    if there := dataclasses.replace(stage, found=None).saved:
-        names = ", ".join(checkpoint.name for checkpoint in there)
-        lying = f"{stage.checkpoint_dir} has checkpoints of {stage.name}, but no state to resume from: {names}"
-        raise RaceError(f"{lying}. {stage.trained_again}")
+    if names := [it.name for it in read_checkpoints(stage.checkpoint_dir) if it.stage == stage.name]:
+        lying = f"{stage.checkpoint_dir} has checkpoints of {stage.name}, but no state to resume from"
+        raise RaceError(f"{lying}: {', '.join(names)}. {stage.trained_again}")
     if module.lineage.get("weights_start") not in (None, weights_hash(module.model)):
         raise RaceError("the weights have been trained since the model was made: run the model's cell again first")
     recipe = {name: value for name, value in data.made_with.items() if name != "cache_dir"}
     recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": stage.monitor or MONITORS[0]}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
+
+
+def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: str) -> list:
+    """The loggers of these names, each with its arguments; nothing is imported that is not asked for.
+
+    A name is one of pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
+    save_dir is `run_dir`/loggers and name is the stage. Raises RaceError.
+    """
+    made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": stage}
+    for name, given in (wanted or {}).items():
+        module, _, kind = name.rpartition(".")
+        try:
+            make = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), kind)
+            taken = inspect.signature(make).parameters
+            made.append(make(**({key: it for key, it in defaults.items() if key in taken} | given)))
+        except Exception as error:  # whatever its package raises: not installed, not logged in, unknown argument
+            raise RaceError(f"LOGGERS, {name}: {error}") from error
+    return made
 
 
 class MixedPrecision(plugins.MixedPrecision):
@@ -206,19 +221,21 @@ def _trainer(
     # Lightning's hints do not fit: the loader needs few workers, and processes() says in its own words what runs where
     for hint in ("many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist", "srun"):
         warnings.filterwarnings("ignore", message=f".*{hint}.*")
-    checkpoints = ModelCheckpoint(
-        stage.checkpoint_dir,
-        filename=f"{stage.name}-{module.model.config.model_type}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
-        monitor="val_loss_epoch",  # in the file name; Stage.best() chooses
-        save_top_k=-1,
-        save_weights_only=True,
-        enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
-    )
+    of_run["callbacks"] += [
+        ModelCheckpoint(
+            stage.checkpoint_dir,
+            filename=f"{stage.name}-{module.model.config.model_type}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
+            monitor="val_loss_epoch",  # in the file name; Stage.best() chooses
+            save_top_k=-1,
+            save_weights_only=True,
+            enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
+        ),
+        ProgressBar(refresh_rate=10),  # a refresh reads numbers from the GPU
+    ]
     further, logs = further_loggers(loggers, stage.run_dir, stage.name), Path(stage.run_dir) / "logs"
     csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
     purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
     board = TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)
-    of_run["callbacks"] += [checkpoints, ProgressBar(refresh_rate=10)]  # a refresh reads numbers from the GPU
     half = [MixedPrecision(precision, device.type)] if AUTOCAST.get(precision) else []
     devices, nodes, environment = processes()
     return pl.Trainer(

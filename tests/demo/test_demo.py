@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from race.data import RaceDataModule
 from race.data.cache import build_cache
 from race.recipes import FILES, read_recipes
-from race.score.predict import score
+from race.score.predictions import score_each
 from race.train.stages import Stage, best_checkpoints
 from race.train.training import start_stage, train_stage
 
@@ -28,7 +28,8 @@ def chain(tmp_path_factory):
             warnings.simplefilter("ignore")
             train_stage(stage, module, RaceDataModule(folder / "cache"), settings["MAX_EPOCHS"])
     checkpoints = best_checkpoints(folder / "checkpoints")
-    tables = [score(checkpoint, folder / "cache", "test", folder / "run")[1] for checkpoint in checkpoints]
+    scored = score_each(checkpoints, RaceDataModule(folder / "cache"), "test", folder / "run")
+    tables = [found.results for found in scored.values()]
     accuracy = {table["stage"][0]: dict(zip(table["level"], table["accuracy"], strict=True)) for table in tables}
     return accuracy, {checkpoint.stage: checkpoint.val_loss for checkpoint in checkpoints}
 

@@ -11,7 +11,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 from predictions import made, random_predictions
 
-from race.report import figures, score_figures, training_figures
+from race.report import figures, score_figures
 from race.score.calibration import at_temperature, calibration_table, coverage_curve, reliability
 from race.score.comparison import compare_pairs
 from race.score.statistics import confusion
@@ -107,15 +107,15 @@ def clipped():
     table = log([1.0, 0.8, 0.9], [0.55, 0.66, 0.67])
     norm = np.where(table["val_acc"].isna(), 2.0, np.nan)
     norm[:100] = 0.5
-    return training_figures.training_curves(table.assign(gradient_norm=norm), "e1", "val_acc", 1.0)
+    return figures.training_curves(table.assign(gradient_norm=norm), "e1", "val_acc", 1.0)
 
 
 NONE = {"high": np.nan, "high_low": np.nan, "high_high": np.nan}
 ONE = {"accuracy": 1.0, "accuracy_low": 0.9, "accuracy_high": 1.0}
 DRAWN = {
-    "training": lambda: training_figures.training_curves(log([1.0, 0.8, 0.9], [0.55, 0.66, 0.67]), "e1"),
-    "training, no epoch": lambda: training_figures.training_curves(log([1.0], [0.55])[:150].dropna(axis=1), "e1"),
-    "training, one step": lambda: training_figures.training_curves(log([9.0], [0.0], 1), LONG),
+    "training": lambda: figures.training_curves(log([1.0, 0.8, 0.9], [0.55, 0.66, 0.67]), "e1"),
+    "training, no epoch": lambda: figures.training_curves(log([1.0], [0.55])[:150].dropna(axis=1), "e1"),
+    "training, one step": lambda: figures.training_curves(log([9.0], [0.0], 1), LONG),
     "training, clipped": clipped,
     "comparison": lambda: figures.comparison_figure(comparison(3), {"e1": 0.671, "e3": 0.72}, TITLE),
     "comparison of 1": lambda: figures.comparison_figure(comparison(1).assign(**ONE, **NONE), {}, "e1: 66.0 %"),
@@ -123,11 +123,11 @@ DRAWN = {
     "differences": lambda: figures.differences_figure(pairs(3), TITLE),
     "differences of 1": lambda: figures.differences_figure(pairs(1, 0.0, width=0), "as accurate"),
     "differences of 10": lambda: figures.differences_figure(pairs(10, 0.9, True, 0.1), LONG_TITLE),
-    "story": lambda: training_figures.story_figure(story((8, 12, 3))),
-    "story, uneven": lambda: training_figures.story_figure(story((60, 1, 1), LONG)),
-    "story, one epoch": lambda: training_figures.story_figure(story((1,), val_low=np.nan, val_high=np.nan)),
-    "recipes": lambda: training_figures.courses_figure(*courses(["chain", "constant", "step"], [1, 2])),
-    "recipes, one seed": lambda: training_figures.courses_figure(*courses([LONG, *map(str, range(9))], [None])),
+    "story": lambda: figures.story_figure(story((8, 12, 3))),
+    "story, uneven": lambda: figures.story_figure(story((60, 1, 1), LONG)),
+    "story, one epoch": lambda: figures.story_figure(story((1,), val_low=np.nan, val_high=np.nan)),
+    "recipes": lambda: figures.courses_figure(*courses(["chain", "constant", "step"], [1, 2])),
+    "recipes, one seed": lambda: figures.courses_figure(*courses([LONG, *map(str, range(9))], [None])),
     "accuracy": lambda: score_figures.accuracy_figure(accuracies()),
     "accuracy, one level at 0": lambda: score_figures.accuracy_figure(accuracies(["high"], 0.0)),
     "accuracy at 1": lambda: score_figures.accuracy_figure(accuracies(accuracy=1.0, stage=LONG)),

@@ -6,19 +6,11 @@ import torch
 from predictions import made, two
 
 from race.files import file_hash
-from race.report.tables import (
-    comparison_style,
-    comparison_table,
-    lineage_table,
-    pairs_style,
-    published_table,
-    reported_accuracy,
-    score_style,
-    stages_behind,
-)
+from race.report import tables
 from race.score.comparison import compare_pairs
-from race.score.results import accuracy_table
+from race.score.predictions import accuracy_table
 from race.train.checkpoints import Checkpoint, short_names
+from race.train.stages import lineage_table, stages_behind
 
 
 @pytest.fixture
@@ -46,65 +38,49 @@ def test_lineage_follows_hashes(three):
     assert stages_behind(three[1:]) == dict.fromkeys(["e1", "e2"], "val_loss_epoch")
 
 
-def test_short_names_tell_all_apart(three, tmp_path):
-    def named(name: str, **race) -> Checkpoint:
-        torch.save({"race": race}, tmp_path / name)
-        return Checkpoint(tmp_path / name)
-
-    assert short_names(three) == ["e1", "e2", "other"]
-    assert short_names([three[0], named("e1-c.ckpt", stage="e1", epoch=4)]) == ["e1, epoch 1", "e1, epoch 4"]
-    assert short_names([three[0], named("e1-d.ckpt", stage="e1", epoch=1)]) == ["e1-a", "e1-d"]
-
-
-def test_epochs_trained_are_those_of_the_run_whatever_epoch_is_chosen(tmp_path):
-    for epoch in range(3):
-        race = {"stage": "e1", "epoch": epoch, "metrics": {"val_loss_epoch": abs(epoch - 1)}, "weights_start": "x"}
-        torch.save({"race": race}, tmp_path / f"e1-{epoch}.ckpt")
-    torch.save({"race": race | {"epoch": 5, "weights_start": "another run"}}, tmp_path / "e1-5.ckpt")
-    chosen = Checkpoint(tmp_path / "e1-1.ckpt")
-    row = lineage_table([chosen], ["e1"]).iloc[0]
-    assert (row["epochs"], row["chosen_epoch"]) == (3, 1)
-
-
 def test_comparison_has_a_row_for_each_checkpoint(three):
-    tables = [
+    scored = [
         accuracy_table(made("AB", "AB", levels=["middle", "high"]), "e1", three[0].name, "test"),
         accuracy_table(made("AB", "AA"), "other", three[2].name, "test"),
     ]
-    table = comparison_table(tables, [three[0], three[2]], ["e1", "e3"])
+    table = tables.comparison_table(scored, lineage_table([three[0], three[2]], ["e1", "e3"]))
     first, second = table.iloc[0], table.iloc[1]
-    assert first[["name", "accuracy", "middle", "high", "questions"]].tolist() == ["e1", 1.0, 1.0, 1.0, 2]
-    assert first[["chosen_epoch", "learning_rate", "base"]].tolist() == [1, 2e-5, "albert-base-v2"]
-    assert first["middle_low"] < 1 == first["middle_high"]
+    assert first[["name", "accuracy", "middle", "high", "base"]].tolist() == ["e1", 1.0, 1.0, 1.0, "albert-base-v2"]
+    assert first["middle_low"] < 1 == first["middle_high"] and first["accuracy_low"] == pytest.approx(0.342, abs=1e-3)
     assert second["accuracy"] == 0.5 and pd.isna(second["middle"]) and pd.isna(second["val_loss"])
-    html = comparison_style(table).to_html()
-    assert "34.2 % to 100.0 %" in html and ">2e-5<" in html and ">–<" in html
+    html = tables.comparison_style(table).to_html()
+    assert all(it in html for it in ("34.2 % to 100.0 %", ">2e-5<", ">0.900<", ">–<"))
 
 
-def test_scores_have_the_interval_in_one_column():
-    html = score_style(accuracy_table(made("AB", "AA"), "e1", "x.ckpt", "test").assign(seconds=1)).to_html()
+def test_cells_are_written_one_way():
+    html = tables.score_style(accuracy_table(made("AB", "AA"), "e1", "x.ckpt", "test").assign(seconds=1)).to_html()
     assert "9.5 % to 90.5 %" in html and "50.0 %" in html and "ci_low" not in html and "seconds" not in html
+    pairs = compare_pairs(dict(zip(("e1", "e2"), two(3000, 312, 288, 1334), strict=True)))
+    html = tables.pairs_style(pairs).to_html()
+    assert all(f">{it}<" in html for it in ("+0.5", "0.35", "1,334", "Holm p", "95 % interval"))
+    html = tables.pairs_style(pairs.assign(low_90=-0.01, high_90=0.02, p_holm=None, choice="last epoch")).to_html()
+    assert all(f">{it}<" in html for it in ("−1.0 to +2.0", "–", "last epoch"))
 
 
-def test_differences_are_counted_in_points():
-    html = pairs_style(compare_pairs(dict(zip(("e1", "e2"), two(3000, 312, 288, 1334), strict=True)))).to_html()
-    assert ">+0.5<" in html and ">0.35<" in html and ">1,334<" in html
-    assert ">McNemar p<" in html and ">Holm p<" in html and ">95 % bootstrap<" in html
+def test_tables_of_recipes():
+    had = pd.DataFrame({"recipe": ["chain"], "learning_rate": [[1e-2, 1e-3]], "monitor": "val_acc", "questions": 87866})
+    html = tables.budgets_style(had.assign(learning_rates_tried=pd.array([None], "Int64"))).to_html()
+    assert all(f">{it}<" in html for it in ("1e-2, 1e-3", "validation accuracy", "87,866", "–"))
+    accuracies = pd.DataFrame({"recipe": ["chain"], "chosen": 0.72, "sd": 0.004, "each": [[0.71, 0.73]]})
+    html = tables.accuracies_style(accuracies).to_html()
+    assert all(f">{it}<" in html for it in ("72.0 %", "0.40 points", "71.0 %, 73.0 %"))
+    assert "nan" not in tables.planning_table(1.0, 60, 1).to_html().lower()
 
 
 def test_other_peoples_numbers_appear_on_their_split_only():
     def table(questions: int, split: str):
         return pd.DataFrame({"stage": ["e1"], "split": [split], "questions": [questions], "accuracy": [0.7]})
 
-    assert reported_accuracy([table(4934, "test")] * 2) == {"e1": 0.671, "e2": 0.680, "e3": 0.720}
-    assert reported_accuracy([table(4934, "test"), table(500, "test")]) == {}
-    assert reported_accuracy([table(4934, "train")]) == {}
-    assert published_table(table(500, "test")).empty
-    published = published_table(table(4934, "test"))
+    assert tables.reported_accuracy([table(4934, "test")] * 2) == {"e1": 0.671, "e2": 0.680, "e3": 0.720}
+    assert tables.reported_accuracy([table(4934, "test"), table(500, "test")]) == {}
+    assert tables.published_table(table(4934, "train")).empty
+    published = tables.published_table(table(4934, "test")).set_index("model")
     assert published["accuracy"].is_monotonic_increasing and published["source"].ne("").all()
-    assert published.query("source == 'measured here'")["accuracy"].tolist() == [0.7]
-    assert published["accuracy"].iloc[0] == 0.25
-    source = published.set_index("model")["source"]
-    assert "dev set" in source["ALBERT v2 base"] and "test split" in source["RoBERTa large"]
-    assert "share with one clear answer" in source["valid questions"]
-    assert published.set_index("model").loc["people on Mechanical Turk", "accuracy"] == 0.733
+    assert published.loc["this checkpoint (e1)"].tolist() == [0.7, "measured here"]
+    assert published.loc["people on Mechanical Turk", "accuracy"] == 0.733
+    assert "dev set" in published.loc["ALBERT v2 base", "source"]

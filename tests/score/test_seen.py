@@ -14,7 +14,7 @@ from race.data.cache import build_cache
 from race.demo.corpus import write_corpus
 from race.export.folder import export_checkpoint
 from race.report import sentences
-from race.score.predict import predict, score
+from race.score.predictions import predict, score
 from race.train.checkpoints import Checkpoint
 from race.train.stages import Stage
 from race.train.training import start_stage, train_stage
@@ -41,7 +41,7 @@ def turned(corpus, tmp_path_factory):
 
 def known(checkpoint, cache, split: str) -> list[tuple]:
     """The combinations of (in train, in validation) that occur in the predictions, None where it is not known."""
-    table = predict(checkpoint, cache, split, limit_questions=40, device="cpu")
+    table = predict(checkpoint, RaceDataModule(cache, limit_questions=40), split, accelerator="cpu")
     columns = table[["article_in_train", "article_in_validation"]].astype(object)
     return sorted({tuple(row) for row in columns.where(columns.notna(), None).itertuples(index=False)}, key=str)
 
@@ -62,7 +62,7 @@ def test_the_splits_of_its_own_cache(trained, cache):
 
 def test_train_that_returns_as_the_test_split_of_another_cache(trained, turned, tmp_path):
     """What only the scoring cache's train could not tell."""
-    _, table = score(trained, turned, "test", tmp_path, device="cpu")
+    table = score(trained, RaceDataModule(turned), "test", tmp_path, accelerator="cpu").results
     assert table["trained_on"].tolist() == table["questions"].tolist() and set(table["selected_on"]) == {0}
     assert "was trained on the articles of all these questions" in sentences.headline(table)
     saved = pd.read_csv(tmp_path / "results.csv")
@@ -76,7 +76,8 @@ def test_an_earlier_version_knew_its_source_only(trained, cache, turned, tmp_pat
     assert known(old, turned, "test") == [(None, None)]
     later = without_articles(trained, tmp_path / "e2-old.ckpt", chain=["e1"])  # what e1 was trained on is not recorded
     assert known(later, cache, "train") == [(True, None)] and known(later, cache, "test") == [(None, None)]
-    _, table = score(old, turned, "test", tmp_path, device="cpu", limit_questions=8)
+    data = RaceDataModule(turned, limit_questions=8)
+    table = score(old, data, "test", tmp_path, accelerator="cpu").results
     assert table["trained_on"].isna().all() and "is not known" in sentences.headline(table)
 
 

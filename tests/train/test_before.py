@@ -17,13 +17,12 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 from helpers import ROOT
-from race.score.predict import score
 
 from race.data import RaceDataModule
 from race.data.cache import verify_cache
+from race.score.predictions import score
 from race.score.statistics import PROBABILITIES
-from race.train.logs import read_log
-from race.train.stages import Stage
+from race.train.stages import Stage, read_log
 from race.train.training import start_stage, train_stage
 
 SETS = ["before", "before_1_5/albert", "before_1_5/bert", "before_1_5/deberta-v2"]
@@ -58,9 +57,10 @@ def test_an_old_checkpoint_is_scored_as_before(before):
     folder, expected, recipe = before
     checkpoint = Stage("e1", folder / "checkpoints").best()
     assert (checkpoint.stage, checkpoint.epoch, checkpoint.learning_rate) == ("e1", 0, recipe["learning_rate"])
+    data = RaceDataModule(folder / "cache", batch_size=8, max_len=160)
     old = [pd.read_csv(path) for path in (folder / "runs").glob("results.csv")]  # version 0 has none
     for run_dir in (folder / "runs", folder / "new"):
-        predictions, _ = score(checkpoint, folder / "cache", "test", run_dir, batch_size=8, max_len=160, device="cpu")
+        predictions = score(checkpoint, data, "test", run_dir, accelerator="cpu").table
         np.testing.assert_allclose(predictions[PROBABILITIES], expected["probabilities"], atol=2e-6)
         for results in old:
             new = pd.read_csv(run_dir / "results.csv")

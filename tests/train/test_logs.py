@@ -13,7 +13,7 @@ from small_stage import stage as train_e1
 from statsmodels.stats.proportion import proportion_confint
 
 from race import RaceError
-from race.train.logs import learning_story, read_log
+from race.train.stages import learning_story, read_log
 
 
 class Seen(pl.Callback):
@@ -98,13 +98,13 @@ def test_a_logger_of_the_users_is_given_all_metrics_and_changes_nothing(cache, t
     assert files[0] == files[1] and read_log(tmp_path / "with" / "run", "e1")["val_acc"].notna().any()
 
 
-def test_loggers_that_cannot_be_made_stop_before_the_training(cache, tmp_path):
-    """A package that is not installed, a name that nobody knows, an argument that it does not take: all at once."""
-    wanted = {"WandbLogger": {}, "NoLogger": {}, "CSVLogger": {"colour": 1}, "nowhere.at.All": {}}
-    with pytest.raises(RaceError) as error:
-        train_e1(tmp_path, cache, loggers=wanted)
-    problems = str(error.value).split("; LOGGERS, ")
-    assert [it.removeprefix("LOGGERS, ").split(":")[0] for it in problems] == list(wanted)
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("WandbLogger", {}), ("NoLogger", {}), ("CSVLogger", {"colour": 1}), ("nowhere.at.All", {})]
+)
+def test_a_logger_that_cannot_be_made_stops_before_the_training(cache, tmp_path, name, arguments):
+    """A package that is not installed, a name that nobody knows, an argument that it does not take."""
+    with pytest.raises(RaceError, match=f"LOGGERS, {name}: "):
+        train_e1(tmp_path, cache, loggers={name: arguments})
     assert not (tmp_path / "checkpoints").exists()
 
 

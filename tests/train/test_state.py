@@ -6,24 +6,19 @@ import random
 import signal
 import time
 
-import numpy as np
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
-import torch
-from kill import MINUTES, SCHEDULED, die, in_a_process, killed_chain, remains, run_chain
+from kill import MINUTES, SCHEDULED, in_a_process, killed_chain, remains, run_chain
 from small_stage import At, e1, interrupt, position, same_weights, stage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import race.files
 from race import RaceError
 from race.data import RaceDataModule
 from race.data.cache import build_cache
-from race.device import random_state, set_random_state
 from race.files import locked, read_archive, save_archive
-from race.train.logs import read_log
-from race.train.stages import Stage
-from race.train.state import SIGNALS, KeepState, check_identity
+from race.train.stages import Stage, read_log
+from race.train.state import SIGNALS, KeepState
 from race.train.training import start_stage, train_stage
 
 
@@ -204,19 +199,6 @@ def test_the_steps_of_a_schedule_are_part_of_a_run(cache, tmp_path):
         stage(tmp_path, cache, epochs=2, schedule="linear", warmup=2)
 
 
-def test_states_of_before_had_the_constant_rate_and_the_lowest_loss():
-    now = {
-        "LEARNING_RATE": 1e-3,
-        "SCHEDULE": "constant",
-        "WARMUP": 0,
-        "MAX_GRAD_NORM": None,
-        "MONITOR": "val_loss_epoch",
-    }
-    check_identity({"identity": {"LEARNING_RATE": 1e-3}}, now, Stage("e1"))
-    with pytest.raises(RaceError, match="MONITOR was 'val_loss_epoch', is 'val_acc'"):
-        check_identity({"identity": {"LEARNING_RATE": 1e-3}}, now | {"MONITOR": "val_acc"}, Stage("e1"))
-
-
 def test_another_cache_or_base_is_named(begun, two_epochs, corpus, cache, tmp_path):
     """e2 was begun from one checkpoint of e1; it does not go on from another."""
     build_cache(str(corpus), "demo", tmp_path / "other", max_qa_len=9)
@@ -274,40 +256,6 @@ def test_two_runs_of_one_stage_do_not_mix(begun, cache, tmp_path):
     with pytest.raises(RaceError, match="another process trains e1.*e1.lock"):
         stage(begun, cache)
     process.kill()
-
-
-def test_a_killed_save_leaves_the_state_before(cache, tmp_path):
-    """The state is replaced in one step; what the killed process left is cleared away by the next one."""
-
-    def killed() -> None:
-        saves, flush = [0], race.files.flush
-
-        def count(path):
-            saves[0] += str(path).endswith(".tmp")
-            if saves[0] == 3:  # the third file is whole and not yet renamed
-                die()
-            flush(path)
-
-        race.files.flush = count
-        stage(tmp_path, cache, minutes=0.0)
-
-    process = in_a_process(killed)
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-    assert position(tmp_path)["batches"] == 1
-    assert len(list((tmp_path / "checkpoints" / "resume").glob(".*.tmp"))) == 1
-    stage(tmp_path, cache)
-    assert not list(tmp_path.rglob(".*.tmp"))
-
-
-def test_random_states_come_back():
-    before = random_state()
-    drawn = [random.random(), np.random.rand(), torch.rand(3).tolist()]
-    buffer = io.BytesIO()
-    torch.save(before, buffer)
-    buffer.seek(0)
-    set_random_state(torch.load(buffer, weights_only=True))
-    assert drawn == [random.random(), np.random.rand(), torch.rand(3).tolist()]
 
 
 @pytest.mark.parametrize("minutes", [0.0, 60.0])

@@ -1,0 +1,197 @@
+"""Runs compared, from small runs on disk to the executed notebook; its verdict is recomputed from predictions."""
+
+import json
+import shutil
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers import recipes_by_hand
+from scipy.stats import t
+
+from race import RaceError
+from race.chain import run_notebook
+from race.data import RaceDataModule
+from race.data.cache import Cache
+from race.files import file_hash
+from race.report.figures import courses_figure
+from race.report.sentences import budget, difference, over_seeds, recipes_verdict
+from race.score.comparison import against_baseline
+from race.score.runs import (
+    Run,
+    accuracies,
+    correct_answers,
+    find_runs,
+    stages_over_seeds,
+    training_curves,
+    training_totals,
+)
+from race.train.stages import Stage
+from race.train.training import start_stage, train_stage
+
+RECIPES = {  # learning rate, epochs and more of each stage; three epochs each
+    "chain": {"e1": (1e-2, 1, {}), "e2": (1e-2, 1, {}), "e3": (1e-3, 1, {})},
+    "resets": {"e1": (1e-2, 1, {}), "e2": (1e-2, 1, {}), "e3": (1e-2, 1, {})},
+    "linear": {"e1": (1e-2, 3, {"schedule": "linear", "warmup": 0.2, "max_grad_norm": 1.0})},
+}
+SEEDS = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    """A folder with the runs of all RECIPES and SEEDS, named as race.chain names them."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for recipe, stages in RECIPES.items():
+        for seed in SEEDS:
+            place = f"small{'' if recipe == 'chain' else f'-{recipe}'}-seed{seed}"
+            record = {"name": recipe, "stages": {key: {} for key in stages}, "learning_rates_tried": 1}
+            (folder / "runs" / place).mkdir(parents=True)
+            (folder / "runs" / place / "recipe.json").write_text(json.dumps(record))
+            for name, (rate, epochs, more) in stages.items():
+                pl.seed_everything(seed, verbose=False)
+                stage = Stage(name, folder / "checkpoints" / place, folder / "runs" / place)
+                module = start_stage(stage, cache, learning_rate=rate, **more)
+                data = RaceDataModule(cache, batch_size=16, limit_questions=48, seed=seed)
+                train_stage(stage, module, data, epochs, log_every=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(trained) -> dict[str, list[Run]]:
+    return find_runs(f"{trained}/checkpoints/small", f"{trained}/runs/small", list(RECIPES), SEEDS)
+
+
+@pytest.fixture(scope="module")
+def executed(trained, cache):
+    """The folder with the results of the executed notebook."""
+    parameters = {"CACHE_DIR": str(cache), "CHECKPOINT_DIR": f"{trained}/checkpoints/small", "RECIPES": list(RECIPES)}
+    parameters |= {"RUNS": f"{trained}/runs/small", "RUN_DIR": f"{trained}/runs/small-recipes", "SEEDS": SEEDS}
+    run_notebook("compare_recipes", parameters | {"LIMIT_QUESTIONS": 60, "DIFFERENCE": "2"})
+    return trained / "runs" / "small-recipes"
+
+
+def test_what_each_recipe_had(found, cache):
+    totals = training_totals(found, Cache(cache))
+    table = totals.set_index("recipe")
+    assert table["questions"].tolist() == [144] * 3 and table["epochs"].tolist() == [3] * 3
+    assert table["stages"].tolist() == [3, 3, 1] and table["checkpoints"].tolist() == [3] * 3
+    assert table.loc["chain", "learning_rate"] == [1e-2, 1e-2, 1e-3] and table.loc["linear", "seeds"] == 2
+    assert table["fewest_epochs"].tolist() == [3] * 3 and "144 questions (3 epochs)" in budget(totals)
+
+
+def test_the_course_over_the_questions_seen(found, cache):
+    validated, rates, notes = training_curves(found, Cache(cache))
+    assert not notes
+    assert validated.groupby(["recipe", "seed"])["questions"].apply(list).map(lambda it: it == [48, 96, 144]).all()
+    linear = rates[(rates["recipe"] == "linear") & (rates["seed"] == 1)]
+    assert linear["questions"].tolist() == [16 * step for step in range(1, 10)]
+    expected = [1e-2 * min(step / 2, (9 - step) / 7) for step in range(9)]
+    assert linear["learning_rate"].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_notebooks_verdict_from_its_predictions(executed, trained):
+    """By code of the test's own: which checkpoint is chosen, who is right where, difference, interval, words."""
+    cells = nbformat.read(executed / "compare_recipes.ipynb", 4).cells
+    assert not [it for cell in cells for it in cell.get("outputs", []) if it["output_type"] == "error"]
+    assert {path.name for path in (executed / "figures").iterdir()} >= {"recipes-courses.png"}
+    saved = json.loads((executed / "recipes-test.json").read_text())
+    files = {
+        json.loads(path.read_text())["settings"]["checkpoint_sha256"]: path
+        for path in executed.glob("predictions/*.json")
+    }
+
+    def right(recipe: str, choose) -> tuple[np.ndarray, pd.DataFrame]:
+        runs = []
+        for seed in SEEDS:
+            place = trained / "checkpoints" / f"small{'' if recipe == 'chain' else f'-{recipe}'}-seed{seed}"
+            last = list(RECIPES[recipe])[-1]
+            records = {path: torch.load(path, weights_only=True)["race"] for path in place.glob(f"{last}-*.ckpt")}
+            table = pd.read_parquet(files[file_hash(choose(records))].with_suffix(".parquet"))
+            runs.append((table["answer"] == table["prediction"]).to_numpy(int))
+        return np.stack(runs), table
+
+    def lowest_loss(records: dict):
+        return min(records, key=lambda it: (records[it]["metrics"]["val_loss_epoch"], records[it]["epoch"]))
+
+    row = pd.DataFrame(saved["differences"]).set_index("second").loc["linear"]
+    (chain, table), (linear, _) = (right(recipe, lowest_loss) for recipe in ("chain", "linear"))
+    mean, variance, freedom = recipes_by_hand(chain, linear, table["example_id"].tolist(), table["level"].tolist())
+    reach = t.ppf(0.975, freedom) * variance**0.5
+    assert len(table) == 60 and [row["difference"], row["freedom"]] == pytest.approx([mean, freedom])
+    assert [row["ci_low"], row["ci_high"]] == pytest.approx([mean - reach, mean + reach])
+    assert row["p"] is None and "linear − chain = " in saved["verdict"][1]  # two seeds give no verdict
+    last, _ = right("linear", lambda records: max(records, key=lambda it: records[it]["epoch"]))
+    assert saved["accuracies"][2]["last_epoch"] == pytest.approx(last.mean())
+
+
+def test_one_seed_of_each_is_shown_and_refused_an_interval(executed, trained, cache):
+    found = find_runs(f"{trained}/checkpoints/small", f"{trained}/runs/small", ["chain", "linear"], [1])
+    data = RaceDataModule(cache, limit_questions=60)
+    chosen, last, predictions = correct_answers(found, data, "test", executed, accelerator="cpu")
+    table = against_baseline(chosen, predictions)
+    assert table[["ci_low", "ci_high", "p", "p_holm"]].isna().all(axis=None) and len(table) == 1
+    assert accuracies(chosen, last)["sd"].isna().all() and "One seed" in difference(table.iloc[0], 1.0)
+    recipes_verdict(table)
+    courses_figure(*training_curves(found, data.cache)[:2])
+
+
+def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path, capsys):
+    """Seed by seed, each against the first stage; the predictions are kept where each run's are."""
+    runs = [Run("chain", run.seed, run.checkpoint_dir, f"{tmp_path}/seed{run.seed}") for run in found["chain"]]
+    data = RaceDataModule(cache, limit_questions=60)
+    means, compared = stages_over_seeds(runs, data, "test", accelerator="cpu")
+    tables = [
+        {path.name[:2]: pd.read_parquet(path) for path in sorted(tmp_path.glob(f"seed{seed}/predictions/*.parquet"))}
+        for seed in SEEDS
+    ]
+    right = {
+        stage: np.array([(its[stage]["answer"] == its[stage]["prediction"]).mean() for its in tables])
+        for stage in ("e1", "e2", "e3")
+    }
+    assert means["recipe"].tolist() == list(right) and compared["second"].tolist() == ["e2", "e3"]
+    np.testing.assert_allclose(means["each"].tolist(), [*right.values()])
+    expected = [(right[stage] - right["e1"]).mean() for stage in ("e2", "e3")]
+    np.testing.assert_allclose(compared["difference"], expected, atol=1e-12)
+    capsys.readouterr()
+    again, _ = stages_over_seeds(runs, data, "test", accelerator="cpu")
+    assert capsys.readouterr().out.count("saved predictions are used") == 6 and again.equals(means)
+    assert "e3 − e1 = " in over_seeds(means, compared)
+    with pytest.raises(RaceError, match="two have the same checkpoint"):
+        stages_over_seeds([runs[0], runs[0]], data, "test")
+
+
+def test_all_that_cannot_be_compared_is_told_at_once(trained):
+    places = f"{trained}/checkpoints/small", f"{trained}/runs/small"
+    with pytest.raises(RaceError) as caught:
+        find_runs(*places, ["chain", "cosine", "chain"], [1, 3])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4 and "name two or more, each once" in lines[0]
+    assert "small-seed3 has no checkpoints" in lines[1] and lines[1].endswith("--recipe chain --seeds 3")
+    assert "small-cosine-seed1 has no checkpoints" in lines[2]
+    with pytest.raises(RaceError, match=r"SEEDS is \[1, 1\]"):
+        find_runs(*places, ["chain", "linear"], [1, 1])
+
+
+def test_runs_that_are_not_what_they_are_taken_for_are_refused(trained, tmp_path):
+    """A copy as another seed, another recipe, a damaged file, a stage that has not finished."""
+    for part in ("checkpoints", "runs"):
+        shutil.copytree(trained / part, tmp_path / part)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "small-linear-seed1", folder / "small-linear-seed3")
+    shutil.copytree(folder / "small-seed1", folder / "small-other-seed1")
+    shutil.copytree(folder / "small-linear-seed2", folder / "small-other-seed2")
+    damaged = next((folder / "small-resets-seed1").glob("e1-*.ckpt"))
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    path = folder / "small-resets-seed2" / "resume" / "e3.ckpt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"resume": state["resume"] | {"finished": False}}, path)
+    with pytest.raises(RaceError) as caught:
+        find_runs(f"{folder}/small", f"{tmp_path}/runs/small", ["chain", "linear", "resets"], [1, 2, 3])
+    told = str(caught.value)
+    assert "small-linear-seed3 was trained with seed 1, not 3" in told and "not finished: e3" in told
+    assert damaged.name in told
+    with pytest.raises(RaceError, match="small-other-seed2 differs from .* in e1 "):
+        find_runs(f"{folder}/small", f"{tmp_path}/runs/small", ["chain", "other"], [1, 2])
