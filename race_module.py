@@ -53,8 +53,7 @@ class RaceModule(pl.LightningModule):
         self.schedule = Schedule(schedule, warmup)  # training sets its steps
         self.token_budget, self.budget_is_fitted = token_budget, token_budget is None
         self.automatic_optimization = False  # one optimizer step over several micro-batches
-        # Of the epoch so far, by split: loss, correct answers, questions; float64, so that a resume goes on exactly.
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = {}  # of the epoch so far, by split: loss, correct answers, questions
         self.tokens: torch.Tensor | None = None  # of the last training step, of all processes
         self.stop: Callable[[], None] | None = None  # called before each micro-batch of a training step; may raise
         self.step_start: dict | None = None  # within a training step: the random states before it

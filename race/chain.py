@@ -34,6 +34,7 @@ OF_A_RUN = {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"}  # 
 GONE = {
     "--fresh": "--fresh is gone: to train a stage again, move its files away or give other folders, with "
     "--set CHECKPOINT_DIR=… RUN_DIR=… (docs/resuming.md)",
+    "--base-checkpoint": "--base-checkpoint is gone: give --set e2.BASE_CHECKPOINT=…, or that of e3",
     "--jobs": "--jobs is gone: start the command once for each seed, as --seeds 1 and --seeds 2, then with all of them",
 }
 
@@ -83,7 +84,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     named = "chain (the default), constant, resets, step, linear, cosine, or a TOML file; several are compared"
     add("--recipe", nargs="+", action="extend", metavar="NAME", dest="recipes", help=named)
     add("--stages", nargs="*", choices=CHAIN, help="only these; none: the evaluations only")
-    add("--base-checkpoint", help="checkpoint from which the first of --stages starts (e2 or e3)")
     add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished notebooks")
     plan_only = "only say how many seeds and questions a true difference of so many points of accuracy takes"
     add("--difference", type=float, metavar="POINTS", help=plan_only)
@@ -103,10 +103,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _complete(options: argparse.Namespace) -> None:
     """What follows from the options, such as recipes from their names; RaceError for what does not go together."""
     check(limit_questions=options.limit_questions, seeds=options.seeds, difference=options.difference)
-    if options.base_checkpoint:
-        if not options.stages or "e1" in options.stages:
-            raise RaceError("--base-checkpoint goes with --stages e2 or e3: e1 starts from the pretrained model")
-        options.pairs.append(f"{min(options.stages)}.BASE_CHECKPOINT={options.base_checkpoint}")
     for stage in CHAIN:
         read(parse_set(options.pairs, stage))
     options.recipes = named_recipes(options.recipes or [BASELINE], options.name)

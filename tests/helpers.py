@@ -44,18 +44,12 @@ def recipes_by_hand(first, second, passages, levels) -> tuple[float, float, floa
         squares = sum(sum(each[q] - mean for q in here if passages[q] == name) ** 2 for name in names)
         of_questions += len(names) / (len(names) - 1) * squares / questions**2
         clusters += len(names) - 1
-    variance, top, bottom = of_questions, of_questions, of_questions**2 / clusters
-    for runs in (first, second):
-        means, grand = [sum(run) / questions for run in runs], runs.sum() / runs.size
-        spread = sum((mean - grand) ** 2 for mean in means) / (seeds - 1) / seeds
-        rest = sum(
-            (runs[s, q] - means[s] - sum(runs[:, q]) / seeds + grand) ** 2
-            for s in range(seeds)
-            for q in range(questions)
-        )
-        variance += max(0, spread - rest / ((seeds - 1) * (questions - 1)) / (seeds * questions))
-        top, bottom = top + spread, bottom + spread**2 / (seeds - 1)
-    return sum(each) / questions, variance, top**2 / bottom
+    gains = second - first
+    means, grand = [sum(run) / questions for run in gains], gains.sum() / gains.size
+    of_runs = sum((mean - grand) ** 2 for mean in means) / (seeds - 1) / seeds
+    rest = sum((gains[s, q] - means[s] - each[q] + grand) ** 2 for s in range(seeds) for q in range(questions))
+    variance = of_questions + max(0, of_runs - rest / ((seeds - 1) * (questions - 1)) / (seeds * questions))
+    return sum(each) / questions, variance, variance**2 / (of_questions**2 / clusters + of_runs**2 / (seeds - 1))
 
 
 class Payload:

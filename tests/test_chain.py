@@ -116,7 +116,7 @@ def test_parameters_from_the_command_line(ran):
 def test_some_stages_or_none(ran):
     assert ran("race", "--stages", "--set", "SPLIT=validation") == 0 and ran.names() == [*chain.EVALUATIONS]
     assert set(ran.values("SPLIT")) == {"validation"}
-    assert ran("race", "--stages", "e3", "e2", "--base-checkpoint", "e1.ckpt") == 0
+    assert ran("race", "--stages", "e3", "e2", "--set", "e2.BASE_CHECKPOINT=e1.ckpt") == 0
     assert ran.names()[:2] == ["ex02", "ex03"] and ran.values("BASE_CHECKPOINT") == ["e1.ckpt", *[None] * 3]
 
 
@@ -192,7 +192,7 @@ def test_how_many_seeds_a_difference_takes_is_said_before_anything_runs(ran, cap
         ("--recipe chain linear --set RUN_DIR=x", "--set RUN_DIR"),
         ("--seeds 1 2 --set e1.SEED=3", "--set SEED"),
         ("--recipe chain --recipe linear --set e1.MAX_EPOCHS=1", "--set MAX_EPOCHS"),
-        ("--base-checkpoint x", "--base-checkpoint"),
+        ("--base-checkpoint x", "--base-checkpoint is gone"),
         ("--fresh", "--fresh is gone: to train a stage again, move its files away"),
         ("--fresh=2", "--fresh is gone"),
         ("--jobs 2", "--jobs is gone: start the command once for each seed"),

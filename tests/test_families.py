@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import padded
 from tiny_models import PADDED, tiny_config
-from transformers import AttentionInterface, AutoModelForMultipleChoice, GPT2Config, T5Config
+from transformers import AttentionInterface, AutoModelForMultipleChoice, GPT2Config
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
@@ -18,16 +18,17 @@ from race.encoder import PACKED, attention_dropout, longest_input, pads_left, ta
 from race.models import REFUSED, check_family
 from race_module import RaceModule
 
-OTHER_WAYS = {"modernbert-mean": ("modernbert", {"classifier_pooling": "mean"})}
-CASES = {name: (name, {}) for name in [*PACKED, *PADDED]} | OTHER_WAYS
+# Two groups of two inner layers, applied four times: every way in which ALBERT shares weights.
+SHARED = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2, "embedding_size": 16}
+CASES = {name: (name, {}) for name in [*PACKED, *PADDED]} | {"albert": ("albert", SHARED)}
+CASES |= {"modernbert-mean": ("modernbert", {"classifier_pooling": "mean"})}
+CASES |= {"electra-narrow": ("electra", {"embedding_size": 16})}
 
 
-# Softmax or positions are in float32 in these, whatever the model's type; Longformer's gradients in float64 are NaN.
-TOLERANCE = {"flaubert": 1e-6, "roformer": 1e-6, "xlm": 1e-6, "longformer": 1e-4}
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor, scale: float, family: str = "") -> bool:
-    return (ours - theirs).abs().max().item() <= TOLERANCE.get(family, 1e-9) * scale
+def close(ours: torch.Tensor, theirs: torch.Tensor, scale: float, family: str) -> bool:
+    """Equal to 1e-9 of `scale`, the largest value of its kind: a gradient that is zero in theory is noise in both."""
+    tolerance = 1e-4 if family == "longformer" else 1e-9  # whose gradients in float64 are NaN
+    return (ours - theirs).abs().max().item() <= tolerance * scale
 
 
 def questions(items, family: str, count: int, longest: int) -> list[dict]:
@@ -38,7 +39,7 @@ def questions(items, family: str, count: int, longest: int) -> list[dict]:
             ids[0], ids[-1] = 0, 2
             if family == "longformer":  # it looks for three separators
                 ids[len(ids) // 2 : len(ids) // 2 + 2] = 2
-            if family in ("xlm-roberta-xl", "roberta", "xlm", "flaubert"):
+            if family in ("xlm-roberta-xl", "roberta"):
                 segments[:] = 0
     return made
 
@@ -69,6 +70,7 @@ def theirs_for(reference, item: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("longest", [40, 200], ids=["short", "long"])
 def test_logits_loss_and_gradients_equal_hugging_face(pair, items, longest):
+    """Of the whole batch, of its questions, and of parts; and of a module made from the configuration that is kept."""
     family, module, reference = pair
     chosen = questions(items, family, 4, longest)
     expected = torch.cat([theirs_for(reference, item) for item in chosen])
@@ -78,12 +80,11 @@ def test_logits_loss_and_gradients_equal_hugging_face(pair, items, longest):
     largest = max(gradient.abs().max().item() for gradient in theirs.values())
     batch = collate(chosen)
     logits = module(batch)
-    assert logits.shape == (4, OPTIONS)
-    assert expected.std() > 1e-4
+    assert logits.shape == (4, OPTIONS) and expected.std() > 1e-4
     assert close(logits, expected, expected.abs().max().item(), family)
 
     module.manual_backward = lambda loss: loss.backward()
-    for budget in (None, 1, 4 * OPTIONS * longest // 2):  # the whole batch, and parts of it
+    for budget in (None, 1, 4 * OPTIONS * longest // 2):
         module.zero_grad()
         module.token_budget = budget
         loss = module.model_step(batch, "train")
@@ -93,13 +94,9 @@ def test_logits_loss_and_gradients_equal_hugging_face(pair, items, longest):
         for name, gradient in theirs.items():
             assert close(ours[name], gradient, largest, family), name
 
-
-def test_a_checkpoint_keeps_the_configuration(pair, items):
-    family, module, _ = pair
-    again = RaceModule(config=copy.deepcopy(module.hparams["config"])).to(next(module.parameters()).dtype).eval()
+    again = RaceModule(config=copy.deepcopy(module.hparams["config"])).to(logits.dtype)
     again.model.load_state_dict(module.model.state_dict())
-    batch = collate(questions(items, family, 2, 40))
-    assert torch.equal(again(batch), module.eval()(batch))
+    assert torch.equal(again(batch), logits)
 
 
 def test_every_family_runs_or_is_refused_by_name():
@@ -109,9 +106,16 @@ def test_every_family_runs_or_is_refused_by_name():
             check_family(tiny_config(family))
 
 
-@pytest.mark.parametrize("config", [GPT2Config(), T5Config()], ids=["gpt2", "t5"])
-def test_other_models_are_refused(config):
-    with pytest.raises(RaceError, match=f"'{config.model_type}' has no multiple-choice head .* albert, bert, "):
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (GPT2Config(), "'gpt2' has no multiple-choice head .* albert, bert, "),
+        (tiny_config("bert", is_decoder=True), "decoder"),
+        (tiny_config("xlnet", attn_type="uni"), "decoder"),
+    ],
+)
+def test_other_models_are_refused(config, said):
+    with pytest.raises(RaceError, match=said):
         RaceModule(config=config)
 
 
@@ -119,45 +123,32 @@ def test_other_models_are_refused(config):
 def test_packed_attention_gets_no_mask(family, items, monkeypatch):
     """Of T tokens a mask would have T × T places; ModernBERT makes one unless it is told otherwise."""
     module, seen = RaceModule(config=tiny_config(family)), []
-    monkeypatch.setitem(
-        module.model.base_model.config.__dict__, "_attn_implementation_internal", spy(seen, monkeypatch)
-    )
-    module(collate(questions(items, family, 2, 40)))
-    assert len(seen) == module.model.config.num_hidden_layers and set(seen) == {None}
 
-
-def spy(seen: list, monkeypatch) -> str:
     def attention(module, query, key, value, attention_mask, *rest, **settings):
         seen.append(attention_mask)
         return packed_attention(module, query, key, value, attention_mask, *rest, **settings)
 
     AttentionInterface.register("spied", attention)
     AttentionMaskInterface.register("spied", sdpa_mask)
-    return "spied"
+    monkeypatch.setitem(vars(module.model.base_model.config), "_attn_implementation_internal", "spied")
+    module(collate(questions(items, family, 2, 40)))
+    assert seen == [None] * module.model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("family", ["deberta-v2", "xlnet"])
 def test_padded_heads_stay_in_float32(family, items):
     module, seen = RaceModule(config=tiny_config(family)).eval(), []
-    head = [part for name, part in module.model.named_children() if name in ("classifier", "logits_proj")]
-    head[0].register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    head = module.model.classifier if family == "deberta-v2" else module.model.logits_proj
+    head.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
     batch = collate(questions(items, family, 3, 40))
     with torch.autocast("cpu", torch.bfloat16):
         assert module(batch).dtype == torch.float32
-        copied = copy.deepcopy(module)
-        with pytest.raises(RuntimeError, match="broken"):
-            head_of(copied).forward = broken
-            copied(batch)
+        assert torch.equal(copy.deepcopy(module)(batch), module(batch))
+        head.weight = None
+        with pytest.raises(TypeError):
+            module(batch)
         assert torch.is_autocast_enabled("cpu")  # also after an error within the head
-    assert seen == [torch.float32] * 2
-
-
-def head_of(module):
-    return module.model.classifier if hasattr(module.model, "classifier") else module.model.logits_proj
-
-
-def broken(*_):
-    raise RuntimeError("broken")
+    assert {*seen} == {torch.float32}
 
 
 def test_attention_dropout_is_that_of_the_configuration():
@@ -165,29 +156,14 @@ def test_attention_dropout_is_that_of_the_configuration():
         config = tiny_config(family, **{name: 0.1, "initializer_range": 0.2})
         assert getattr(RaceModule(config=config).model.config, name) == 0.1
         module = RaceModule(config=config, attention_dropout=0)
-        kept = module.hparams["config"]
-        assert kept[name] == 0 and attention_dropout(module.model.config) == 0
+        assert module.hparams["config"][name] == 0 and attention_dropout(module.model.config) == 0
     with pytest.raises(RaceError, match="ATTENTION_DROPOUT = 0: a model of type 'xlnet' has no such setting"):
         RaceModule(config=tiny_config("xlnet"), attention_dropout=0)
-    with pytest.raises(RaceError, match="attention_dropout is 1"):
-        RaceModule(config=tiny_config("roberta"), attention_dropout=1)
 
 
 def test_longest_input_leaves_out_the_places_before_the_first():
     assert longest_input(RaceModule(config=tiny_config("roberta", max_position_embeddings=34)).model) == 32
     assert longest_input(RaceModule(config=tiny_config("xlnet")).model) is None
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "message"),
-    [
-        ("bert", {"is_decoder": True}, "makes a decoder of it"),
-        ("xlnet", {"attn_type": "uni"}, "makes a decoder of it"),
-    ],
-)
-def test_settings_that_make_another_model_are_refused(family, settings, message):
-    with pytest.raises(RaceError, match=message):
-        RaceModule(config=tiny_config(family, **settings))
 
 
 def test_a_short_question_does_not_change_how_bigbird_attends(items):
@@ -198,15 +174,6 @@ def test_a_short_question_does_not_change_how_bigbird_attends(items):
     assert torch.allclose(both[:1], before, atol=1e-5) and torch.equal(after, before)
 
 
-def test_half_precision_in_a_configuration_is_not_taken(items):
+def test_half_precision_in_a_configuration_is_not_taken():
     module = RaceModule(config=tiny_config("roberta", dtype="bfloat16"))
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-
-
-def test_parts_of_a_padded_batch_hold_their_padding(items):
-    batch = collate(sorted(items(9), key=lambda item: -max(map(len, item["input_ids"]))))
-    parts = list(batch.micro_batches(400, padded=True))
-    assert 2 < len(parts) < 9 and sum(map(len, parts)) == 9
-    assert all(max(part.lengths) * len(part.lengths) <= 400 or len(part) == 1 for part in parts)
-    whole = [max(part.lengths) * len(part.lengths) + 4 * max(part.lengths) > 400 for part in parts[:-1]]
-    assert all(whole)  # one more question would not have fitted

@@ -73,9 +73,9 @@ def calibration_style(table: pd.DataFrame):
 
 
 def comparison_table(tables: list[pd.DataFrame], lineage: pd.DataFrame) -> pd.DataFrame:
-    """lineage (stages.lineage_table) with the accuracy of each checkpoint and of each level, and the interval to quote.
+    """One row a checkpoint: what it remembers (stages.lineage_table), its accuracy and that of each level.
 
-    The ends: accuracy_low, accuracy_high, middle_low, middle_high, high_low, high_high.
+    The ends of the intervals to quote: accuracy_low, accuracy_high, middle_low, middle_high, high_low, high_high.
     """
     scores = []
     for table in tables:

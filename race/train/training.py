@@ -142,7 +142,8 @@ def train_stage(
     SIGTERM, SIGUSR1 and an interrupt end training after the micro-batch, with the state saved: the signal then has its
     usual effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
     """
-    check(max_epochs=max_epochs, early_stopping=early_stopping, save_minutes=save_minutes, precision=precision)
+    check(max_epochs=max_epochs, early_stopping=early_stopping, save_minutes=save_minutes)
+    check(precision=precision, accelerator=accelerator)
     precision, monitor = precision or default_precision(accelerator), stage.monitor or MONITORS[0]
     device = default_device(accelerator)
     module.schedule.steps = steps = max_epochs * data.batches_per_epoch()

@@ -28,7 +28,6 @@ def write(folder: Path, name: str, content) -> None:
 
 
 def other(name: str) -> dict:
-    """A record with this id, and an article that no other has."""
     return RECORD | {"id": name, "article": f"Tom has a dog. It sleeps in {name}."}
 
 
@@ -90,24 +89,18 @@ def test_folders_of_records(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["tar", "tar.gz", "tar.bz2", "tar.xz", "zip"])
-def test_archives_equal_the_folder(corpus, tmp_path, form):
-    shutil.copytree(corpus / "dev", tmp_path / "race" / "RACE" / "dev")
-    read = read_source(str(tmp_path / "race"))
-    assert len(read[0]["validation"]) == 16 and read_source(str(packed(tmp_path / "race", form))) == read
-
-
-@pytest.mark.parametrize("form", ["tar", "tar.gz", "tar.xz", "zip"])
-def test_every_damaged_archive_is_refused(tmp_path, form):
+def test_an_archive_equals_its_folder_and_a_damaged_one_is_refused(tmp_path, form):
     """Cut off anywhere, with a changed bit or an empty block: never a smaller data set without a word."""
     rng = random.Random(0)
     for name in ("1", "2", "3"):
         write(tmp_path / "race", f"dev/{name}.json", other(name))
     path = packed(tmp_path / "race", form)
-    content, whole = path.read_bytes(), read_source(str(path))
+    content, whole = path.read_bytes(), read_source(str(tmp_path / "race"))
+    assert read_source(str(path)) == whole
     for _ in range(60):
         path.write_bytes(content[: rng.randrange(len(content.rstrip(b"\0")) - 1)])
         assert path.name in refusal(path)
-    for _ in range(400):
+    for _ in range(300):
         place, changed = rng.randrange(len(content)), bytearray(content)
         if form == "tar":  # which has checksums of headers only
             changed[place - place % 512 :][:512] = bytes(512)
@@ -118,13 +111,10 @@ def test_every_damaged_archive_is_refused(tmp_path, form):
             assert read_source(str(path)) == whole
 
 
-def test_a_zip_of_windows(tmp_path):
+def test_a_zip_of_windows_and_links_in_a_tar(tmp_path):
     with zipfile.ZipFile(tmp_path / "race.zip", "w") as archive:
         archive.writestr("RACE\\test\\high\\1.txt", json.dumps(RECORD))
     assert found(tmp_path / "race.zip", "test") == [("middle1.txt", "high", [1, 2])]
-
-
-def test_links_in_a_tar_are_files_of_it(tmp_path):
     write(tmp_path, "race/dev/1.json", RECORD)
     os.link(tmp_path / "race" / "dev" / "1.json", tmp_path / "race" / "dev" / "2.json")
     assert "2 question(s) occur again" in read_source(str(packed(tmp_path / "race", "tar")))[1][0]
@@ -193,7 +183,6 @@ def test_configurations_of_the_hub_side_by_side_are_not_added_up(tmp_path):
     splits, (note,) = read_source(str(tmp_path))
     assert [(p.example_id, p.level) for p in splits["test"]] == [("high1.txt", "high"), ("middle2.txt", "middle")]
     assert "2 file(s)" in note and "high/test" in note
-    assert [passage[:2] for passage in found(tmp_path / "high", "test")] == [("high1.txt", "high")]
     shutil.rmtree(tmp_path / "all")
     assert "(high, middle)" in refusal(tmp_path)
 
@@ -231,9 +220,8 @@ def test_a_list_of_records_and_rows(tmp_path):
     write(tmp_path, "dev/all.json", [RECORD, row(1), row(1, question="Who has hens?"), row(2)])
     expected = [("middle1.txt", "middle", [1, 2]), ("high1.txt", "high", [1, 1]), ("high2.txt", "high", [1])]
     assert found(tmp_path, "validation") == expected
-    for content, place in (([RECORD, 7], "dev/all.json, item 2: "), ([], "dev/all.json: ")):
-        write(tmp_path, "dev/all.json", content)
-        assert place in refusal(tmp_path)
+    write(tmp_path, "dev/all.json", [RECORD, 7])
+    assert "dev/all.json, item 2: " in refusal(tmp_path)
 
 
 OPTIONS = ["NA", "None", "null", "007"]  # texts, whatever a reader of tables may think
@@ -294,20 +282,6 @@ def test_a_table_without_the_columns_is_one_problem(tmp_path, name):
         assert "1 problem(s)" in said and f"{name}: expected the columns article, question, options, answer" in said
 
 
-DAMAGED = {
-    "train.csv": [b"", table(row())[:-3], table(row(article="A caf\u00e9.")).decode().encode("latin-1")],
-    "train.parquet": [b"", b"PAR1 and then nothing of the kind", b"version https://git-lfs.github.com/spec/v1\n"],
-    "train.json": [json.dumps([row()] * 2, indent=1).encode()[:-3]],
-}
-
-
-@pytest.mark.parametrize(("name", "content"), [(name, content) for name in DAMAGED for content in DAMAGED[name]])
-def test_a_damaged_file_is_named(tmp_path, name, content):
-    write(tmp_path, name, content)
-    write(tmp_path, "dev.csv", table(row()))
-    assert f"{name}: cannot be read (" in refusal(tmp_path)
-
-
 def test_parquet_and_saved_folders_as_the_hub_has_them(corpus, tmp_path):
     from_files, _ = read_source(str(corpus))
     saved = {}
@@ -331,7 +305,6 @@ def test_one_split_of_save_to_disk_is_named_after_its_folder(tmp_path):
     assert [passage[0] for passage in found(tmp_path / "dev", "validation")] == ["high2.txt", "high1.txt"]
     (tmp_path / "dev").rename(tmp_path / "mine")
     assert "train, dev (or val) and test" in refusal(tmp_path / "mine")
-    assert list(read_source(str(tmp_path / "mine"), answers=False)[0]) == ["test"]
 
 
 @pytest.mark.parametrize("config", ["all", "high"])
@@ -347,8 +320,7 @@ def test_the_hub_offline(tmp_path, config):
     (kept / "dataset_info.json").write_text(json.dumps(info))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
     code = "from race.data.passages import read_source; print(read_source('ehovy/race')[0]['test'][0].labels)"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == "[1]\n" if config == "all" else "ehovy/race: " in done.stderr and "'high'" in done.stderr
 
 

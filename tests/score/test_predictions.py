@@ -338,7 +338,6 @@ def test_question_facts_by_hand(small_cache, checkpoint):
     predictions = predict(checkpoint, RaceDataModule(small_cache, max_len=40), accelerator="cpu")
     facts = predictions.set_index(["level", "question_index"]).sort_index()
     assert facts["kind"].to_dict() == {("high", 0): "why", ("middle", 0): "cloze", ("middle", 1): "negated"}
-    assert facts["longest_option"].fillna("").to_dict() == {("high", 0): "", ("middle", 0): "B", ("middle", 1): ""}
     assert facts[["article_in_train", "article_in_validation"]].isna().all(axis=None)  # another source trained it
     assert facts["truncated"].tolist() == [True, False, False] and facts["article_tokens"].tolist() == [36, 6, 6]
 
@@ -346,7 +345,7 @@ def test_question_facts_by_hand(small_cache, checkpoint):
 def test_facts_follow_the_sample(cache, data, checkpoint):
     everything = predict(checkpoint, data, accelerator="cpu")
     sample = predict(checkpoint, RaceDataModule(cache, limit_questions=9, seed=3), accelerator="cpu")
-    columns = ["example_id", "question_index", "level", "answer", "kind", "article_tokens", "longest_option"]
+    columns = ["example_id", "question_index", "level", "answer", "kind", "article_tokens"]
     found = sample[columns].merge(everything[columns], how="inner")
     assert len(sample) == 9 and found.equals(sample[columns])
 

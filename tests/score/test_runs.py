@@ -18,15 +18,14 @@ from race.data import RaceDataModule
 from race.data.cache import Cache
 from race.files import file_hash
 from race.report.figures import courses_figure
-from race.report.sentences import budget, difference, recipes_verdict
+from race.report.sentences import budget, difference, over_seeds, recipes_verdict
+from race.score.comparison import against_baseline
 from race.score.runs import (
     Run,
     accuracies,
-    compare,
     correct_answers,
     find_runs,
-    same_base,
-    seeds_report,
+    stages_over_seeds,
     training_curves,
     training_totals,
 )
@@ -93,11 +92,6 @@ def test_the_course_over_the_questions_seen(found, cache):
     assert linear["learning_rate"].tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_recipes_that_go_on_from_the_same_weights_are_found(found):
-    assert same_base(found) == {"resets"}
-    assert same_base({"linear": found["linear"], "chain": found["chain"]}) == set()
-
-
 def test_the_notebooks_verdict_from_its_predictions(executed, trained):
     """By code of the test's own: which checkpoint is chosen, who is right where, difference, interval, words."""
     cells = nbformat.read(executed / "compare_recipes.ipynb", 4).cells
@@ -122,32 +116,25 @@ def test_the_notebooks_verdict_from_its_predictions(executed, trained):
     def lowest_loss(records: dict):
         return min(records, key=lambda it: (records[it]["metrics"]["val_loss_epoch"], records[it]["epoch"]))
 
-    rows = pd.DataFrame(saved["differences"]).set_index(["choice", "second"])
-    last = {"last epoch": lambda records: max(records, key=lambda it: records[it]["epoch"])}
-    for choice, choose in ({"chosen": lowest_loss} | last).items():
-        (chain, table), (linear, _) = (right(recipe, choose) for recipe in ("chain", "linear"))
-        mean, variance, freedom = recipes_by_hand(chain, linear, table["example_id"].tolist(), table["level"].tolist())
-        row, reach = rows.loc[choice, "linear"], t.ppf(0.975, freedom) * variance**0.5
-        assert len(table) == 60 and [row["difference"], row["freedom"]] == pytest.approx([mean, freedom])
-        assert [row["ci_low"], row["ci_high"]] == pytest.approx([mean - reach, mean + reach])
-        assert row["p"] == pytest.approx(2 * t.sf(abs(mean) / variance**0.5, freedom))
-    of_both = sorted(rows.loc["chosen", "p"].dropna())
-    holm = [min(1, of_both[0] * len(of_both)), max(min(1, of_both[0] * len(of_both)), of_both[-1])]
-    assert sorted(rows.loc["chosen", "p_holm"].dropna()) == pytest.approx(holm[: len(of_both)])
-    assert rows.loc["last epoch", "p_holm"].isna().all()
-    significant = rows.loc["chosen", "linear"]["p_holm"] < 0.05
-    assert saved["verdict"][1].startswith("linear − chain = ")
-    assert ("not significant" in saved["verdict"][1]) != significant
+    row = pd.DataFrame(saved["differences"]).set_index("second").loc["linear"]
+    (chain, table), (linear, _) = (right(recipe, lowest_loss) for recipe in ("chain", "linear"))
+    mean, variance, freedom = recipes_by_hand(chain, linear, table["example_id"].tolist(), table["level"].tolist())
+    reach = t.ppf(0.975, freedom) * variance**0.5
+    assert len(table) == 60 and [row["difference"], row["freedom"]] == pytest.approx([mean, freedom])
+    assert [row["ci_low"], row["ci_high"]] == pytest.approx([mean - reach, mean + reach])
+    assert row["p"] is None and "linear − chain = " in saved["verdict"][1]  # two seeds give no verdict
+    last, _ = right("linear", lambda records: max(records, key=lambda it: records[it]["epoch"]))
+    assert saved["accuracies"][2]["last_epoch"] == pytest.approx(last.mean())
 
 
 def test_one_seed_of_each_is_shown_and_refused_an_interval(executed, trained, cache):
     found = find_runs(f"{trained}/checkpoints/small", f"{trained}/runs/small", ["chain", "linear"], [1])
     data = RaceDataModule(cache, limit_questions=60)
-    correct, predictions = correct_answers(found, data, "test", executed, accelerator="cpu")
-    table = compare(found, correct, predictions)
-    assert table[["ci_low", "ci_high", "p", "p_holm"]].isna().all(axis=None) and len(table) == 3
-    assert accuracies(correct)["sd"].isna().all() and "One seed cannot say" in difference(table.iloc[0], 1.0)
-    recipes_verdict(table[:1])
+    chosen, last, predictions = correct_answers(found, data, "test", executed, accelerator="cpu")
+    table = against_baseline(chosen, predictions)
+    assert table[["ci_low", "ci_high", "p", "p_holm"]].isna().all(axis=None) and len(table) == 1
+    assert accuracies(chosen, last)["sd"].isna().all() and "One seed" in difference(table.iloc[0], 1.0)
+    recipes_verdict(table)
     courses_figure(*training_curves(found, data.cache)[:2])
 
 
@@ -155,9 +142,7 @@ def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path, c
     """Seed by seed, each against the first stage; the predictions are kept where each run's are."""
     runs = [Run("chain", run.seed, run.checkpoint_dir, f"{tmp_path}/seed{run.seed}") for run in found["chain"]]
     data = RaceDataModule(cache, limit_questions=60)
-    text = seeds_report(runs, data, "test", tmp_path / "over", accelerator="cpu")
-    assert text in capsys.readouterr().out and "e3 − e1 = " in text
-    saved = json.loads((tmp_path / "over" / "stages-test.json").read_text())
+    means, compared = stages_over_seeds(runs, data, "test", accelerator="cpu")
     tables = [
         {path.name[:2]: pd.read_parquet(path) for path in sorted(tmp_path.glob(f"seed{seed}/predictions/*.parquet"))}
         for seed in SEEDS
@@ -166,16 +151,16 @@ def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path, c
         stage: np.array([(its[stage]["answer"] == its[stage]["prediction"]).mean() for its in tables])
         for stage in ("e1", "e2", "e3")
     }
-    assert [row["each"] for row in saved["accuracies"]] == [pytest.approx(each.tolist()) for each in right.values()]
-    for row, stage in zip(saved["differences"], ("e2", "e3"), strict=True):
-        assert (row["first"], row["second"], row["same_base"]) == ("e1", stage, True)
-        assert row["difference"] == pytest.approx((right[stage] - right["e1"]).mean())
-    seeds_report(runs, data, "test", tmp_path / "over", accelerator="cpu")
-    assert capsys.readouterr().out.count("saved predictions are used") == 6
-    one = seeds_report(runs[:1], data, "test", tmp_path / "over", accelerator="cpu")
-    assert "interval" not in one and "One seed cannot say" in one
+    assert means["recipe"].tolist() == list(right) and compared["second"].tolist() == ["e2", "e3"]
+    np.testing.assert_allclose(means["each"].tolist(), [*right.values()])
+    expected = [(right[stage] - right["e1"]).mean() for stage in ("e2", "e3")]
+    np.testing.assert_allclose(compared["difference"], expected, atol=1e-12)
+    capsys.readouterr()
+    again, _ = stages_over_seeds(runs, data, "test", accelerator="cpu")
+    assert capsys.readouterr().out.count("saved predictions are used") == 6 and again.equals(means)
+    assert "e3 − e1 = " in over_seeds(means, compared)
     with pytest.raises(RaceError, match="two have the same checkpoint"):
-        seeds_report([runs[0], runs[0]], data, "test", tmp_path / "over")
+        stages_over_seeds([runs[0], runs[0]], data, "test")
 
 
 def test_all_that_cannot_be_compared_is_told_at_once(trained):

@@ -23,7 +23,6 @@ from race.score.statistics import (
     length_groups,
     letter_counts,
     letter_test,
-    longest_option_test,
     macro_accuracy,
     mcnemar,
     quoted_interval,
@@ -264,17 +263,6 @@ def test_a_model_that_always_says_a():
     assert letter_test(predictions) == pytest.approx((300, 3, chi2.sf(300, 3)))
     assert accuracy_by(predictions, predictions["answer"], LETTERS)["accuracy"].tolist() == [1, 0, 0, 0]
     assert calibration_error(predictions) == pytest.approx(0.75)  # wholly sure, right on a quarter
-
-
-def test_a_model_that_takes_the_longest_option():
-    longest = "ABCDABCDAB" * 10
-    predictions = made("ABCDAAAAAA" * 10, longest, longest_option=list(longest))
-    assert accuracy_by(predictions, ["all"] * 100)["accuracy"].tolist() == [0.6]  # A B C D A . . . A .
-    found = longest_option_test(predictions)
-    assert found == pytest.approx({"questions": 100, "ties": 0, "chosen": 1.0, "correct": 0.6, "p": 2 / 2**40})
-    fair = longest_option_test(made("ABBAC", "ABABC", longest_option=[*"AAAA", None]))  # the last has no longest one
-    assert fair == {"questions": 4, "ties": 1, "chosen": 0.5, "correct": 0.5, "p": 1.0}
-    assert np.isnan(longest_option_test(made("A", "A", longest_option=[None]))["p"])
 
 
 def test_a_model_that_guesses():
