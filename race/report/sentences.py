@@ -143,13 +143,8 @@ def letters(predictions: pd.DataFrame) -> str:
     if not freedom:
         return "Every answer is correct, so there is no preference for a letter to test."
     test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, degrees of freedom: {freedom}, {p_value(p)}"
-    return (
-        f"How often each letter is chosen and how often it is correct: the difference is {_significance(p)} ({test})."
-    )
-
-
-def _significance(p: float) -> str:
-    return "significant" if p < SIGNIFICANT else "not significant"
+    found = "significant" if p < SIGNIFICANT else "not significant"
+    return f"How often each letter is chosen and how often it is correct: the difference is {found} ({test})."
 
 
 def calibration(table: pd.DataFrame, temperature: float | None = None, change: tuple | None = None) -> str:

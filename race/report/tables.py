@@ -21,19 +21,13 @@ def _decimals(digits: int):
 
 
 FORMATS = dict.fromkeys(["difference", "95 % interval"], points)
-FORMATS |= dict.fromkeys(["epochs", "chosen_epoch", "freedom"], _decimals(0)) | {"log_loss": _decimals(4)}
-FORMATS |= {
-    "val_loss": _decimals(3),
-    "icc": _decimals(2),
-    "design_effect": _decimals(2),
-    "monitor": RULES.get,
-    "recipe": schedule,
-}
-FORMATS |= {"p": p_number, "p_holm": p_number, "learning_rate": rate}
+FORMATS |= dict.fromkeys(["epochs", "chosen_epoch"], _decimals(0)) | {"log_loss": _decimals(4)}
+FORMATS |= {"val_loss": _decimals(3), "icc": _decimals(2), "design_effect": _decimals(2), "monitor": RULES.get}
+FORMATS |= {"p": p_number, "p_holm": p_number, "learning_rate": rate, "schedule": schedule}
 FORMATS |= dict.fromkeys(["sd", "half_width"], lambda value: f"{100 * value:.2f} points")
 HEADINGS = {"passage": "95 % by passage", "ci": "95 % Wilson", "difference": "points", "p_holm": "Holm p"}
 HEADINGS |= {"icc": "intraclass correlation", "val_loss": "validation loss"}
-HEADINGS |= {"trained_on": "seen in training", "selected_on": "used for choosing", "other rule": "by the other rule"}
+HEADINGS |= {"trained_on": "seen in training", "selected_on": "used for choosing"}
 
 
 def styled(table: pd.DataFrame, columns: str | None = None, **headings: str):
@@ -66,9 +60,9 @@ def _plain(value) -> str:
 
 
 def score_style(table: pd.DataFrame):
-    """Accuracies for reading: results, groups, or coverage, with both intervals where they are known."""
-    columns = "grouping group stage checkpoint split level questions correct accuracy passage ci rest difference p"
-    return styled(table, f"{columns} p_holm passages icc design_effect trained_on selected_on not_known threshold")
+    """Accuracies for reading, with both intervals where they are known."""
+    columns = "stage checkpoint split level questions correct accuracy passage ci passages icc design_effect"
+    return styled(table, f"{columns} trained_on selected_on not_known")
 
 
 def calibration_style(table: pd.DataFrame):
@@ -96,16 +90,9 @@ def comparison_table(tables: list[pd.DataFrame], lineage: pd.DataFrame) -> pd.Da
 
 def comparison_style(table: pd.DataFrame):
     """The comparison for reading."""
-    shown = table.rename(columns={"accuracy_low": "ci_low", "accuracy_high": "ci_high"})
-    columns = "name base learning_rate recipe epochs chosen_epoch val_loss accuracy ci middle high"
-    return styled(
-        shown,
-        columns,
-        recipe="schedule",
-        epochs="epochs trained",
-        chosen_epoch="chosen epoch (from 0)",
-        ci="95 % to quote",
-    )
+    shown = table.rename(columns={"accuracy_low": "ci_low", "accuracy_high": "ci_high", "recipe": "schedule"})
+    columns = "name base learning_rate schedule epochs chosen_epoch val_loss accuracy ci middle high"
+    return styled(shown, columns, epochs="epochs trained", chosen_epoch="chosen epoch (from 0)", ci="95 % to quote")
 
 
 def pairs_style(pairs: pd.DataFrame):

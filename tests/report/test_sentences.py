@@ -86,17 +86,11 @@ def test_groups_are_named_only_where_they_differ_from_the_rest_of_their_level():
     assert "nothing to compare" in sentences.groups(group_accuracies(one))
 
 
-def test_letters_and_the_longest_option():
+def test_letters():
     text = sentences.letters(made("ABCD" * 100, "A" * 400))
     assert "is significant (" in text and "χ² = 300.0" in text and "freedom: 3, p < 0.001" in text
     assert "not significant" in sentences.letters(made("ABAB", "ACAC"))
     assert "Every answer is correct" in sentences.letters(made("AA", "AA"))
-    longest = "ABCDABCDAB" * 10
-    text = sentences.longest_option(made("ABCDAAAAAA" * 10, longest, longest_option=list(longest)))
-    assert "On the 100" in text and "100.0 % and correct on 60.0 %" in text and "is significant" in text
-    fair = sentences.longest_option(made("ABBAC", "ABABA", longest_option=[*"AAAA", None]))
-    assert "On the 4" in fair and "not significant" in fair
-    assert "No question" in sentences.longest_option(made("A", "A", longest_option=[None]))
 
 
 def test_calibration_and_a_temperature_that_helps_only_where_log_loss_does():
@@ -155,27 +149,36 @@ def test_scope_says_what_one_seed_cannot():
 
 def row(**changed) -> pd.Series:
     """Ten seeds of two recipes; not significant."""
-    values = {"first": "chain", "second": "cosine", "questions": 4934, "seeds_first": 10, "seeds_second": 10}
-    values |= {"difference": 0.004, "ci_low": -0.002, "ci_high": 0.01, "low_90": -0.001, "high_90": 0.009, "p": 0.2}
-    return pd.Series(values | {"p_holm": 0.4, "same_base": False} | changed)
+    values = {"first": "chain", "second": "cosine", "questions": 4934, "seeds": 10, "difference": 0.004}
+    values |= {"ci_low": -0.002, "ci_high": 0.01, "low_90": -0.001, "high_90": 0.009, "p": 0.2, "p_holm": 0.4}
+    return pd.Series(values | changed)
+
+
+UNTESTED = {"p": np.nan, "p_holm": np.nan}
 
 
 @pytest.mark.parametrize(
     ("changed", "margin", "said"),
     [
-        ({}, 0.5, "cosine − chain = +0.4 points (95 % interval −0.2 to +1.0"),
+        ({}, 0.5, "cosine − chain = +0.4 points (95 % interval −0.2 to +1.0, over 10 seeds and 4,934 questions"),
         ({}, 0.5, "Holm p = 0.40): not significant; a difference beyond 1.0 points is unlikely."),
-        ({}, 1.0, "cosine is as good as chain within 1 point (90 % interval)"),
         ({"p_holm": 0.03}, 0.5, "cosine is better than chain."),
         ({"p_holm": 0.03, "difference": -0.01}, 0.5, "cosine is worse than chain."),
-        ({"p_holm": 0.03}, 1.0, "; the difference is below 1 point (90 % interval)"),
-        ({"same_base": True}, 1.0, "compared seed by seed"),
-        ({"p": np.nan, "p_holm": np.nan}, 1.0, "; not tested: "),
-        ({"seeds_first": 1, "p": np.nan, "p_holm": np.nan}, 1.0, "One seed cannot say"),
+        ({}, 1.0, "; the difference is below 1 point (90 % interval)"),
+        (UNTESTED | {"seeds": 2}, 1.0, "too few seeds for a verdict"),
+        (UNTESTED | {"ci_low": np.nan}, 1.0, "; not tested: "),
+        (UNTESTED | {"seeds": 1, "ci_low": np.nan}, 1.0, "says nothing of another seed"),
     ],
 )
 def test_a_recipe_is_said_to_be_what_was_found_and_no_more(changed, margin, said):
     assert said in sentences.difference(row(**changed), margin)
+
+
+def test_stages_over_seeds():
+    means = pd.DataFrame({"recipe": ["e1", "e2"], "accuracy": [0.7, 0.72], "each": [[0.69, 0.71], [0.72]], "sd": 0.014})
+    first, second, third = sentences.over_seeds(means, row(first="e1", second="e2").to_frame().T).splitlines()
+    assert first == "e1: 70.0 % (69.0 %, 71.0 %; standard deviation 1.40 points)" and second == "e2: 72.0 % (72.0 %)"
+    assert third.startswith("e2 − e1 = +0.4 points")
 
 
 def test_verdict_on_recipes():

@@ -58,17 +58,17 @@ def test_cells_are_written_one_way():
     pairs = compare_pairs(dict(zip(("e1", "e2"), two(3000, 312, 288, 1334), strict=True)))
     html = tables.pairs_style(pairs).to_html()
     assert all(f">{it}<" in html for it in ("+0.5", "0.35", "1,334", "Holm p", "95 % interval"))
-    html = tables.pairs_style(pairs.assign(low_90=-0.01, high_90=0.02, p_holm=None, choice="last epoch")).to_html()
-    assert all(f">{it}<" in html for it in ("−1.0 to +2.0", "–", "last epoch"))
+    html = tables.pairs_style(pairs.assign(ci_low=-0.01, ci_high=0.02, p_holm=None)).to_html()
+    assert all(f">{it}<" in html for it in ("−1.0 to +2.0", "–"))
 
 
 def test_tables_of_recipes():
     had = pd.DataFrame({"recipe": ["chain"], "learning_rate": [[1e-2, 1e-3]], "monitor": "val_acc", "questions": 87866})
     html = tables.budgets_style(had.assign(learning_rates_tried=pd.array([None], "Int64"))).to_html()
     assert all(f">{it}<" in html for it in ("1e-2, 1e-3", "validation accuracy", "87,866", "–"))
-    accuracies = pd.DataFrame({"recipe": ["chain"], "chosen": 0.72, "sd": 0.004, "each": [[0.71, 0.73]]})
+    accuracies = pd.DataFrame({"recipe": ["chain"], "accuracy": 0.72, "sd": 0.004, "each": [[0.71, 0.73]]})
     html = tables.accuracies_style(accuracies).to_html()
-    assert all(f">{it}<" in html for it in ("72.0 %", "0.40 points", "71.0 %, 73.0 %"))
+    assert all(f">{it}<" in html for it in ("chain", "72.0 %", "0.40 points", "71.0 %, 73.0 %"))
     assert "nan" not in tables.planning_table(1.0, 60, 1).to_html().lower()
 
 
