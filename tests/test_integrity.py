@@ -91,7 +91,7 @@ def test_every_damaged_checkpoint_is_refused_by_name(trained, tmp_path, kind):
     for _ in range(200):
         path.write_bytes(damaged(content, rng))
         for read in (Checkpoint, RaceModule.load_from_checkpoint):
-            race.files._archive_problem.cache_clear()
+            race.files._check_archive.cache_clear()
             try:
                 read(path)
             except RaceError as error:
@@ -307,7 +307,7 @@ def alone_and_whole(out) -> bool:
 @pytest.mark.parametrize("death", ["", "replaces"])
 def test_two_processes_make_the_same_cache_at_once(corpus, tmp_path, death):
     makers = [maker(corpus, tmp_path / "out" / "cache", death=death) for _ in range(3)]
-    assert [process.wait(120) for process in makers] == [0, 0, 0] and alone_and_whole(tmp_path / "out" / "cache")
+    assert [process.wait(300) for process in makers] == [0, 0, 0] and alone_and_whole(tmp_path / "out" / "cache")
 
 
 def test_a_killed_maker_leaves_the_cache_before(corpus, out):
