@@ -227,9 +227,3 @@ def _check_archive(identity: tuple) -> None:
                 raise ValueError(bad)
     except zipfile.BadZipFile as error:
         raise ValueError(str(error)) from error
-
-
-def set_mode(path: str | Path, mode: int) -> None:
-    """chmod, where the file system has permissions of its own."""
-    with contextlib.suppress(OSError):
-        os.chmod(path, mode)

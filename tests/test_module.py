@@ -1,6 +1,5 @@
-"""RaceModule for those who know PyTorch: optimizer, clipping, half precision, compiled layers, checkpoints that travel."""
+"""RaceModule for those who know PyTorch: optimizer, clipping, half precision, compiled layers, checkpoints."""
 
-import os
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from helpers import ROOT
 from pytorch_lightning.plugins.precision import MixedPrecision
-from transformers import AlbertForMultipleChoice, BertForMultipleChoice
+from transformers import BertForMultipleChoice
 
 from race import RaceError
 from race.data import RaceDataModule, collate
@@ -186,17 +185,6 @@ def test_a_checkpoint_without_settings_takes_those_given(albert_config, items, t
         RaceModule.load_from_checkpoint(tmp_path / "x.ckpt")
 
 
-def test_a_checkpoint_that_brings_code_is_refused(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/owned",)
-
-    torch.save({"state_dict": {}, "hyper_parameters": {"config": Payload()}}, tmp_path / "bad.ckpt")
-    with pytest.raises(RaceError, match="holds more than weights and plain values"):
-        RaceModule.load_from_checkpoint(tmp_path / "bad.ckpt")
-    assert not (tmp_path / "owned").exists()
-
-
 def test_a_base_that_is_none_is_refused(tmp_path, bert_config, albert_config, items):
     albert_config.save_pretrained(tmp_path)
     with pytest.raises(RaceError, match="has no weights"):
@@ -204,10 +192,6 @@ def test_a_base_that_is_none_is_refused(tmp_path, bert_config, albert_config, it
     BertForMultipleChoice(bert_config).save_pretrained(tmp_path)
     albert_config.save_pretrained(tmp_path)
     with pytest.raises(RaceError, match="lacks .* weights of AlbertForMultipleChoice"):
-        RaceModule(model=tmp_path)
-    AlbertForMultipleChoice(albert_config).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:500])
-    with pytest.raises(RaceError, match=f"{tmp_path}: cannot be loaded safely"):
         RaceModule(model=tmp_path)
     with pytest.raises(RaceError, match="either model= .* or config="):
         RaceModule()

@@ -113,6 +113,7 @@ def _int32(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.int32))
 
 
+@dataclasses.dataclass(eq=False)
 class ShuffledBatches(Sampler[list[int]]):
     """Batches of question indices, in an order that depends on (seed, epoch) only, from batch number `first` on.
 
@@ -120,28 +121,14 @@ class ShuffledBatches(Sampler[list[int]]):
     whatever their number. sizes: [N] tokens of each question; the longest ones of a batch then come first.
     """
 
-    def __init__(
-        self,
-        questions: int,
-        batch_size: int,
-        seed: int,
-        epoch: int = 0,
-        first: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        sizes: np.ndarray | None = None,
-    ):
-        self.questions, self.batch_size, self.seed, self.sizes = questions, batch_size, seed, sizes
-        self.epoch, self.first, self.rank, self.world = epoch, first, rank, world
-
-    @property
-    def sampler(self) -> "ShuffledBatches":  # where Lightning looks for set_epoch
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each epoch."""
-        if epoch != self.epoch:
-            self.epoch, self.first = epoch, 0
+    questions: int
+    batch_size: int
+    seed: int
+    epoch: int = 0
+    first: int = 0
+    rank: int = 0
+    world: int = 1
+    sizes: np.ndarray | None = None
 
     def order(self) -> np.ndarray:
         """[N] the questions in this epoch's order."""

@@ -72,15 +72,12 @@ class Cache:
         return batches[0], batches[1]
 
     def check_files(self, names: str = "") -> None:
-        """Compare the files whose names begin with `names` with the manifest; RaceError names all that differ.
-
-        A file is read once a process, and again only if it has been written since.
-        """
+        """Raise RaceError with all that is wrong with the files whose names begin with `names`."""
         if problems := self.problems(names):
             raise RaceError("\n".join([*problems, f"{AGAIN}, or fetch a good copy"]))
 
     def problems(self, names: str = "") -> list[str]:
-        """What is wrong with these files, a line each."""
+        """Where files differ from the manifest; one is read once a process, and again if it has been written since."""
         files = [(name, expected) for name, expected in self.manifest["files"].items() if name.startswith(names)]
         bar = tqdm(files, desc="verifying", unit=" files", delay=2, leave=False)
         return [found for name, expected in bar if (found := _file_problem(self.folder / name, expected))]

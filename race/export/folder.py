@@ -1,5 +1,6 @@
 """A checkpoint as a folder that transformers loads by itself: weights, tokenizer, configuration, model card."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,7 +16,7 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer
 from race import LETTERS, OPTIONS, RACE_QUESTIONS, RaceError
 from race.data import Cache, RaceDataset, collate, open_cache
 from race.encoder import attention_dropout, longest_input, pads_left, takes_segments
-from race.files import file_identity, known_hash, move_into_place, set_mode, temporary_folder
+from race.files import file_identity, known_hash, move_into_place, temporary_folder
 from race.report.formats import interval, percent, rate, schedule
 from race.report.sentences import seen
 from race.score.statistics import quoted_interval
@@ -165,7 +166,8 @@ def _write_model(module: RaceModule, cache: Cache, folder: Path) -> None:
     settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     for path in folder.iterdir():
-        set_mode(path, 0o644)  # safetensors writes files that others cannot read
+        with contextlib.suppress(OSError):  # a file system without permissions
+            path.chmod(0o644)  # safetensors writes files that others cannot read
 
 
 def _logits(folder: Path, items: list[dict]) -> torch.Tensor:

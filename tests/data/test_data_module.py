@@ -85,9 +85,7 @@ def test_max_len_cuts_the_article_first(cache, max_len):
 
 def test_order_is_a_function_of_seed_and_epoch():
     def batches(seed: int, epoch: int) -> list[list[int]]:
-        sampler = ShuffledBatches(70, 32, seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
+        return list(ShuffledBatches(70, 32, seed, epoch))
 
     first = batches(0, 0)
     assert first == batches(0, 0) != batches(0, 1)
@@ -100,7 +98,7 @@ def test_order_is_a_function_of_seed_and_epoch():
 def test_every_question_once_an_epoch(cache, workers):
     data = RaceDataModule(cache, batch_size=8, num_workers=workers)
     loader = data.train_dataloader()
-    loader.batch_sampler.set_epoch(3)
+    loader.batch_sampler.epoch = 3
     expected = [data.train_dataset[i]["label"] for i in loader.batch_sampler.order()]
     batches = list(loader)
     assert torch.cat([batch.labels for batch in batches]).tolist() == expected
