@@ -22,7 +22,6 @@ from race.data.cache import build_cache
 from race.data.module import RaceDataset
 from race.score import predictions as scoring
 from race.score.predictions import (
-    PASSAGE_COLUMNS,
     RESULT_COLUMNS,
     Predictions,
     accuracy_table,
@@ -73,7 +72,8 @@ def changed(checkpoint: Checkpoint, path: Path, factor: float = 2.0) -> Checkpoi
 
 def test_accuracy_by_level():
     table = accuracy_table(made("ABCDAB", "ABCAAC", levels=["middle"] * 4 + ["high"] * 2), "e1", "b.ckpt", "test")
-    assert list(table.columns) == [*RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS, "not_known"]
+    of_passages = ["passages", "icc", "design_effect", "passage_low", "passage_high"]
+    assert list(table.columns) == [*RESULT_COLUMNS, *of_passages, *SEEN_COLUMNS, "not_known"]
     assert table[["level", "questions", "correct"]].to_numpy().tolist() == [
         ["all", 6, 4],
         ["middle", 4, 3],
