@@ -10,11 +10,6 @@ from race import LETTERS
 from race.score.calibration import calibration_error
 from race.score.predictions import accuracy_table
 from race.score.statistics import (
-<<<<<<< HEAD
-    accuracy_by,
-=======
-    PROBABILITIES,
->>>>>>> w-p3
     by_passage,
     confusion,
     group_accuracies,
