@@ -68,9 +68,9 @@ def _checked(split: str, records: list, answers: bool, problems: list[str], line
         for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
             if i in bad:
                 continue
-            here, label = _place(place, record, i), LABELS.get(answer, -1)
+            here, label, known = _place(place, record, i), LABELS.get(answer, -1), len(firsts)
             first, first_label = firsts.setdefault((record["article"], question, *options), (here, label))
-            if here == first:
+            if len(firsts) > known:
                 kept.append((question, options, label, start + i))
             elif label == first_label or -1 in (label, first_label):
                 repeats += 1

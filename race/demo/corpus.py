@@ -11,23 +11,16 @@ from pathlib import Path
 
 from race import LETTERS
 
-TEXTS = json.loads(Path(__file__).with_name("stories.json").read_text(encoding="utf-8"))
+SOURCE = Path(__file__).with_name("stories.json").read_text(encoding="utf-8")
+TEXTS = json.loads(SOURCE)
 FACTS, STORIES, DEEDS, FRIENDS = (TEXTS[name] for name in ("facts", "stories", "deeds", "friends"))
 VALUES = {"name": TEXTS["girls"] + TEXTS["boys"]} | TEXTS["values"]
 
 
 def words() -> list[str]:
     """Every lower-case word that a corpus of any seed can contain, sorted."""
-
-    def strings(node):
-        if isinstance(node, str):
-            yield node
-        else:
-            for child in node.values() if isinstance(node, dict) else node:
-                yield from strings(child)
-
-    tables = [VALUES, FACTS, STORIES, DEEDS, FRIENDS, TEXTS["titles"], "she he and the"]
-    text = " ".join(strings(tables))
+    values = json.loads(SOURCE, object_pairs_hook=lambda pairs: [value for _, value in pairs])  # without the keys
+    text = json.dumps(values) + "she he and the"
     return sorted(set(re.findall(r"[a-z]+", re.sub(r"{\w+}", " ", text).lower())))
 
 

@@ -15,8 +15,7 @@ from IPython.display import HTML
 
 from race import LETTERS, LEVELS, RaceError
 from race.report.formats import percent
-from race.score.calibration import confidence
-from race.score.statistics import KINDS, PROBABILITIES, is_correct
+from race.score.statistics import KINDS, PROBABILITIES, confidence, is_correct
 
 CONFIDENCES = {"under 50 %": 0.5, "50 to 90 %": 0.9, "90 % and more": np.inf}  # below what
 CSS, SCRIPT = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))

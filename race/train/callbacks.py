@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import TQDMProgressBar
 
 from race import CHANCE, MONITORS
 from race.train.checkpoints import Checkpoint
@@ -78,11 +77,8 @@ class StageReport(pl.Callback):
     """The speed in the log, a line after each epoch, and after the first minute how long the stage will take."""
 
     def __init__(self, device: str, after_seconds: float = 60.0):
-        self.device, self.after_seconds, self.estimated = (
-            device,
-            after_seconds,
-            False,
-        )  # device: how it computes, in words
+        self.device, self.after_seconds = device, after_seconds  # device: how it computes, in words
+        self.estimated = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Say what is in force; start the clock; log short epochs more often, so that a trial run has curves too."""
@@ -113,11 +109,3 @@ class StageReport(pl.Callback):
         loss, accuracy = (trainer.callback_metrics[name] for name in MONITORS)
         epoch = f"epoch {trainer.current_epoch}: validation loss {loss:.4f}, accuracy {100 * accuracy:.1f} %"
         trainer.progress_bar_callback.print(epoch)
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's, without the number of the log."""
-
-    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict:
-        """What stands at the end of the bar."""
-        return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}

@@ -89,7 +89,7 @@ def test_nothing_is_written_for_a_bad_source(tmp_path, capsys):
     (tmp_path / "train" / "a.json").write_text("{")
     out = tmp_path / "made" / "cache"
     assert generate_race_cache.main(["--source", str(tmp_path), "--model", "demo", "--out", str(out)]) == 1
-    assert "train/a.json: not JSON" in capsys.readouterr().err
+    assert "train/a.json: cannot be read" in capsys.readouterr().err
     assert not out.parent.exists()
 
 

@@ -42,7 +42,6 @@ def without(row: dict, *columns: str) -> dict:
 
 
 def table(*rows: dict, mark: str = ",") -> bytes:
-    """Rows as CSV; a list as its Python text."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], delimiter=mark)
     writer.writeheader()
@@ -56,7 +55,6 @@ def parquet(path: Path, *rows: dict) -> None:
 
 
 def packed(folder: Path, form: str) -> Path:
-    """An archive of what a folder holds, as `tar c .` and `zip -r` make it."""
     path = folder.with_name(f"{folder.name}.{form}")
     if form == "zip":
         return Path(shutil.make_archive(str(folder), "zip", folder))
@@ -72,7 +70,6 @@ def refusal(source, *arguments) -> str:
 
 
 def found(source, split: str = "train", **settings) -> list[tuple]:
-    """(id, level, labels) of every passage."""
     return [(p.example_id, p.level, p.labels) for p in read_source(str(source), **settings)[0][split]]
 
 
@@ -118,6 +115,9 @@ def test_a_zip_of_windows_and_links_in_a_tar(tmp_path):
     write(tmp_path, "race/dev/1.json", RECORD)
     os.link(tmp_path / "race" / "dev" / "1.json", tmp_path / "race" / "dev" / "2.json")
     assert "2 question(s) occur again" in read_source(str(packed(tmp_path / "race", "tar")))[1][0]
+    with tarfile.open(tmp_path / "race.tar", "a") as archive:  # the same members once more
+        archive.add(tmp_path / "race" / "dev", "./dev")
+    assert "6 question(s) occur again" in read_source(str(tmp_path / "race.tar"))[1][0]
     (tmp_path / "race" / "dev" / "3.json").symlink_to("../../../etc/passwd.json")
     assert "passwd" in refusal(packed(tmp_path / "race", "tar"))
 

@@ -133,7 +133,7 @@ def test_one_seed_of_each_is_shown_and_refused_an_interval(executed, trained, ca
     chosen, last, predictions = correct_answers(found, data, "test", executed, accelerator="cpu")
     table = against_baseline(chosen, predictions)
     assert table[["ci_low", "ci_high", "p", "p_holm"]].isna().all(axis=None) and len(table) == 1
-    assert accuracies(chosen, last)["sd"].isna().all() and "One seed" in difference(table.iloc[0], 1.0)
+    assert accuracies(chosen, last)["sd"].isna().all() and "nothing of another seed" in difference(table.iloc[0], 1.0)
     recipes_verdict(table)
     courses_figure(*training_curves(found, data.cache)[:2])
 
