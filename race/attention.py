@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
