@@ -6,7 +6,6 @@ padded to its longest sequence. Of ALBERT, BERT and its like the last layer comp
 """
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +41,8 @@ def load_model(model: str | Path | None, config: PretrainedConfig | dict | None,
 
 def _own_settings(config: PretrainedConfig, dropout: float | None) -> dict:
     """What this repository sets in a configuration; raises RaceError if attention has no dropout to set."""
-    settings = {}
-    if config.model_type == "big_bird":  # block-sparse attention depends on the length of other questions
-        settings["attention_type"] = "original_full"
+    # BigBird's block-sparse attention depends on the length of other questions
+    settings = {"attention_type": "original_full"} if config.model_type == "big_bird" else {}
     if dropout is None:
         return settings
     for name in ATTENTION_DROPOUT:
@@ -85,7 +83,7 @@ def _prepared(model: nn.Module) -> nn.Module:
     model.set_attn_implementation("packed")
     if model.config._attn_implementation != "packed":
         raise RaceError("this transformers cannot run packed sequences; install requirements.txt")
-    model.base_model.run_layer = run_layer  # compile_layers puts another one here
+    model.run_layer = LayerRunner()
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -119,7 +117,7 @@ def encode(model: nn.Module, batch) -> torch.Tensor:
         hidden = _embedded(encoder, inputs)  # [1, T, hidden]
         *layers, last = layers_of(encoder)
         for layer in layers:
-            hidden = encoder.run_layer(layer, hidden, batch)
+            hidden = model.run_layer(layer, hidden, batch)
         return run_layer(last, hidden, batch, only_cls=True)[0]
     if hasattr(config, "layer_types"):  # ModernBERT makes masks of T × T, unless they are given
         inputs["attention_mask"] = dict.fromkeys(config.layer_types)
@@ -153,7 +151,9 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, batch, only_cls: bool = Fa
     albert = not hasattr(layer.attention, "self")
     attention = layer.attention if albert else layer.attention.self
     dropout = attention.attention_dropout if albert else attention.dropout
-    states = as_autocast(hidden)
+    kind = hidden.device.type
+    half = torch.is_autocast_enabled(kind) and hidden.dtype == torch.float32  # one cast for query, key and value
+    states = hidden.to(torch.get_autocast_dtype(kind)) if half else hidden
     rows, queries = (hidden.index_select(1, batch.cu_seqlens[:-1]),) * 2 if only_cls else (hidden, states)
     query, key, value = (
         project(it).unflatten(2, (-1, attention.attention_head_size)).transpose(1, 2)
@@ -166,6 +166,12 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, batch, only_cls: bool = Fa
         context = attention.LayerNorm(rows + attention.output_dropout(attention.dense(context)))
         return layer.full_layer_layer_norm(layer.ff_chunk(context) + context)
     return layer.feed_forward_chunk(layer.attention.output(context, rows))
+
+
+class LayerRunner(nn.Module):
+    """run_layer as a part of the model, which torch.compile takes as it takes the layers of other families."""
+
+    forward = staticmethod(run_layer)
 
 
 def padded_inputs(model: nn.Module, batch) -> dict[str, torch.Tensor]:
@@ -197,13 +203,6 @@ def at_least_float32(states: torch.Tensor) -> torch.Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def as_autocast(states: torch.Tensor) -> torch.Tensor:
-    """Under autocast, in half precision: for query, key and value at once, where autocast would cast for each."""
-    kind = states.device.type
-    half = torch.is_autocast_enabled(kind) and states.dtype == torch.float32
-    return states.to(torch.get_autocast_dtype(kind)) if half else states
-
-
 def run_in_full_precision(part: nn.Module) -> None:
     """Run a part of a padded model's head in float32 from now on, whatever autocast says."""
     entered: list[torch.autocast] = []
@@ -233,12 +232,9 @@ def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """torch.compile of each layer; lengths are dynamic, and attention stays outside, so that few graphs serve all."""
     AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
-    if model.config.model_type in LAST_AT_CLS:
-        model.base_model.run_layer = torch.compile(run_layer, dynamic=True, backend=backend)
-        return
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):  # as each layer of these families is
-            layer.compile(dynamic=True, backend=backend)
+    for part in model.modules():
+        if isinstance(part, LayerRunner | GradientCheckpointingLayer):  # the latter is each layer of other families
+            part.compile(dynamic=True, backend=backend)
 
 
 BERTS = ("bert", "camembert", "data2vec-text", "ernie", "roberta", "xlm-roberta")
@@ -277,12 +273,8 @@ def longest_input(model) -> int | None:
 
 def takes_segments(model) -> bool:
     """Whether a model tells segments apart: token_type_ids are among its inputs, and of more than one kind."""
-    return getattr(model.config, "type_vocab_size", 2) > 1 and "token_type_ids" in _inputs(type(model.base_model))
-
-
-@functools.cache
-def _inputs(encoder: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(encoder.forward).parameters)
+    inputs = inspect.signature(type(model.base_model).forward).parameters
+    return getattr(model.config, "type_vocab_size", 2) > 1 and "token_type_ids" in inputs
 
 
 def pads_left(model) -> bool:

@@ -7,7 +7,6 @@ from torch.cuda import max_memory_allocated, memory_reserved
 
 from race import MAX_LEN, OPTIONS, RaceError
 
-ATTENTION_MAPS = 6  # [tokens, tokens] of each head that padded families keep: scores, softmax, dropout, positions
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
 
 
@@ -73,7 +72,7 @@ def token_budget_for(config, parameters: int, free: int, half: bool, padded: boo
     layer, width = (22 * hidden + 4 * intermediate, 2) if half else (36 * hidden + 8 * intermediate, 4)
     if getattr(config, "rope_parameters", None):  # ModernBERT: rotated queries and keys, and a gated feed-forward
         layer += width * (3 * hidden + 2 * intermediate)
-    if padded:
-        layer += width * ATTENTION_MAPS * config.num_attention_heads * MAX_LEN
+    if padded:  # six maps of [tokens, tokens] of each head: scores, softmax, dropout, positions
+        layer += width * 6 * config.num_attention_heads * MAX_LEN
     fixed = 20 * parameters + (1 << 29)  # weights, gradients, two moments, casts or buckets; context and workspace
     return int(max(OPTIONS * MAX_LEN, (0.9 * free - fixed) / (layer * (layers + 1) + 32 * hidden)))
