@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, padded
 
-from bench import carried, common, evaluate, families, gpu_day, memory, part, tables, train_step
+from bench import carried, common, evaluate, families, gpu_day, memory, tables, train_step
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_the_chain_goes_on_where_it_stopped(results, folder, capsys):
 
 
 @pytest.mark.parametrize("part, missing", [("parity", ["pyarrow"]), ("speed", [])])
-def test_rehearsal_of_what_is_carried(folder, tmp_path, part, missing):
+def test_rehearsal_of_what_is_carried(folder, tmp_path, missing):
     """The program's files in a folder of their own, on a machine that has few packages: parity lacks pyarrow, too."""
     for name in ("bench", "race", "race_module.py", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -194,7 +194,7 @@ def test_rehearsal_of_what_is_carried(folder, tmp_path, part, missing):
     for name in ("train_step-tiny", "evaluate-tiny"):  # done before: tested above
         (tmp_path / "results" / f"{name}.json").write_text('{"kept": true}')
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "RACE_BENCH_RESULTS": "results"}
-    command = [tmp_path / "bench" / "gpu_day.sh", part, *SMALL, "--carried", folder]
+    command = [tmp_path / "bench" / "gpu_day.sh", *SMALL, "--carried", folder]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert len(list((tmp_path / "results").iterdir())) == 4

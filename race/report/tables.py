@@ -120,7 +120,7 @@ def published_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def planning_table(difference: float, questions: int, contrasts: int):
     """What several numbers of seeds see of a true difference (in points)."""
-    table = pd.DataFrame([power(difference / 100, seeds, questions, contrasts) for seeds in (2, 3, 5, 10, 20, 40)])
+    table = pd.DataFrame([power(difference / 100, seeds, questions, contrasts) for seeds in (3, 5, 10, 20, 40)])
     return styled(table, half_width="95 % interval, ±", power="found", power_holm="found, after Holm")
 
 
