@@ -79,21 +79,11 @@ def ensemble(predictions: list[pd.DataFrame]) -> pd.DataFrame:
     """
     check_same_questions(predictions)
     mean = np.mean([table[PROBABILITIES].to_numpy(float) for table in predictions], axis=0)
-    combined = predictions[0].assign(prediction=most_probable(mean))
+    combined = predictions[0].assign(prediction=np.take(LETTERS, mean.argmax(1)))
     combined[PROBABILITIES] = mean
     for column in SEEN_COLUMNS.values():
         combined[column] = functools.reduce(operator.or_, [table[column] for table in predictions])
     return combined
-
-
-def most_probable(probabilities: np.ndarray) -> np.ndarray:
-    """[N] the letter of the highest of [N, 4] probabilities; among equal ones (to 1e-12) a fixed draw decides.
-
-    For ensembles, whose means tie; the first of equals would favour A.
-    """
-    highest = probabilities >= probabilities.max(1, keepdims=True) - 1e-12
-    drawn = np.random.default_rng(0).random(probabilities.shape)
-    return np.take(LETTERS, np.where(highest, drawn, -1).argmax(1))
 
 
 def check_same_questions(predictions: list[pd.DataFrame]) -> None:

@@ -201,13 +201,6 @@ def confusion(predictions: pd.DataFrame) -> np.ndarray:
     return confusion_matrix(predictions["answer"], predictions["prediction"], labels=LETTERS)
 
 
-def letter_counts(predictions: pd.DataFrame) -> pd.DataFrame:
-    """How often each letter is the correct one, and how often it is chosen: counts and fractions of all questions."""
-    counts = confusion(predictions)
-    table = pd.DataFrame({"letter": LETTERS, "right": counts.sum(1), "chosen": counts.sum(0)})
-    return table.assign(**{f"{name}_share": table[name] / counts.sum() for name in ("right", "chosen")})
-
-
 def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     """Are letters chosen as often as they are correct? Stuart and Maxwell's χ², its degrees of freedom, and p.
 

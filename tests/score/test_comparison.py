@@ -18,7 +18,6 @@ from race.score.comparison import (
     compare_pairs,
     ensemble,
     leads,
-    most_probable,
     paired_comparison,
     power,
     seeds_needed,
@@ -115,13 +114,6 @@ def test_many_pairs_are_shown_for_the_best_only():
     many = {str(number): weak for number in range(9)} | {"best": strong}
     shown = shown_pairs(many, compare_pairs(many))
     assert len(shown) == 9 and set(shown["second"]) == {"best"}
-
-
-def test_equal_probabilities_favour_no_letter():
-    drawn = pd.Series(most_probable(np.full((4000, 4), 0.25))).value_counts()
-    assert drawn.min() > 900 and drawn.max() < 1100
-    close = most_probable(np.array([[0.1 + 0.2, 0.3, 0.2, 0.2]] * 400))  # 0.30000000000000004
-    assert set(close) == {"A", "B"} and most_probable(np.array([[0.1, 0.2, 0.4, 0.3]])).tolist() == ["C"]
 
 
 # -------------------------------------------------------------------------------------------------- recipes
