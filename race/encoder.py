@@ -1,8 +1,8 @@
 """The encoder behind RaceModule: loaded from Hugging Face, run packed or padded.
 
 Hugging Face's own modules compute everything here. Families whose layers hand a keyword down to the attention run
-packed, with attention that stays inside each sequence (race.attention); others as Hugging Face wrote them, on a batch
-padded to its longest sequence. Of ALBERT, BERT and its like the last layer computes [CLS] only: nothing else is read.
+packed (race.attention); others as Hugging Face wrote them, on a batch padded to its longest sequence. Of ALBERT, BERT
+and its like the last layer computes [CLS] only: nothing else is read.
 """
 
 import copy
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
 from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -176,21 +177,12 @@ class LayerRunner(nn.Module):
 
 def padded_inputs(model: nn.Module, batch) -> dict[str, torch.Tensor]:
     """PackedBatch of B questions → input_ids, attention_mask, perhaps token_type_ids: each [B, 4, longest] int64."""
-    longest, lengths = batch.max_seqlen, batch.cu_seqlens.diff()
-    first = torch.arange(len(lengths), device=lengths.device) * longest
-    if pads_left(model):
-        first = first + longest - lengths
-    place = first.repeat_interleave(lengths, output_size=len(batch.input_ids)) + batch.position_ids
-
-    def grid(values: torch.Tensor, padding: int) -> torch.Tensor:
-        empty = values.new_full((len(lengths) * longest,), padding, dtype=torch.int64)
-        return empty.index_copy(0, place, values.long()).view(-1, OPTIONS, longest)
-
-    inputs = {"input_ids": grid(batch.input_ids, model.config.pad_token_id or 0)}
-    inputs["attention_mask"] = grid(torch.ones_like(batch.input_ids), 0)
-    if takes_segments(model):
-        inputs["token_type_ids"] = grid(batch.token_type_ids, 0)
-    return inputs
+    columns = torch.stack([batch.input_ids, torch.ones_like(batch.input_ids), batch.token_type_ids], 1).long()
+    side = "left" if pads_left(model) else "right"
+    rows = pad_sequence(columns.split(batch.lengths), batch_first=True, padding_side=side)
+    ids, mask, segments = rows.view(-1, OPTIONS, *rows.shape[1:]).unbind(-1)
+    inputs = {"input_ids": ids.masked_fill(mask == 0, model.config.pad_token_id or 0), "attention_mask": mask}
+    return inputs | ({"token_type_ids": segments} if takes_segments(model) else {})
 
 
 def full_precision(states: torch.Tensor) -> torch.autocast:

@@ -121,7 +121,7 @@ def write_corpus(folder, seed: int = 0, train: int = 1600, dev: int = 160, test:
             for i in range(1, passages + 1):
                 article, rows = write(rng)
                 rows = [row for number, row in enumerate(rows) if row not in rows[:number]]  # the same draw twice
-                texts, options, answers = (list(column) for column in zip(*rows, strict=True))
+                texts, options, answers = zip(*rows, strict=True)
                 passage = {"answers": answers, "options": options, "questions": texts, "article": article}
                 passage["id"] = f"{level}{i}.txt"
                 (path / f"{i}.txt").write_bytes(json.dumps(passage).encode())
