@@ -56,8 +56,8 @@ def _card(predictions: pd.DataFrame, dataset, row: int) -> str:
     """One question as <details>; every text of the data is escaped."""
     answer, text = predictions.iloc[row], dataset.text(row)
     if (answer["example_id"], answer["question_index"]) != (text["example_id"], text["question_index"]):
-        wanted = "open it with the split, LIMIT_QUESTIONS and SEED of the predictions"
-        raise RaceError(f"row {row} is {answer['example_id']}, but the dataset has {text['example_id']} there: {wanted}")
+        question = f"row {row} of the predictions, {answer['example_id']}, is {text['example_id']} in the dataset"
+        raise RaceError(f"{question}: open it with their split, LIMIT_QUESTIONS and SEED")
     sure, is_good = answer[PROBABILITIES].max(), answer["answer"] == answer["prediction"]
     data = {"answer": "correct" if is_good else "wrong", "level": answer["level"], "kind": answer["kind"]}
     data |= {"confidence": next(name for name, end in CONFIDENCES.items() if sure < end)}

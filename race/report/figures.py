@@ -192,7 +192,7 @@ def training_curves(
     accuracy.set_ylim(-0.03, 1.03)
     if len(validated):
         for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
-            _validation(axes, validated.set_index("step")[name], _chosen(validated, monitor)["step"], ORANGE)
+            _validation(axes, validated, _chosen(validated, monitor), ["step", name], ORANGE)
         _best(loss, accuracy, validated.assign(stage=stage))
     if norm:
         _gradient_norm(*norm, log.dropna(subset="gradient_norm"), max_grad_norm)
@@ -217,20 +217,21 @@ def _chance(loss, accuracy) -> None:
 
 def _chosen(validated: pd.DataFrame, monitor: str) -> pd.Series:
     """The row of the epoch that a rule of selection (one of MONITORS) picks."""
-    return validated.loc[validated["val_acc"].idxmax() if monitor == "val_acc" else validated["val_loss_epoch"].idxmin()]
+    chosen = validated[monitor].agg("idxmax" if monitor == "val_acc" else "idxmin")
+    return validated.loc[chosen]
 
 
-def _validation(axes, values: pd.Series, chosen: float, color: str) -> None:
-    """Values after each epoch, by steps or questions, with a ring around the chosen one."""
-    axes.plot(values, "o-", color=color, markersize=5)
-    axes.plot(chosen, values[chosen], "o", markersize=11, markerfacecolor="none", color=color, clip_on=False)
+def _validation(axes, validated: pd.DataFrame, chosen: pd.Series, columns: list[str], color: str) -> None:
+    """A number after each epoch (columns: steps or questions, and its name), with a ring around the chosen epoch."""
+    axes.plot(*(validated[name] for name in columns), "o-", color=color, markersize=5)
+    axes.plot(*chosen[columns], "o", markersize=11, markerfacecolor="none", color=color, clip_on=False)
 
 
 def _best(loss, accuracy, validated: pd.DataFrame) -> None:
     """The lowest loss and the highest accuracy of all epochs, as titles."""
     for axes, name, form in ((loss, "val_loss_epoch", "{:.3f}".format), (accuracy, "val_acc", percent)):
         best = _chosen(validated, name)
-        text = f"{best['stage']}, epoch {best['epoch']:.0f}: {RULES[name]}, {form(best[name])}"
+        text = f"{RULES[name].capitalize()}: {form(best[name])} ({best['stage']}, epoch {best['epoch']:.0f})"
         axes.set_title(wrapped(text, 6, 10))
 
 
@@ -260,7 +261,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
         end, first, best = part["questions"].max(), part.iloc[0], _chosen(part, part["monitor"].iloc[0])
         spans.barh(place, end - start, 0.5, start, color=GREY)
         for axes, name, color in ((loss, "val_loss_epoch", ORANGE), (accuracy, "val_acc", BLUE)):
-            _validation(axes, part.set_index("questions")[name], best["questions"], color)
+            _validation(axes, part, best, ["questions", name], color)
             axes.axvline(end, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
             if before is not None:  # the weights from which the next stage starts
                 ends = [before["questions"], first["questions"]], [before[name], first[name]]
@@ -283,7 +284,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
 
 @plt.style.context(STYLE)
 def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
-    """Validation loss, accuracy and learning rate of each recipe over the questions trained on (runs.training_curves)."""
+    """Validation loss, accuracy and learning rate of each recipe over the questions (runs.training_curves)."""
     figure, loss, accuracy, schedule = panels(2.2, 2.2, 1.2)
     keys, seeds = [], max(1, validated["seed"].nunique())
     for number, (recipe, part) in enumerate(validated.groupby("recipe", sort=False)):

@@ -119,8 +119,6 @@ def groups(table: pd.DataFrame) -> str:
 def letters(predictions: pd.DataFrame) -> str:
     """Position bias: whether letters are chosen as often as they are correct."""
     statistic, freedom, p = statistics.letter_test(predictions)
-    if not freedom:
-        return "Every answer is correct, so there is no preference for a letter to test."
     test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, degrees of freedom: {freedom}, {p_value(p)}"
     found = "significant" if p < SIGNIFICANT else "not significant"
     return f"How often each letter is chosen and how often it is correct: the difference is {found} ({test})."
@@ -166,8 +164,6 @@ def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
 def paired(row: pd.Series) -> str:
     """One row of compare_pairs: who is correct where, the difference, and whether it is significant."""
     first, second, found = row["first"], row["second"], finding(row)
-    if row["gained"] == row["lost"] == 0:
-        return f"{second} and {first} are correct on the same questions: there is no difference to test."
     told = f"{points(row['difference'])} points"
     if found == "not tested":
         told += "; not tested: most of these questions trained one of the two"
