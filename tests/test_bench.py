@@ -139,6 +139,11 @@ def test_memory_runs_each_case_once(results, monkeypatch):
     assert f"| ALBERT base, 32-true | out / 3 / 3; 6.0, 7.0 | {tables.YET} |" in tables.memory()
 
 
+# -------------------------------------------------------------------------------------------------- a day with a GPU
+
+SMALL = ["--device", "cpu", "--small"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What `prepare` makes, from the demo's corpus and model."""
