@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from race import MAX_QA_LEN, RaceError
 
 
@@ -26,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # of the tokenizers
         given = {name: value for name, value in vars(options).items() if name not in ("verify", "workers")}
         manifest = build_cache(**given)
-    except (RaceError, OSError) as error:
+    except (RaceError, OSError, SafetensorError) as error:  # the last: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(summary(manifest, options.out))
