@@ -71,8 +71,8 @@ def summary(manifest: dict, out: str | Path) -> str:
         )
     lines.append(f"  articles in more than one split: {manifest['articles_in_more_than_one_split']:,}")
     lines += [f"  {note}" for note in manifest["notes"][:20]]
-    if len(manifest["notes"]) > 20:
-        lines.append(f"  … and {len(manifest['notes']) - 20} more, listed in {out}/left-out.txt")
+    if more := manifest["notes"][20:]:
+        lines.append(f"  … and {len(more)} more, listed in {out}/left-out.txt")
     if not manifest["model"]["weights"]:
         lines.append(f"  {manifest['model']['name']} has no weights: set BASE_MODEL in ex01 to train with this cache")
     size = sum(file["bytes"] for file in manifest["files"].values())

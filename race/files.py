@@ -23,11 +23,7 @@ UNFINISHED = ".tmp"  # ".NAME.….tmp" is work that has not been finished
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, flush it to disk and rename it.
-
-    If anything fails (a full disk, a kill), the old file stays; the temporary one is removed now or by
-    `remove_unfinished`.
-    """
+    """Let `write` make a temporary file beside `path`, flush and rename it; if anything fails, the old file stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path.parent, path.name, older_than=3600.0)
@@ -98,8 +94,7 @@ def move_into_place(folder: Path, out: Path) -> None:
 def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> None:
     """Remove temporary files older than `older_than` seconds, and temporary folders that no living process holds.
 
-    name: how the name of the finished file or folder begins. A folder that had been moved away for one that was then
-    never finished is put back.
+    name: how the finished one's name begins. A folder that was moved away for one that was never finished comes back.
     """
     for left in folder.glob(f".{glob.escape(name)}*{UNFINISHED}"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
@@ -125,8 +120,8 @@ def _remove_folder(left: Path, age: float) -> None:
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock that ends with the process; if another one holds it, wait, or raise BlockingIOError.
 
-    Gives False on a file system without locks. A POSIX record lock and not `filelock`, whose flock() is inherited by
-    loader workers: they outlive a killed process by seconds, and would keep it locked.
+    Gives False on a file system without locks. Loader workers, which outlive a killed process by seconds, inherit a
+    `filelock`, but not this POSIX record lock.
     """
     with open(path, "w") as file:
         certain = True

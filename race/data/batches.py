@@ -70,8 +70,6 @@ class PackedBatch:
 
     def _part(self, first: int, last: int) -> "PackedBatch":
         """Questions `first` to `last` - 1."""
-        if (first, last) == (0, len(self)):
-            return self
         sequences = slice(OPTIONS * first, OPTIONS * last)
         lengths = self.lengths[sequences]
         start = sum(self.lengths[: sequences.start])
@@ -123,12 +121,8 @@ class ShuffledBatches(Sampler[list[int]]):
     world: int = 1
     sizes: np.ndarray | None = None
 
-    def order(self) -> np.ndarray:
-        """[N] the questions in this epoch's order."""
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.questions)
-
     def __iter__(self) -> Iterator[list[int]]:
-        order = self.order()
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.questions)
         for start in range(self.first * self.batch_size, self.questions, self.batch_size):
             batch = order[start : start + self.batch_size]
             if self.sizes is not None:

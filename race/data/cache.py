@@ -24,7 +24,7 @@ from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokeni
 from race.parameters import check
 
 FORMAT = 2
-NO_HASH = "0" * 64
+NO_HASH = "0" * 64  # in place of the manifest's own, while that is computed
 AGAIN = "make the cache again with --force"
 SAMPLE = 48  # passages on which a tokenizer is checked, beside the longest
 
@@ -143,9 +143,8 @@ def _read_manifest(folder: Path) -> dict:
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
-    """Write a manifest with a hash of its own file, computed with zeros in place of the hash."""
-    content = {"sha256": NO_HASH} | {key: value for key, value in manifest.items() if key != "sha256"}
-    text = json.dumps(content, indent=1, ensure_ascii=False)
+    """Write a manifest with a hash of its own file."""
+    text = json.dumps({"sha256": ""} | manifest | {"sha256": NO_HASH}, indent=1, ensure_ascii=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(text.replace(NO_HASH, digest, 1), encoding="utf-8")
 
@@ -174,11 +173,10 @@ def build_cache(
     skip_bad: bool = False,
     answers: bool = True,
 ) -> dict:
-    """Encode `source` with the tokenizer of `model` (hub name or folder) into the folder `out`; returns the manifest.
+    """Encode `source` with the tokenizer of `model` into the folder `out`, atomically; returns the manifest.
 
-    The cache is written atomically. If `out` holds a cache of the same content, that one is kept; another cache is
-    replaced only with `force`. With `skip_bad`, what is bad in the source is left out and listed in
-    `out`/left-out.txt. Without `answers`, questions may lack theirs: a cache to predict on only. Raises RaceError.
+    A cache of the same content is kept, another one replaced only with `force`. `skip_bad`: what is bad is left out and
+    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check(max_qa_len=max_qa_len)

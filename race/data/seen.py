@@ -8,10 +8,9 @@ COLUMNS = {"train": "article_in_train", "validation": "article_in_validation"}  
 
 
 def seen_articles(data, before: dict | None) -> dict:
-    """What a checkpoint remembers of the articles of its own data and of those of the stages before.
+    """Articles of RaceDataModule `data` and of the stages before: {"train": hashes, "validation": hashes, "complete"}.
 
-    {"train": hashes, "validation": hashes, "complete": whether nothing is missing}. data: RaceDataModule; before: the
-    same of the base, None if the base does not say, {} if it was trained on none.
+    before: the same of the base; None if that does not say, and so this is not complete; {} if it was trained on none.
     """
     known = {}
     for split in COLUMNS:
