@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
@@ -25,7 +25,7 @@ from race.encoder import attention_kernel, compile_layers
 from race.files import locked, remove_unfinished
 from race.models import load_config
 from race.parameters import ROOT, check
-from race.train.callbacks import LossWatch, NewestOfEpoch, StageReport
+from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoints, weights_hash
 from race.train.stages import Stage
 from race.train.state import KeepState, check_identity, ended_by_signals, read_state, say, stage_identity
@@ -215,7 +215,7 @@ def _trainer(
             save_weights_only=True,
             enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
         ),
-        TQDMProgressBar(refresh_rate=10),  # a refresh reads numbers from the GPU
+        ProgressBar(refresh_rate=10),  # a refresh reads numbers from the GPU
     ]
     further, logs = further_loggers(loggers, stage.run_dir, stage.name), Path(stage.run_dir) / "logs"
     csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
