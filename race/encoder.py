@@ -5,6 +5,7 @@ packed (race.attention); others as Hugging Face wrote them, on a batch padded to
 and its like the last layer computes [CLS] only: nothing else is read.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable
@@ -197,18 +198,14 @@ def at_least_float32(states: torch.Tensor) -> torch.Tensor:
 
 def run_in_full_precision(part: nn.Module) -> None:
     """Run a part of a padded model's head in float32 from now on, whatever autocast says."""
-    entered: list[torch.autocast] = []
+    entered = contextlib.ExitStack()
 
     def enter(part: nn.Module, inputs: tuple) -> tuple:
-        entered.append(full_precision(inputs[0]))
-        entered[-1].__enter__()
+        entered.enter_context(full_precision(inputs[0]))
         return (at_least_float32(inputs[0]), *inputs[1:])
 
-    def leave(part: nn.Module, inputs: tuple, output) -> None:  # also if its forward has failed
-        entered.pop().__exit__(None, None, None)
-
     part.register_forward_pre_hook(enter)
-    part.register_forward_hook(leave, always_call=True)
+    part.register_forward_hook(lambda *_: entered.close(), always_call=True)  # also if its forward has failed
 
 
 def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> str:

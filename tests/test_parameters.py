@@ -5,10 +5,9 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 import pytorch_lightning as pl
-from helpers import DOCUMENTS, ROOT
+from helpers import DOCUMENTS, ROOT, notebook_parameters
 
 from race import RaceError
 from race.data import RaceDataModule
@@ -65,12 +64,9 @@ def test_all_that_is_wrong_is_said_at_once():
 def test_every_parameter_is_in_a_notebook_and_each_default_is_allowed():
     given = set()
     for notebook in DOCUMENTS:
-        cells = nbformat.read(ROOT / f"{notebook}.ipynb", 4).cells
-        (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-        values: dict = {}
-        exec(source, values)
+        values = notebook_parameters(notebook)
         given |= read(values).keys()
-        assert {name for name in values if name.isupper()} - {"FRESH"} <= set(OF_NOTEBOOKS)
+        assert values.keys() - {"FRESH"} <= set(OF_NOTEBOOKS)
     assert given == set(OF_NOTEBOOKS) and all(f"| `{name}` | " in table() for name in PARAMETERS)
 
 
