@@ -66,14 +66,6 @@ def test_some_articles_seen():
     assert third.startswith("Of 2 questions it is not known") and fourth.endswith("to choose e3.")
 
 
-def test_overlap():
-    predictions = made("ABCD", "ABCA", truncated=[True, False, False, False])
-    trained = predictions.assign(article_in_train=pd.array([True, False, False, False], "boolean"))
-    text = sentences.overlap(trained)
-    assert "1 of 4" in text and "Without the 1 whose" in text and "accuracy 66.7 % (95 % interval 20.8 %" in text
-    assert "Without" not in sentences.overlap(known(predictions, None, None))
-
-
 def test_groups_are_named_only_where_they_differ_from_the_rest_of_their_level():
     alike = random_predictions(300)
     assert sentences.groups(group_accuracies(alike)).startswith("No group differs")
@@ -90,7 +82,6 @@ def test_letters():
     text = sentences.letters(made("ABCD" * 100, "A" * 400))
     assert "is significant (" in text and "χ² = 300.0" in text and "freedom: 3, p < 0.001" in text
     assert "not significant" in sentences.letters(made("ABAB", "ACAC"))
-    assert "Every answer is correct" in sentences.letters(made("AA", "AA"))
 
 
 def test_calibration_and_a_temperature_that_helps_only_where_log_loss_does():
@@ -115,8 +106,6 @@ def test_paired():
     assert text.endswith("not significant.") and "Holm" not in text  # of one pair there is nothing to adjust
     worse = sentences.paired(compare_pairs(dict(zip(("a", "b"), two(10, 5, 40, 10), strict=True))).iloc[0])
     assert "−53.8 points" in worse and worse.endswith("b is significantly worse.")
-    same = compare_pairs(dict(zip(("a", "b"), two(5, 0, 0, 5), strict=True))).iloc[0]
-    assert "no difference to test" in sentences.paired(same)
 
 
 WEAK, STRONG = two(20, 30, 2, 20)
@@ -127,7 +116,6 @@ FIRST, SECOND = two(60, 14, 4, 22)  # 0.05 > p of one pair, but not after the ad
     ("predictions", "said"),
     [
         ({"weak": WEAK, "strong": STRONG}, ["strong: 69.4 % of 72", "significantly better than weak (+38.9 points)"]),
-        ({"strong": STRONG, "weak": WEAK}, ["strong: 69.4 % of 72", "significantly better than weak (+38.9 points)"]),
         ({"a": FIRST, "b": SECOND, "c": FIRST}, ["b: ", "; lead over a (+10.0 points) and c (+10.0 points) not sig"]),
         ({"a": WEAK, "b": STRONG, "c": STRONG}, ["better than a (+38.9 points); as accurate as c"]),
         ({"alone": WEAK}, ["alone: 30.6 % of 72 questions correct"]),
@@ -160,8 +148,11 @@ UNTESTED = {"p": np.nan, "p_holm": np.nan}
 @pytest.mark.parametrize(
     ("changed", "margin", "said"),
     [
-        ({}, 0.5, "cosine − chain = +0.4 points (95 % interval −0.2 to +1.0, over 10 seeds and 4,934 questions"),
-        ({}, 0.5, "Holm p = 0.40): not significant; a difference beyond 1.0 points is unlikely."),
+        (
+            {},
+            0.5,
+            "cosine − chain = +0.4 points (95 % interval −0.2 to +1.0, over 10 seeds and 4,934 questions; Holm p = 0.40): not significant; a difference beyond 1.0 points is unlikely.",
+        ),
         ({"p_holm": 0.03}, 0.5, "cosine is better than chain."),
         ({"p_holm": 0.03, "difference": -0.01}, 0.5, "cosine is worse than chain."),
         ({}, 1.0, "; the difference is below 1 point (90 % interval)"),
