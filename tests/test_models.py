@@ -253,16 +253,12 @@ def test_sequences_are_those_of_the_tokenizer(family, corpus, tmp_path):
     if family in EXPECTED:
         assert (template.before, template.between, template.after, template.segments) == EXPECTED[family]
     for index in range(len(dataset)):
-        text, item, parts = dataset.text(index), dataset[index], dataset.parts(index)
-        for option, ids, segments, (first, second) in zip(
-            text["options"], item["input_ids"], item["token_type_ids"], parts, strict=True
-        ):
+        text, item = dataset.text(index), dataset[index]
+        for option, *sequence in zip(text["options"], item["input_ids"], item["token_type_ids"], strict=True):
+            ids, segments = (part.tolist() for part in sequence)
             texts = text["article"], question_option(text["question"], option)
             pair = tokenizer(*texts, truncation="only_first", max_length=60, return_token_type_ids=True)
-            assert ids.tolist() == pair["input_ids"] == [*first, *second]
-            assert segments.tolist() == pair["token_type_ids"]
-            asked = tokenizer.decode(tokenizer(texts[1])["input_ids"], skip_special_tokens=True)
-            assert tokenizer.decode(second, skip_special_tokens=True).split() == asked.split()
+            assert (ids, segments) == (pair["input_ids"], pair["token_type_ids"])
             cut += len(ids) == 60
         typed = dataset.cache.encode_question(text["article"], text["question"], text["options"], 60)
         assert [ids.tolist() for ids in typed["input_ids"]] == [ids.tolist() for ids in item["input_ids"]]

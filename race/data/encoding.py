@@ -92,11 +92,6 @@ class Template:
         counts[len(self.before)], counts[-len(self.after) - 1] = len(article), len(qa)
         return input_ids, np.repeat(self.segments, counts)
 
-    def texts(self, input_ids: np.ndarray, qa_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The parts of a sequence with the article and with question+option, each with its special tokens."""
-        start = len(input_ids) - len(self.after) - min(qa_length, len(input_ids) - self.specials)
-        return input_ids[:start], input_ids[start:]
-
     def item(self, article, options: list, max_len: int, label: int, example_id: str) -> dict:
         """A question as the data module gives it: a sequence for each option."""
         sequences = [self.sequence(article, qa, max_len) for qa in options]

@@ -60,11 +60,6 @@ class RaceDataset(Dataset):
         names |= dict.fromkeys(("question_index", "question", "options", "label"), question)
         return {name: table[name][0].as_py() for name, table in names.items()}
 
-    def parts(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """[4] the ids of each sequence, with special tokens: up to the end of the article, and the rest."""
-        lengths = np.diff(self._qa_offsets[OPTIONS * self._rows[index] :][: OPTIONS + 1])
-        return [self._template.texts(*pair) for pair in zip(self[index]["input_ids"], lengths, strict=True)]
-
     def lengths(self) -> np.ndarray:
         """[N, 4] tokens of each sequence, after truncation."""
         return self._template.lengths(*self._part_lengths(), self.max_len)

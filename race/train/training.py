@@ -35,13 +35,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def decoded_question(dataset, index: int = 0) -> pd.DataFrame:
-    """One cached question decoded back to text: a row for each option, with its two parts (long ones cut in two)."""
-    item, rows = dataset[index], []
-    for option, (ids, parts) in enumerate(zip(item["input_ids"], dataset.parts(index), strict=True)):
-        texts = [dataset.cache.tokenizer.decode(part) for part in parts]
-        texts = [text if len(text) <= 240 else f"{text[:120]} … {text[-120:]}" for text in texts]
-        rows.append(["correct" if option == item["label"] else "", len(ids), *texts])
-    return pd.DataFrame(rows, LETTERS, ["answer", "tokens", "article", "question and option"])
+    """One cached question decoded back to text: a row for each option, a long sequence without its middle."""
+    item = dataset[index]
+    texts = [dataset.cache.tokenizer.decode(ids) for ids in item["input_ids"]]
+    texts = [text if len(text) <= 400 else f"{text[:160]} … {text[-240:]}" for text in texts]
+    answers = ["correct" if option == item["label"] else "" for option in range(len(texts))]
+    return pd.DataFrame({"answer": answers, "tokens": map(len, item["input_ids"]), "sequence": texts}, LETTERS)
 
 
 def start_stage(
