@@ -188,16 +188,6 @@ def test_a_tokenizer_json_that_is_not_of_its_spiece_is_refused(spiece, source, f
     build_cache(str(source), str(model), tmp_path / "cache")
 
 
-@pytest.mark.parametrize("family", ["albert", "xlnet"])
-def test_a_spiece_of_another_layout_needs_its_tokenizer_json(family, source, folder, tmp_path):
-    """The tokenizer built for an ALBERT takes piece 1 for unknown words; here it is piece 0."""
-    special = {"control_symbols": ["[CLS]", "[SEP]", "[MASK]", "<pad>", "<cls>", "<sep>", "<mask>", "<eod>"]}
-    model = trained([prepared(ARTICLE)], vocab_size=120, user_defined_symbols=["."], **special)
-    made = folder(family, spiece_model=model)
-    with pytest.raises(RaceError, match="fetch its tokenizer.json"):
-        build_cache(str(source), str(made), tmp_path / "cache")
-
-
 def test_added_tokens_are_nothing_to_refuse(spiece, source, folder, tmp_path):
     model = folder("albert", spiece_model=spiece)
     tokenizer = load_tokenizer(model)
@@ -288,11 +278,11 @@ BERT = {"vocab_txt": PIECES}
 @pytest.mark.parametrize(
     ("family", "files", "said"),
     [
-        (None, {"model.ckpt-best.index": b"", "30k-clean_model": b""}, "has no config.json"),
-        ("bert", {"config_json": "{"}, "its config.json cannot be read .* fetch it again"),
-        ("bert", {"config_json": {"model_type": "bert", "hidden_size": "big"}}, "its config.json cannot be read"),
-        ("bert", {"config_json": {"model_type": "t5"}}, "'t5' has no multiple-choice head .* albert, bert"),
-        ("fnet", {}, "'fnet' is not run here; docs/models.md"),
+        (None, {"model.ckpt-best.index": b"", "30k-clean_model": b""}, "its config.json cannot be loaded"),
+        ("bert", {"config_json": "{"}, "its config.json cannot be loaded"),
+        ("bert", {"config_json": {"model_type": "bert", "hidden_size": "big"}}, "its config.json cannot be loaded"),
+        ("bert", {"config_json": {"model_type": "t5"}}, "'t5' is not run here .* albert, bert"),
+        ("fnet", {}, "'fnet' is not run here .docs/models.md"),
         ("albert", {}, "has no tokenizer files .* tokenizer.json"),
         ("albert", BERT, "has no tokenizer files .* tokenizer.json"),
         ("albert", {"spiece_model": b"junk"}, "its tokenizer cannot be loaded .* tokenizer.json"),

@@ -121,9 +121,6 @@ def verify_cache(folder: str | Path) -> list[str]:
     return cache.problems() + [f"{cache.folder / name}: not in the manifest" for name in others]
 
 
-# -------------------------------------------------------------------------------------------------- manifest
-
-
 def _read_manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
     try:
@@ -159,9 +156,6 @@ def _template_of(manifest: dict) -> Template:
         lengths = [len(kept[name]) + 1 for name in ("before", "between", "after")]
         kept["segments"] = (first,) * (sum(lengths[:2]) - 1) + (second,) * lengths[2]
     return Template(**kept)
-
-
-# -------------------------------------------------------------------------------------------------- making a cache
 
 
 def build_cache(

@@ -55,10 +55,9 @@ class RaceDataset(Dataset):
     def text(self, index: int) -> dict:
         """The text of a question: example_id, level, article, question_index, question, options, label."""
         row = self._rows[index]
-        passage, question = self._passages.slice(self._passage[row], 1), self._questions.slice(row, 1)
-        names = dict.fromkeys(("example_id", "level", "article"), passage)
-        names |= dict.fromkeys(("question_index", "question", "options", "label"), question)
-        return {name: table[name][0].as_py() for name, table in names.items()}
+        passage = self._passages.select(["example_id", "level", "article"]).slice(self._passage[row], 1)
+        question = self._questions.select(["question_index", "question", "options", "label"]).slice(row, 1)
+        return passage.to_pylist()[0] | question.to_pylist()[0]
 
     def lengths(self) -> np.ndarray:
         """[N, 4] tokens of each sequence, after truncation."""
