@@ -151,7 +151,7 @@ UNTESTED = {"p": np.nan, "p_holm": np.nan}
         (
             {},
             0.5,
-            "cosine − chain = +0.4 points (95 % interval −0.2 to +1.0, over 10 seeds and 4,934 questions; Holm p = 0.40)",
+            "+0.4 points (95 % interval −0.2 to +1.0, over 10 seeds and 4,934 questions; Holm p = 0.40)",
         ),
         ({"p_holm": 0.03}, 0.5, "cosine is better than chain."),
         ({"p_holm": 0.03, "difference": -0.01}, 0.5, "cosine is worse than chain."),
