@@ -93,7 +93,6 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
     data = {"name": trained_on.get("source", source["name"])}
     data |= {"sha256": trained_on.get("source_sha256", source["sha256"])}
     counts = {split: counts["questions"] for split, counts in cache.manifest["splits"].items()}
-    race = data["name"] == "ehovy/race" or (data == source and counts.items() <= RACE_QUESTIONS.items())
     base = lineage[0].base or "demo"
     on_hub = base != "demo" and public_name(base) == base and not lineage[0].chain
     links = []
@@ -116,10 +115,15 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
         "template": template | {"tokens": tokens, "has_segments": takes_segments(module.model)},
         "lineage": links,
         "base_model": base if on_hub else None,
-        "data": data | {"name": public_name(data["name"]), "is_race": race},
+        "data": data | {"name": public_name(data["name"]), "is_race": is_race(data, source, counts)},
         "questions": counts,
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
     }
+
+
+def is_race(data: dict, source: dict, counts: dict[str, int]) -> bool:
+    """Whether the training data is RACE: by its hub name; or it is the cache's source, with RACE's numbers."""
+    return data["name"] == "ehovy/race" or (data == source and counts.items() <= RACE_QUESTIONS.items())
 
 
 def public_name(name: str) -> str:
