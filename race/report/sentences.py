@@ -251,7 +251,7 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
     many = f"{wanted} seeds a recipe" if wanted else "no number of seeds up to 100"
     text = f"A true difference of {_points(difference)} on {questions:,} questions is found in at least "
     text += f"{100 * POWER:.0f} of 100 comparisons with {many} (after Holm's adjustment for {contrasts}). "
-    if seeds > 1:
+    if seeds > 2:  # fewer give no verdict
         found = power(difference / 100, seeds, questions, contrasts)
         text += f"With {seeds} seeds it is found in {100 * found['power_holm']:.0f} of 100, and an interval reaches "
         text += f"about {100 * found['half_width']:.1f} points to either side. "
