@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import signal
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     for seed, recipe in itertools.product(options.seeds or [None], options.recipes):
         own = plan(options, recipe, split, seed)
         evaluated.append(own[-1][1])
-        write_json(ROOT / evaluated[-1]["RUN_DIR"] / "recipe.json", recipe.record())
+        write_json(ROOT / evaluated[-1]["RUN_DIR"] / "recipe.json", dataclasses.asdict(recipe))
         notebooks += itertools.dropwhile(finished, own) if options.several else own
     failed = run_all(notebooks)
     if len(options.recipes) > 1:

@@ -1,7 +1,6 @@
 """Recipes as data: named ways to train, each of one or more stages with the parameters of their notebooks."""
 
 import dataclasses
-import json
 import re
 import tomllib
 from pathlib import Path
@@ -27,10 +26,6 @@ class Recipe:
     stages: dict[str, dict]
     about: str = ""
     learning_rates_tried: int = 1
-
-    def record(self) -> dict:
-        """It as JSON, with an infinite number as text."""
-        return json.loads(json.dumps(dataclasses.asdict(self)), parse_constant=str)
 
 
 def run_name(name: str, recipe: str = BASELINE, seed: int | str | None = None) -> str:

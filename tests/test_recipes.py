@@ -39,7 +39,6 @@ def test_a_users_file(tmp_path):
     path.write_text("[slow]\nlearning_rates_tried = 3\ne2 = {}\ne1 = { LEARNING_RATE = 1e-5, MAX_GRAD_NORM = inf }\n")
     chain, slow = named_recipes(["chain", str(path)], "race")
     assert chain.name == "chain" and list(slow.stages) == ["e1", "e2"] and slow.learning_rates_tried == 3
-    assert slow.record()["stages"] == {"e1": {"LEARNING_RATE": 1e-5, "MAX_GRAD_NORM": "Infinity"}, "e2": {}}
     with pytest.raises(RaceError, match="slow, slow: name each recipe once"):
         named_recipes([str(path), str(path)], "race")
     with pytest.raises(RaceError, match="--recipe fast: expected one of chain, constant"):

@@ -88,8 +88,9 @@ class Cache:
 
         Not by its description, which differs between versions of transformers.
         """
+        kept = self.tokenizer
         try:
-            own, kept = load_tokenizer(model), self.tokenizer
+            own = load_tokenizer(model)
         except RaceError:
             return  # a model without a tokenizer
         if own.get_vocab() != kept.get_vocab() or own(LINE)["input_ids"] != kept(LINE)["input_ids"]:
