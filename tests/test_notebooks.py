@@ -135,12 +135,10 @@ def test_another_family_goes_the_same_way(corpus, tmp_path):
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
     assert checkpoint.name.startswith("e1-deberta-v2-race-epoch=00-val_loss_epoch=")
     example = re.search(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)[1]
-    card: dict = {}
-    exec(example.replace('"export"', repr(str(tmp_path / "export"))), card)
+    exec(example.replace('"export"', repr(str(tmp_path / "export"))), card := {})
     (saved,) = (tmp_path / "run" / "predictions").glob("e1-*-test.parquet")
-    answered = pd.read_parquet(saved)
     texts = RaceDataModule(tmp_path / "cache", limit_questions=24).dataset("test")
-    for index, row in answered.iterrows():
+    for index, row in pd.read_parquet(saved).iterrows():
         text = texts.text(index)
         with torch.no_grad():
             logits = card["model"](**card["encode"](text["article"], text["question"], text["options"])).logits[0]

@@ -66,7 +66,7 @@ def test_every_parameter_is_in_a_notebook_and_each_default_is_allowed():
     for notebook in DOCUMENTS:
         values = notebook_parameters(notebook)
         given |= read(values).keys()
-        assert values.keys() - {"FRESH"} <= set(OF_NOTEBOOKS)
+        assert values.keys() <= set(OF_NOTEBOOKS)
     assert given == set(OF_NOTEBOOKS) and all(f"| `{name}` | " in table() for name in PARAMETERS)
 
 

@@ -14,10 +14,8 @@ def test_all_recipes_of_a_corpus_have_the_same_budget_and_learning_rate(corpus):
     """What is compared differs in the schedule alone: as many epochs, the same highest rate."""
     recipes = read_recipes(FILES[corpus])
     assert list(recipes) == NAMES
-    full = {
-        name: [notebook_parameters(CHAIN[stage]) | given for stage, given in it.stages.items()]
-        for name, it in recipes.items()
-    }
+    own = {stage: notebook_parameters(notebook) for stage, notebook in CHAIN.items()}
+    full = {name: [own[stage] | given for stage, given in it.stages.items()] for name, it in recipes.items()}
     assert {sum(stage["MAX_EPOCHS"] for stage in stages) for stages in full.values()} == {23 if corpus == "race" else 5}
     assert len({max(stage["LEARNING_RATE"] for stage in stages) for stages in full.values()}) == 1
     for key in ("BATCH_SIZE", "MONITOR"):
