@@ -2,15 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-
-from race import RaceError
-
-try:
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-except ImportError as error:
-    raise RaceError("this transformers cannot run packed sequences; install requirements.txt") from error
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 SHORT = 128  # tokens; up to here one attention call with a mask is faster than one call per sequence
 

@@ -9,13 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import psutil
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from race import RaceError
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # precision → type under autocast
-DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def versions() -> dict[str, str]:
@@ -57,33 +59,28 @@ def hardware(device: torch.device) -> str:
 
 def environment():
     """Versions and hardware of this run, a row each; also what keeps torch from using a GPU."""
-    import pandas as pd
-
-    rows = {"python": platform.python_version()} | versions()
-    if problem := gpu_problem():
-        rows |= {"problem": problem}
-    else:
-        rows |= {"device": hardware(default_device()), "precision": default_precision()}
-    return pd.DataFrame({"": rows}).style.set_properties(**{"text-align": "left", "white-space": "normal"})
+    problem, rows = gpu_problem(), {"python": platform.python_version()} | versions()
+    device = (
+        {"problem": problem} if problem else {"device": hardware(default_device()), "precision": default_precision()}
+    )
+    return pd.DataFrame({"": rows | device}).style.set_properties(**{"text-align": "left", "white-space": "normal"})
 
 
 def gpu_problem() -> str | None:
     """Why torch cannot use the GPU of this node; None if it can, if there is none, or if all are hidden on purpose."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "NoDevFiles").strip()  # Slurm's word for a job without a GPU
-    given = visible != "NoDevFiles" or os.environ.get("SLURM_JOB_GPUS") or any(it.exists() for it in DRIVER_FILES)
-    if torch.cuda.is_available():
+    none = visible in ("", "-1") or (visible == "NoDevFiles" and not DRIVER.exists())
+    if none and not torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
         built = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))), default=0)
         major, minor = torch.cuda.get_device_capability()
         if 10 * major + minor >= built:
             return None
         why = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, this build begins at sm_{built}"
-    elif visible in ("", "-1") or not given:
-        return None
-    else:
-        try:
-            why = torch.cuda.init()
-        except (RuntimeError, AssertionError) as error:
-            why = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
     return (
         f"torch {torch.__version__} ({_build()}) cannot use the GPU of this node: {why}. Install the build for its "
         'driver (README, "Torch for your GPU"), or ask for a GPU if this job has none; ACCELERATOR = "cpu" does without'
@@ -92,10 +89,7 @@ def gpu_problem() -> str | None:
 
 def _build() -> str:
     """The NVIDIA driver and torch's CUDA: "driver 535.183.01, CUDA 13.0"."""
-    try:
-        found = re.search(r"Module.*?\s(\d+(\.\d+)+)\s", DRIVER_FILES[0].read_text())
-    except OSError:
-        found = None
+    found = re.search(r"Module.*?\s(\d+(\.\d+)+)\s", DRIVER.read_text() if DRIVER.exists() else "")
     return f"driver {found[1] if found else 'not found'}, CUDA {torch.version.cuda or 'none'}"
 
 
@@ -109,9 +103,8 @@ def random_state() -> dict:
 
 def set_random_state(state: dict) -> None:
     """Restore all random generators."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -119,7 +112,8 @@ def set_random_state(state: dict) -> None:
 
 def processes() -> tuple[int, int, list]:
     """(processes on this node, nodes, Lightning's environment plugins) as torchrun or srun started them; else one."""
-    notebook = _in_notebook()
+    ipython = sys.modules.get("IPython")
+    notebook = getattr(ipython and ipython.get_ipython(), "kernel", None) is not None  # one process, whoever started it
     if "LOCAL_WORLD_SIZE" in os.environ and not notebook:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         return devices, int(os.environ["WORLD_SIZE"]) // devices, [TorchElasticEnvironment()]
@@ -138,20 +132,9 @@ def processes() -> tuple[int, int, list]:
     return 1, 1, [single]
 
 
-def _in_notebook() -> bool:
-    """Whether this is a Jupyter kernel."""
-    ipython = sys.modules.get("IPython")
-    return getattr(ipython and ipython.get_ipython(), "kernel", None) is not None
-
-
 def _in_interactive_step() -> bool:
     """Whether a shell of `srun --pty` started this process, and not srun itself."""
-    import psutil
-
-    if "SLURM_PTY_PORT" not in os.environ:
-        return False
-    try:  # steps started from such a shell inherit the variable, but their tasks have no terminal
-        task = psutil.Process(int(os.environ.get("SLURM_TASK_PID", 0)))
-        return task.pid != os.getpid() and task.terminal() is not None
-    except psutil.NoSuchProcess:
-        return True
+    task = int(os.environ.get("SLURM_TASK_PID", 0))
+    # steps started from such a shell inherit the variable, but their tasks have no terminal
+    of_another_step = psutil.pid_exists(task) and psutil.Process(task).terminal() is None
+    return "SLURM_PTY_PORT" in os.environ and task != os.getpid() and not of_another_step

@@ -1,7 +1,7 @@
 """Recipes as data: named ways to train, each of one or more stages with the parameters of their notebooks."""
 
 import dataclasses
-import math
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -29,12 +29,8 @@ class Recipe:
     learning_rates_tried: int = 1
 
     def record(self) -> dict:
-        """It as JSON, which knows no infinite number."""
-        stages = {
-            stage: {name: str(value) if value == math.inf else value for name, value in given.items()}
-            for stage, given in self.stages.items()
-        }
-        return dataclasses.asdict(self) | {"stages": stages}
+        """It as JSON, with an infinite number as text."""
+        return json.loads(json.dumps(dataclasses.asdict(self)), parse_constant=str)
 
 
 def run_name(name: str, recipe: str = BASELINE, seed: int | str | None = None) -> str:
@@ -49,9 +45,8 @@ def named_recipes(names: list[str], corpus: str) -> list[Recipe]:
         if not name.endswith(".toml") and name not in known:
             raise RaceError(f"--recipe {name}: expected one of {', '.join(known)}, or a TOML file with recipes")
         found += read_recipes(Path(name)).values() if name.endswith(".toml") else [known[name]]
-    every = [recipe.name for recipe in found]
-    if twice := {name for name in every if every.count(name) > 1}:
-        raise RaceError(f"--recipe: {', '.join(sorted(twice))}: name each recipe once")
+    if len({recipe.name for recipe in found}) < len(found):
+        raise RaceError(f"--recipe {', '.join(recipe.name for recipe in found)}: name each recipe once")
     return found
 
 
@@ -61,15 +56,16 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RaceError(f"{path}: cannot be read as TOML ({error})") from error
-    problems = [
-        f"{path}, recipe {name}: {problem}" for name, table in tables.items() for problem in _wrong(name, table)
-    ]
-    if problems or not tables:
+    recipes, problems = {}, []
+    for name, table in tables.items():
+        if wrong := _wrong(name, table):
+            problems += [f"{path}, recipe {name}: {problem}" for problem in wrong]
+            continue
+        about = {key: table.pop(key) for key in ABOUT if key in table}
+        recipes[name] = Recipe(name, dict(sorted(table.items())), **about)
+    if problems or not recipes:
         raise RaceError("\n".join(problems) or f"{path} has no recipe; docs/recipes.md shows one")
-    stages = {name: {stage: table[stage] for stage in CHAIN if stage in table} for name, table in tables.items()}
-    return {
-        name: Recipe(name, stages[name], **{key: it[key] for key in ABOUT if key in it}) for name, it in tables.items()
-    }
+    return recipes
 
 
 def _wrong(name: str, table) -> list[str]:
@@ -84,7 +80,6 @@ def _wrong(name: str, table) -> list[str]:
         given = table[stage] if isinstance(table[stage], dict) else {stage: table[stage]}
         if unknown := sorted(given.keys() - set(ALLOWED)):
             problems.append(f"{stage}: {', '.join(unknown)} cannot be set by a recipe; {', '.join(ALLOWED)} can")
-            continue
         try:
             read(given)
         except RaceError as error:

@@ -16,7 +16,8 @@ def made(answers: str, chosen: str, sure=None, levels=None, **columns) -> pd.Dat
     table = pd.DataFrame({"example_id": "x", "question_index": range(count), "level": levels or [""] * count})
     table = table.assign(answer=list(answers), prediction=list(chosen))
     table[PROBABILITIES] = probabilities
-    return table.assign(**columns)
+    not_known = pd.array([pd.NA] * count, dtype="boolean")
+    return table.assign(**({"article_in_train": not_known, "article_in_validation": not_known} | columns))
 
 
 def random_predictions(count: int, seed: int = 0) -> pd.DataFrame:
@@ -30,7 +31,6 @@ def random_predictions(count: int, seed: int = 0) -> pd.DataFrame:
         "kind": rng.choice(KINDS, count),
         "article_tokens": rng.integers(50, 900, count),
         "truncated": rng.random(count) < 0.1,
-        "longest_option": rng.choice(LETTERS, count),
         "article_in_train": pd.array(rng.random(count) < 0.02, dtype="boolean"),
         "article_in_validation": pd.array([False] * count, dtype="boolean"),
         "example_id": [f"{number // 3}" for number in range(count)],

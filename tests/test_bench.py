@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, padded
 
-from bench import carried, common, evaluate, families, gpu_day, memory, part, tables, train_step
+from bench import carried, common, evaluate, families, gpu_day, memory, tables, train_step
 
 
 @pytest.fixture
@@ -139,14 +139,6 @@ def test_memory_runs_each_case_once(results, monkeypatch):
     assert f"| ALBERT base, 32-true | out / 3 / 3; 6.0, 7.0 | {tables.YET} |" in tables.memory()
 
 
-def test_a_part_of_a_source_is_short_and_in_three_splits(corpus, tmp_path):
-    part.main([str(corpus), str(tmp_path / "part"), "--longest", "60", "--questions", "20", "8", "12"])
-    passages, _ = common.read_source(str(tmp_path / "part"))
-    asked = [sum(len(it.questions) for it in found) for found in passages.values()]
-    assert all(count >= least for count, least in zip(asked, (20, 8, 12), strict=True))
-    assert max(len(it.article.split()) for found in passages.values() for it in found) <= 60
-
-
 # -------------------------------------------------------------------------------------------------- a day with a GPU
 
 SMALL = ["--device", "cpu", "--small"]
@@ -183,7 +175,7 @@ def test_the_chain_goes_on_where_it_stopped(results, folder, capsys):
 
 
 @pytest.mark.parametrize("part, missing", [("parity", ["pyarrow"]), ("speed", [])])
-def test_rehearsal_of_what_is_carried(folder, tmp_path, part, missing):
+def test_rehearsal_of_what_is_carried(folder, tmp_path, missing):
     """The program's files in a folder of their own, on a machine that has few packages: parity lacks pyarrow, too."""
     for name in ("bench", "race", "race_module.py", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -194,7 +186,7 @@ def test_rehearsal_of_what_is_carried(folder, tmp_path, part, missing):
     for name in ("train_step-tiny", "evaluate-tiny"):  # done before: tested above
         (tmp_path / "results" / f"{name}.json").write_text('{"kept": true}')
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "RACE_BENCH_RESULTS": "results"}
-    command = [tmp_path / "bench" / "gpu_day.sh", part, *SMALL, "--carried", folder]
+    command = [tmp_path / "bench" / "gpu_day.sh", *SMALL, "--carried", folder]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert len(list((tmp_path / "results").iterdir())) == 4

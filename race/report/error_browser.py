@@ -14,8 +14,7 @@ from IPython.display import HTML
 
 from race import LETTERS, RaceError
 from race.report.formats import percent
-from race.score.calibration import confidence
-from race.score.statistics import PROBABILITIES, is_correct
+from race.score.statistics import PROBABILITIES, confidence, is_correct
 
 CONFIDENCES = {"under 50 %": 0.5, "50 to 90 %": 0.9, "90 % and more": np.inf}  # below what
 COLORS = {"correct answer": "#009E73", "chosen": "#D55E00", "": "#808080"}  # of an option's bar

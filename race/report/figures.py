@@ -251,7 +251,7 @@ def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
 
 @plt.style.context(STYLE)
 def story_figure(story: pd.DataFrame) -> Figure:
-    """Validation loss and accuracy over all stages, with their learning rates (race.train.stages.learning_story)."""
+    """Validation loss and accuracy over all stages, with their learning rates (race.score.runs.learning_story)."""
     story = story.rename(columns={"val_loss": "val_loss_epoch"})
     stages = dict(list(story.groupby("stage", sort=False)))
     labels = [wrapped(f"{stage}, {rate(part['learning_rate'].iloc[0])}", 1.6) for stage, part in stages.items()]

@@ -88,4 +88,4 @@ def published_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def planning_table(difference: float, questions: int, contrasts: int) -> pd.DataFrame:
     """What several numbers of seeds see of a true difference (in points)."""
-    return pd.DataFrame([power(difference / 100, seeds, questions, contrasts) for seeds in (2, 3, 5, 10, 20, 40)])
+    return pd.DataFrame([power(difference / 100, seeds, questions, contrasts) for seeds in (3, 5, 10, 20, 40)])

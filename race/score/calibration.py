@@ -7,17 +7,12 @@ from scipy.special import log_softmax
 from scipy.stats import ttest_1samp
 
 from race import LETTERS
-from race.score.statistics import GROUP_COLUMNS, PROBABILITIES, accuracy_by, is_correct, wilson
+from race.score.statistics import GROUP_COLUMNS, PROBABILITIES, confidence, is_correct, with_accuracy
 
 BINS = 10  # of equal width, for confidence
 DRAWS = 2_000  # of a bootstrap, and of the perfectly calibrated model
 TEMPERATURES = 0.05, 20.0  # the range that is searched
 COVERAGES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.2)  # fractions of the questions that are answered
-
-
-def confidence(predictions: pd.DataFrame) -> np.ndarray:
-    """[N] the probability of the chosen option."""
-    return predictions[PROBABILITIES].to_numpy(float).max(1)
 
 
 def _bins(predictions: pd.DataFrame) -> np.ndarray:
@@ -30,11 +25,10 @@ def reliability(predictions: pd.DataFrame) -> pd.DataFrame:
 
     Not scikit-learn's calibration_curve: it does not count the questions in a bin, which the intervals need.
     """
-    place, edges = _bins(predictions), np.linspace(0, 1, BINS + 1)
-    table = accuracy_by(predictions, place)
-    bins = table.pop("group").to_numpy(int)
-    mean = pd.Series(confidence(predictions)).groupby(place).mean().to_numpy()
-    return table.assign(low=edges[bins], high=edges[bins + 1], confidence=mean)
+    edges, bins = np.linspace(0, 1, BINS + 1), _bins(predictions)
+    counts = pd.Series(is_correct(predictions)).groupby(bins).agg(questions="size", correct="sum")
+    counts["confidence"] = pd.Series(confidence(predictions)).groupby(bins).mean()
+    return with_accuracy(counts.assign(low=edges[counts.index], high=edges[counts.index + 1]))
 
 
 def calibration_error(predictions: pd.DataFrame) -> float:
@@ -56,11 +50,11 @@ def calibration_spread(predictions: pd.DataFrame, seed: int = 0) -> dict:
     errors = np.abs(drawn @ (member * (correct - sure)[:, None])).sum(1) / count
     right = rng.random((DRAWS, count)) < sure
     floor = np.abs((right - sure) @ member).sum(1) / count
-    error, (floor_low, floor_high) = calibration_error(predictions), np.quantile(floor, (0.025, 0.975))
-    upper = np.quantile(errors, 0.975)
-    low, high = 0.0 if error <= floor_high else 2 * error - upper, upper - (errors.mean() - error)
-    found = {"error_low": max(low, 0.0), "error_high": min(max(high, error), 1.0), "floor": floor.mean()}
-    return {name: float(value) for name, value in (found | {"floor_low": floor_low, "floor_high": floor_high}).items()}
+    floor_low, floor_high = np.quantile(floor, (0.025, 0.975))
+    error, upper = calibration_error(predictions), np.quantile(errors, 0.975)
+    low = 0.0 if error <= floor_high else max(0.0, 2 * error - upper)
+    found = {"error_low": low, "error_high": np.clip(upper - (errors.mean() - error), error, 1.0)}
+    return found | {"floor": floor.mean(), "floor_low": floor_low, "floor_high": floor_high}
 
 
 def losses(predictions: pd.DataFrame) -> np.ndarray:
@@ -72,11 +66,6 @@ def losses(predictions: pd.DataFrame) -> np.ndarray:
 def _answers(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """The place of each correct answer in an array [N, 4]."""
     return np.arange(len(predictions)), predictions["answer"].map(LETTERS.index).to_numpy()
-
-
-def log_loss(predictions: pd.DataFrame) -> float:
-    """Mean negative log-likelihood of the correct answers, in nats; ln 4 = 1.386 is chance."""
-    return float(losses(predictions).mean())
 
 
 def log_loss_change(before: pd.DataFrame, after: pd.DataFrame) -> tuple[float, float, float]:
@@ -91,8 +80,8 @@ def log_loss_change(before: pd.DataFrame, after: pd.DataFrame) -> tuple[float, f
 def fit_temperature(predictions: pd.DataFrame) -> float | None:
     """The temperature with the lowest log loss (Guo et al. 2017); None if there is none, the reason printed.
 
-    Above 1: the model is too confident. Not by `log_loss`, which cuts probabilities off at 2e-16, where the search
-    would find no slope.
+    Above 1: the model is too confident. Not by `losses`, which cuts probabilities off at 2e-16, where the search would
+    find no slope.
     """
     logits, answers, ends = _log_probabilities(predictions), _answers(predictions), np.log(TEMPERATURES)
 
@@ -102,8 +91,7 @@ def fit_temperature(predictions: pd.DataFrame) -> float | None:
     found = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-8}).x
     if np.abs(found - ends).min() > 1e-3:
         return float(np.exp(found))
-    lowest, highest = TEMPERATURES
-    print(f"no temperature is fitted: none from {lowest:g} to {highest:g} is best, as where all answers are correct")
+    print(f"no temperature is fitted: none within {TEMPERATURES} is best, as where all answers are correct")
     return None
 
 
@@ -119,27 +107,24 @@ def _log_probabilities(predictions: pd.DataFrame) -> np.ndarray:
 
 
 def calibration_table(versions: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row for each named table of predictions: log loss, calibration error and its spread, confidence, accuracy."""
-    rows = [
-        {"": name, "log_loss": log_loss(table), "calibration_error": calibration_error(table)}
-        | calibration_spread(table)
-        | {"confidence": confidence(table).mean(), "accuracy": is_correct(table).mean()}
-        for name, table in versions.items()
-    ]
+    """A row for each named table of predictions: mean loss, calibration error and its spread, confidence, accuracy."""
+    rows = []
+    for name, table in versions.items():
+        errors = {"calibration_error": calibration_error(table)} | calibration_spread(table)
+        means = {"confidence": confidence(table).mean(), "accuracy": is_correct(table).mean()}
+        rows.append({"": name, "log_loss": losses(table).mean()} | errors | means)
     return pd.DataFrame(rows)
 
 
 def coverage_curve(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy if only the most confident questions are answered: threshold, coverage (fraction answered), accuracy,
-    ci_low and ci_high (Wilson, of each point by itself).
+    """Accuracy, as of `with_accuracy`, if only questions above a threshold of confidence are answered, and their share.
 
     Questions of the same confidence are answered together, so their order cannot flatter the curve.
     """
     by_confidence = pd.Series(is_correct(predictions)).groupby(-confidence(predictions))
     counts = by_confidence.agg(questions="size", correct="sum").cumsum().rename_axis("threshold").reset_index()
-    rates = {"coverage": counts["questions"] / len(predictions), "accuracy": counts["correct"] / counts["questions"]}
-    low, high = wilson(counts["correct"], counts["questions"])
-    return counts.assign(threshold=-counts["threshold"], **rates, ci_low=low, ci_high=high)
+    coverage = counts["questions"] / len(predictions)
+    return with_accuracy(counts.assign(threshold=-counts["threshold"], coverage=coverage))
 
 
 def coverage_groups(curve: pd.DataFrame, coverages=COVERAGES) -> pd.DataFrame:

@@ -6,17 +6,16 @@ import operator
 
 import numpy as np
 import pandas as pd
-from scipy.stats import chi2, norm, t
+from scipy.stats import binomtest, chi2, norm, t
 
 from race import LETTERS, RaceError
 from race.score import statistics
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS, is_correct, mostly_trained_on
 
 QUESTION = ["level", "example_id", "question_index", "answer"]  # identifies a question, and its correct answer
-OUTCOMES = ["both", "gained", "lost", "neither"]
-PAIR_COLUMNS = ["first", "second", "questions", *OUTCOMES, "difference", "ci_low", "ci_high", "p", "p_holm", "pairs"]
+PAIR_COLUMNS = ["first", "second", "questions", "both", "gained", "lost", "neither", "difference", "ci_low", "ci_high"]
+PAIR_COLUMNS += ["p", "p_holm", "pairs"]
 RESAMPLES = 10_000
-TURNED = {"first": "second", "gained": "lost", "ci_low": "ci_high"}  # what changes places if the two do
 DIFFERENCE_COLUMNS = ["first", "second", "questions", "seeds", "difference", "ci_low", "ci_high", "low_90", "high_90"]
 DIFFERENCE_COLUMNS += ["p", "p_holm", "freedom", "sd_first", "sd_second"]
 LEAST_SEEDS = 3  # from which a difference is tested
@@ -30,24 +29,22 @@ QUESTIONS_A_PASSAGE = 3.5
 def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) -> dict:
     """`second` against `first` on the same questions: counts, McNemar's p, and a 95 % bootstrap interval.
 
-    Where most of the articles trained one of the two, neither p nor interval would be about new questions: both are
-    NaN.
+    p and interval are NaN where most of the articles trained one of the two: they would not be about new questions.
     difference = accuracy of second − of first. Questions are resampled in pairs. As only four outcomes exist, drawing
     their counts is the same, and a thousand times faster than scipy.stats.bootstrap, which draws every question.
     """
     check_same_questions([first, second])
     before, after, questions = is_correct(first), is_correct(second), len(first)
     outcomes = before & after, ~before & after, before & ~after, ~before & ~after
-    counts = dict(zip(OUTCOMES, (int(outcome.sum()) for outcome in outcomes), strict=True))
-    fractions = np.array(list(counts.values())) / questions
-    drawn = np.random.default_rng(seed).multinomial(questions, fractions, RESAMPLES)
+    both, gained, lost, neither = counts = [int(outcome.sum()) for outcome in outcomes]
+    drawn = np.random.default_rng(seed).multinomial(questions, np.array(counts) / questions, RESAMPLES)
     low, high = np.quantile((drawn[:, 1] - drawn[:, 2]) / questions, (0.025, 0.975))
-    gained, lost = counts["gained"], counts["lost"]
-    found = {"difference": (gained - lost) / questions, "ci_low": float(low), "ci_high": float(high)}
-    found |= {"p": statistics.mcnemar(gained, lost)}
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     if mostly_trained_on(first) or mostly_trained_on(second):
-        found |= dict.fromkeys(["ci_low", "ci_high", "p"], np.nan)
-    return {"questions": questions} | counts | found
+        low = high = p = np.nan
+    found = {"questions": questions, "both": both, "gained": gained, "lost": lost, "neither": neither}
+    found |= {"difference": (gained - lost) / questions}
+    return found | {"ci_low": float(low), "ci_high": float(high), "p": float(p)}
 
 
 def compare_pairs(predictions: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:
@@ -60,15 +57,16 @@ def compare_pairs(predictions: dict[str, pd.DataFrame], seed: int = 0) -> pd.Dat
     return table.assign(p_holm=statistics.holm(table["p"]), pairs=len(rows))
 
 
-def shown_pairs(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, most: int = 10) -> pd.DataFrame:
-    """The pairs to draw and to tell: all, or those of the best checkpoint if there are more than `most`."""
-    return pairs if len(pairs) <= most else leads(predictions, pairs)[1]
+def shown_pairs(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs to draw and to tell: all, or those of the best checkpoint if there are more than ten."""
+    return pairs if len(pairs) <= 10 else leads(predictions, pairs)[1]
 
 
 def leads(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     """The name with the highest accuracy (the first of equals), and its pairs, each turned so that it is `second`."""
     best = max(predictions, key=lambda name: is_correct(predictions[name]).mean())
-    turned = pairs.rename(columns=TURNED | {new: old for old, new in TURNED.items()})
+    change_places = {"first": "second", "gained": "lost", "ci_low": "ci_high"}
+    turned = pairs.rename(columns=change_places | {new: old for old, new in change_places.items()})
     turned[["difference", "ci_low", "ci_high"]] *= -1
     both = pd.concat([pairs, turned]) if len(pairs) else pairs
     return best, both[both["second"] == best]
@@ -81,22 +79,11 @@ def ensemble(predictions: list[pd.DataFrame]) -> pd.DataFrame:
     """
     check_same_questions(predictions)
     mean = np.mean([table[PROBABILITIES].to_numpy(float) for table in predictions], axis=0)
-    combined = predictions[0].assign(prediction=most_probable(mean))
+    combined = predictions[0].assign(prediction=np.take(LETTERS, mean.argmax(1)))
     combined[PROBABILITIES] = mean
     for column in SEEN_COLUMNS.values():
-        if all(column in table for table in predictions):
-            combined[column] = functools.reduce(operator.or_, [table[column] for table in predictions])
+        combined[column] = functools.reduce(operator.or_, [table[column] for table in predictions])
     return combined
-
-
-def most_probable(probabilities: np.ndarray) -> np.ndarray:
-    """[N] the letter of the highest of [N, 4] probabilities; among equal ones (to 1e-12) a fixed draw decides.
-
-    For ensembles, whose means tie; the first of equals would favour A.
-    """
-    highest = probabilities >= probabilities.max(1, keepdims=True) - 1e-12
-    drawn = np.random.default_rng(0).random(probabilities.shape)
-    return np.take(LETTERS, np.where(highest, drawn, -1).argmax(1))
 
 
 def check_same_questions(predictions: list[pd.DataFrame]) -> None:
@@ -124,7 +111,8 @@ def recipe_difference(first: np.ndarray, second: np.ndarray, passages: np.ndarra
         raise RaceError(f"runs are compared seed by seed: {len(first)} and {len(second)} seeds were given")
     gains, (seeds, questions) = second - first, first.shape
     found = dict.fromkeys(DIFFERENCE_COLUMNS[5:], np.nan) | {"questions": questions, "seeds": seeds}
-    found |= {"difference": float(gains.mean()), "sd_first": _spread(first), "sd_second": _spread(second)}
+    found |= {"difference": float(gains.mean())}
+    found |= {name: pd.Series(it.mean(1)).std() for name, it in (("sd_first", first), ("sd_second", second))}
     of_questions, clusters = _variance_of_questions(gains.mean(0), passages, levels)
     if seeds < 2 or clusters < 1:
         return found
@@ -144,11 +132,6 @@ def recipe_difference(first: np.ndarray, second: np.ndarray, passages: np.ndarra
     return found
 
 
-def _spread(correct: np.ndarray) -> float:
-    """Sample standard deviation of the runs' accuracies."""
-    return float(correct.mean(1).std(ddof=1)) if len(correct) > 1 else np.nan
-
-
 def _variance_of_questions(each: np.ndarray, passages: np.ndarray, levels: np.ndarray) -> tuple[float, int]:
     """Variance of the mean of [questions] values with passages as clusters within levels, and its freedom."""
     passage, level = statistics.passages_within_levels(levels, passages)
@@ -165,7 +148,7 @@ def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.
     correct: [seeds, questions] by recipe; facts: example_id and level of the questions.
     """
     (first, base), *others = correct.items()
-    columns = facts["example_id"].to_numpy(), facts["level"].to_numpy()
+    columns = facts["example_id"], facts["level"]
     rows = [{"first": first, "second": name} | recipe_difference(base, runs, *columns) for name, runs in others]
     table = pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
     return table.assign(p_holm=statistics.holm(table["p"]))
@@ -174,23 +157,23 @@ def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.
 def power(difference: float, seeds: int, questions: int, contrasts: int = 1) -> dict:
     """What a comparison of so many seeds a recipe will see of a true difference (a fraction, as accuracy is).
 
-    Keys: seeds, questions, half_width (of the 95 % interval), power (share of comparisons that find it), power_holm
-    (the same in the strictest step of Holm's adjustment for `contrasts`). Not by statsmodels' TTestPower: SciPy's
-    noncentral t, on which it rests, is NaN for a large difference on few degrees of freedom.
+    Keys: seeds, questions, half_width (of the 95 % interval, median), power (share of comparisons that find it),
+    power_holm (the same in the strictest step of Holm's adjustment for `contrasts`).
     """
     of_questions = (RECIPES_DIFFER - RUNS_DIFFER + RUNS_DIFFER / seeds) / questions
-    of_runs, clusters = (2 * SD**2 + RUNS_DIFFER / questions) / seeds, max(1.0, questions / QUESTIONS_A_PASSAGE - 1)
-    variance = of_questions + 2 * SD**2 / seeds
-    freedom, error = variance**2 / (of_questions**2 / clusters + of_runs**2 / (seeds - 1)), variance**0.5
-    found = {"seeds": seeds, "questions": questions, "half_width": float(t.ppf(0.975, freedom) * error)}
-    place, spreads = abs(difference) / error, np.sqrt(chi2.ppf((np.arange(2000) + 0.5) / 2000, freedom) / freedom)
+    of_runs, noise = (2 * SD**2 + RUNS_DIFFER / questions) / seeds, RUNS_DIFFER / questions / seeds
+    drawn = of_runs * chi2.ppf((np.arange(2000) + 0.5) / 2000, seeds - 1) / (seeds - 1)  # as its estimate spreads
+    variance, clusters = of_questions + np.maximum(0.0, drawn - noise), max(1.0, questions / QUESTIONS_A_PASSAGE - 1)
+    freedom = variance**2 / (of_questions**2 / clusters + drawn**2 / (seeds - 1))
+    found, error = {"seeds": seeds, "questions": questions}, (of_questions + of_runs - noise) ** 0.5
     for name, alpha in (("power", 0.05), ("power_holm", 0.05 / contrasts)):
-        limits = t.ppf(1 - alpha / 2, freedom) * spreads  # as the estimated error spreads
-        found[name] = float((norm.sf(limits - place) + norm.cdf(-limits - place)).mean())
+        reach = t.ppf(1 - alpha / 2, freedom) * variance**0.5
+        found.setdefault("half_width", float(np.median(reach)))
+        found[name] = float((norm.sf((reach - difference) / error) + norm.cdf((-reach - difference) / error)).mean())
     return found
 
 
 def seeds_needed(difference: float, questions: int, contrasts: int = 1) -> int | None:
     """The fewest seeds a recipe, up to 100, with which POWER is reached after Holm; None if there are none."""
-    enough = (n for n in range(2, 101) if power(difference, n, questions, contrasts)["power_holm"] >= POWER)
+    enough = (n for n in range(LEAST_SEEDS, 101) if power(difference, n, questions, contrasts)["power_holm"] >= POWER)
     return next(enough, None)

@@ -26,8 +26,6 @@ from race.train.checkpoints import Checkpoint, short_names
 
 FORMAT = 2  # of saved predictions
 RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct", "accuracy", "ci_low", "ci_high"]
-PASSAGE_COLUMNS = ["passages", "icc", "design_effect", "passage_low", "passage_high"]
-MACRO_COLUMNS = ["macro_accuracy", "macro_low", "macro_high"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +56,8 @@ class Predictions:
             table = table[table["level"] == settings["level"]].reset_index(drop=True)
         levels = table[table["level"] != "all"]
         whole = len(levels) == len(LEVELS) and levels["questions"].sum() == len(self.table)
-        details = dict(zip(MACRO_COLUMNS, statistics.macro_accuracy(levels) if whole else [None] * 3, strict=True))
+        mean, low, high = statistics.macro_accuracy(levels) if whole else [None] * 3
+        details = {"macro_accuracy": mean, "macro_low": low, "macro_high": high}
         details |= {name: value for name, value in settings.items() if name not in ("format", "split", "level")}
         details |= {"seconds": made["seconds"]} | {name: made["versions"][name] for name in ("torch", "transformers")}
         return table.assign(**details, made=made["made"], folder=made.get("folder"))
@@ -97,7 +96,7 @@ def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, r
     settings = {"checkpoint_sha256": checkpoint.sha256} | prediction_settings(data, split, **how)
     name = "-".join(filter(None, [checkpoint.label, checkpoint.sha256[:8], split, data.level]))
     path = Path(run_dir) / "predictions" / f"{name}.parquet"
-    if found := read_predictions(path):
+    if found := _saved_predictions(path):
         differ = [name for name, value in settings.items() if found.made["settings"].get(name) != value]
         if not differ:
             print(f"{path.name}: saved predictions are used, made {found.made['made']}")
@@ -116,7 +115,8 @@ def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, r
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": {"python": platform.python_version()} | versions(),
     }
-    save_predictions(path, table, made)
+    atomic_write(path, lambda file: table.to_parquet(file, index=False))
+    write_json(path.with_suffix(".json"), made | {"sha256": file_hash(path)})
     return Predictions(pd.read_parquet(path), made)
 
 
@@ -127,13 +127,11 @@ def prediction_settings(
 
     precision: default by device, one of race.device.AUTOCAST; accelerator: "cpu", "gpu" or None.
     """
-    splits, device = data.cache.manifest["splits"], default_device(accelerator)
-    if split not in splits:
-        raise RaceError(f"{data.cache} has no {split} split; make a cache from a source that has one")
+    whole, device = len(data.cache.tables(split)[1]), default_device(accelerator)
     precision = precision or default_precision(accelerator)
     if precision not in AUTOCAST:
         raise RaceError(f"PRECISION is {precision!r}; scoring takes one of {', '.join(AUTOCAST)}")
-    limited = data.limit_questions is not None and data.limit_questions < splits[split]["questions"]
+    limited = data.limit_questions is not None and data.limit_questions < whole
     files = json.dumps(data.cache.manifest["files"], sort_keys=True)
     return {
         "format": FORMAT,
@@ -149,14 +147,8 @@ def prediction_settings(
     }
 
 
-def save_predictions(path: Path, table: pd.DataFrame, made: dict) -> None:
-    """Write a table of predictions, and then what made it, with the hash of its file."""
-    atomic_write(path, lambda file: table.to_parquet(file, index=False))
-    write_json(path.with_suffix(".json"), made | {"sha256": file_hash(path)})
-
-
-def read_predictions(path: Path) -> Predictions | None:
-    """Saved predictions; None if there are none, or (which is printed) other ones than the JSON file describes."""
+def _saved_predictions(path: Path) -> Predictions | None:
+    """None if there are none, or (which is printed) other ones than the JSON file describes."""
     try:
         made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if made["sha256"] == file_hash(path) and made["settings"]["format"] == FORMAT:
@@ -175,18 +167,14 @@ def save_results(run_dir: str | Path, scored: list[Predictions]) -> None:
     The same: of one hash, or of one name in one folder, where a file has been written again. Of one level alone only
     that level's rows are replaced.
     """
-    path, hashes = Path(run_dir) / "results.csv", ["checkpoint_sha256", "split"]
-    places = ["checkpoint", "folder", "split"]
-    rows = [row for found in scored for row in found.results.to_dict("records")]
-    table = pd.DataFrame(rows, columns=scored[0].results.columns, dtype=object)
-
-    def keys(rows: pd.DataFrame, columns: list[str]) -> pd.MultiIndex:
-        return pd.MultiIndex.from_frame(rows.reindex(columns=columns, fill_value=""))
-
+    path, table = Path(run_dir) / "results.csv", pd.concat([found.results.astype(object) for found in scored])
     with locked(path.with_name(".results.lock"), wait=True):
         if path.exists():
             old = pd.read_csv(path, dtype=str, keep_default_na=False)  # as text, so that nothing is rounded
-            same = keys(old, hashes).isin(keys(table, hashes)) | keys(old, places).isin(keys(table, places))
+            same = pd.Series(False, old.index)
+            for columns in (["checkpoint_sha256", "split"], ["checkpoint", "folder", "split"]):
+                keys = [pd.MultiIndex.from_frame(it.reindex(columns=columns, fill_value="")) for it in (old, table)]
+                same |= keys[0].isin(keys[1])
             same &= ("all" in set(table["level"])) | old["level"].isin(table["level"])
             table = pd.concat([table, old[~same]])
         table = table.sort_values(["stage", "checkpoint", "split"], kind="stable")
@@ -194,31 +182,30 @@ def save_results(run_dir: str | Path, scored: list[Predictions]) -> None:
 
 
 def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split: str) -> pd.DataFrame:
-    """RESULT_COLUMNS (Wilson intervals), PASSAGE_COLUMNS (statistics.by_passage) and SEEN_COLUMNS, a row for all
-    questions and for each level present.
+    """RESULT_COLUMNS (Wilson intervals), columns of by_passage, SEEN_COLUMNS: a row for all questions and each level.
 
     trained_on, selected_on: the number of questions whose article trained the checkpoint, or is in the validation split
     that chose it, as far as known; missing where that is known of none. not_known: of how many it is not.
     """
-    parts = {"all": predictions}
-    parts |= {level: part for level in LEVELS if len(part := predictions[predictions["level"] == level])}
     rows = []
-    for level, part in parts.items():
-        questions, correct = len(part), int(statistics.is_correct(part).sum())
-        low, high = statistics.wilson(correct, questions)
-        values = [stage, checkpoint, split, level, questions, correct, correct / questions, float(low), float(high)]
-        known = {name: part.get(column, pd.Series(pd.NA, part.index)) for name, column in SEEN_COLUMNS.items()}
-        counts = {name: int(column.sum()) if column.notna().any() else None for name, column in known.items()}
-        counts |= {"not_known": max(int(column.isna().sum()) for column in known.values())}
-        rows.append(dict(zip(RESULT_COLUMNS, values, strict=True)) | statistics.by_passage(part) | counts)
-    return pd.DataFrame(rows).astype(dict.fromkeys(SEEN_COLUMNS, "Int64"))
+    for level in ("all", *LEVELS):
+        part = predictions if level == "all" else predictions[predictions["level"] == level]
+        if part.empty:
+            continue
+        row = {"stage": stage, "checkpoint": checkpoint, "split": split, "level": level}
+        row |= {"questions": len(part), "correct": int(statistics.is_correct(part).sum())}
+        row |= statistics.by_passage(part)
+        row |= {name: part[column].sum(min_count=1) for name, column in SEEN_COLUMNS.items()}
+        rows.append(row | {"not_known": part[list(SEEN_COLUMNS.values())].isna().sum().max()})
+    table = statistics.with_accuracy(pd.DataFrame(rows)).astype(dict.fromkeys(SEEN_COLUMNS, "Int64"))
+    return table[[*RESULT_COLUMNS, *table.columns.difference(RESULT_COLUMNS, sort=False)]]
 
 
 def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", **how) -> pd.DataFrame:
     """Score one checkpoint on a split; one row a question, in the order of the cache. how: as prediction_settings.
 
-    Columns: example_id, question_index, level, answer and prediction ("A".."D"), p_A … p_D, those of `question_facts`
-    and of race.data.seen. Raises RaceError if the model's output is not finite.
+    Columns: example_id, question_index, level, answer and prediction ("A".."D"), p_A … p_D, kind, those of
+    RaceDataset.facts and of race.data.seen. Raises RaceError if the model's output is not finite.
     """
     precision = prediction_settings(data, split, **how)["precision"]
     checkpoint.check_encoding(data.cache)
@@ -239,15 +226,10 @@ def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", *
     table["answer"] = np.take(LETTERS, columns["label"])
     table["prediction"] = np.take(LETTERS, probabilities.argmax(1))  # as accuracy is counted in training
     table[PROBABILITIES] = probabilities
+    facts = dataset.facts()  # of each question, so that analyses need no text
+    table["kind"] = facts.pop("question").map(statistics.kind_of_question)
     known = {name: pd.array(column, "boolean") for name, column in seen_before(checkpoint.lineage, dataset).items()}
-    return pd.concat([table, question_facts(dataset), pd.DataFrame(known)], axis=1)
-
-
-def question_facts(dataset) -> pd.DataFrame:
-    """What the analyses need to know of each question, so that they need no text: kind, and RaceDataset.facts."""
-    facts = dataset.facts()
-    facts.insert(0, "kind", [statistics.kind_of_question(question) for question in facts.pop("question")])
-    return facts
+    return pd.concat([table, facts, pd.DataFrame(known)], axis=1)
 
 
 def _loaded(checkpoint: Checkpoint, data: RaceDataModule, accelerator: str | None):
@@ -288,13 +270,13 @@ def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out:
         asked = RaceDataModule(f"{folder}/asked", data.batch_size, data.max_len)
         for split in asked.cache.splits:
             found, dataset = predict(checkpoint, asked, split, **how), asked.dataset(split)
-            texts = pd.DataFrame([dataset.text(row) for row in range(len(dataset))])
-            table = texts[["example_id", "question_index", "question"]].rename(columns={"example_id": "id"})
-            table.insert(0, "split", split)
-            letters = zip(texts["options"], found["prediction"].map(LETTERS.index), strict=True)
-            table = table.assign(choice=found["prediction"], option=[options[letter] for options, letter in letters])
-            parts.append(table.join(found[PROBABILITIES].round(6)))
-    table = pd.concat(parts, ignore_index=True)
+            texts = [dataset.text(row) for row in range(len(dataset))]
+            chosen = found["prediction"].map(LETTERS.index)
+            options = [text["options"][choice] for text, choice in zip(texts, chosen, strict=True)]
+            found = found.assign(split=split, question=[text["question"] for text in texts], option=options)
+            parts.append(found.rename(columns={"example_id": "id", "prediction": "choice"}))
+    columns = ["split", "id", "question_index", "question", "choice", "option", *PROBABILITIES]
+    table = pd.concat(parts, ignore_index=True)[columns].round(6)
     path = Path(out) / f"{Path(source).stem}-{checkpoint.label}-{checkpoint.sha256[:8]}.csv"
     atomic_write(path, lambda file: table.to_csv(file, index=False))
     atomic_write(path.with_suffix(".parquet"), lambda file: table.to_parquet(file, index=False))
@@ -309,12 +291,10 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, pd.DataFrame):
-        return _plain(value.to_dict("records"))
+    value = value.to_dict("records") if isinstance(value, pd.DataFrame) else value
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
-    missing = value is pd.NA or (isinstance(value, float) and not math.isfinite(value))
-    return None if missing else value
+    return None if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)) else value

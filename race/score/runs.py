@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from race import RaceError
-from race.data import RaceDataModule
+from race.data import Cache, RaceDataModule
 from race.recipes import run_name
 from race.score.comparison import against_baseline
 from race.score.predictions import Predictions, kept_predictions, save_results
-from race.score.statistics import is_correct, mostly_trained_on
+from race.score.statistics import is_correct, mostly_trained_on, wilson
 from race.train.stages import Stage, read_log, stages_of
 from race.train.state import read_state
 
@@ -69,10 +71,8 @@ class Run:
         asked = list(self.record.get("stages", begun))
         unfinished = [name for name, state in states.items() if state and not state["finished"]]
         if begun != asked or unfinished:
-            missing = (
-                f"stages {', '.join(begun)} of {', '.join(asked)}; not finished: {', '.join(unfinished) or 'none'}"
-            )
-            return f"{self.checkpoint_dir} has {missing}: {again}"
+            missing = f"{', '.join(begun)} of {', '.join(asked)}; not finished: {', '.join(unfinished) or 'none'}"
+            return f"{self.checkpoint_dir} has stages {missing}: {again}"
         if None not in (seed, self.seed) and seed != self.seed:
             return f"{self.checkpoint_dir} was trained with seed {seed}, not {self.seed}"
         return None
@@ -121,69 +121,97 @@ def unlike(runs: list[Run]) -> list[str]:
     return problems
 
 
-def training_totals(found: dict[str, list[Run]], cache) -> pd.DataFrame:
+def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
     """What the runs of each recipe had, a row each; of numbers that differ between its seeds, the largest.
 
     Columns: recipe, stages (how many), learning_rate (the highest of each stage), epochs, questions (trained on),
     checkpoints (to choose from), seeds, monitor (the rule of selection), learning_rates_tried (as the recipe says),
     fewest_epochs (of its seeds), also (dict: settings that should be the same for all recipes).
     """
-    rows, numbers = [], ["stages", "epochs", "questions", "checkpoints"]
-    for run in (run for runs in found.values() for run in runs):
-        epochs, last = [_epochs(stage) for stage in run.stages], run.stages[-1].saved[0]
-        asked = [count * _training_questions(stage, cache) for count, stage in zip(epochs, run.stages, strict=True)]
-        saved = sum(len(stage.saved) for stage in run.stages)
-        row = dict(zip(numbers, [len(epochs), sum(epochs), sum(asked), saved], strict=True))
-        row |= {"recipe": run.recipe, "learning_rate": [stage.saved[0].learning_rate for stage in run.stages]}
-        row |= {"monitor": last.monitor, "learning_rates_tried": run.record.get("learning_rates_tried")}
-        also = {name: _settings(last).get(name) for name in ("batch_size", "max_len", "precision", "cache")}
-        rows.append(row | {"also": also})
-    runs = pd.DataFrame(rows).groupby("recipe", sort=False)
-    largest = {name: runs[name].max() for name in numbers}
-    table = runs.first().assign(seeds=runs.size(), fewest_epochs=runs["epochs"].min(), **largest).reset_index()
-    columns = ["recipe", "stages", "learning_rate", "epochs", "questions", "checkpoints", "seeds", "monitor"]
-    columns += ["learning_rates_tried", "fewest_epochs", "also"]
-    return table[columns].astype({"learning_rates_tried": "Int64"})
+    rows = []
+    for run in itertools.chain(*found.values()):
+        last = run.stages[-1].saved[0]
+        row = {"recipe": run.recipe, "stages": len(run.stages), "epochs": 0, "questions": 0, "checkpoints": 0}
+        for stage in run.stages:
+            epochs = 1 + max(checkpoint.epoch for checkpoint in stage.saved)
+            row["epochs"] += epochs
+            row["questions"] += epochs * _training_questions(stage, cache)
+            row["checkpoints"] += len(stage.saved)
+        row |= {"learning_rate": [stage.saved[0].learning_rate for stage in run.stages], "monitor": last.monitor}
+        row |= {"learning_rates_tried": run.record.get("learning_rates_tried"), "fewest_epochs": row["epochs"]}
+        settings = _settings(last)
+        also = {name: settings.get(name) for name in ("batch_size", "max_len", "precision", "cache")}
+        rows.append(row | {"seeds": 1, "also": also})
+    whole = dict.fromkeys(["stages", "epochs", "questions", "checkpoints"], "max")
+    whole |= dict.fromkeys(["learning_rate", "monitor", "learning_rates_tried", "also"], "first")
+    table = pd.DataFrame(rows).groupby("recipe", sort=False).agg(whole | {"seeds": "sum", "fewest_epochs": "min"})
+    return table.reset_index().astype({"learning_rates_tried": "Int64"})
 
 
-def _epochs(stage: Stage) -> int:
-    return 1 + max(checkpoint.epoch for checkpoint in stage.saved)
-
-
-def _training_questions(stage: Stage, cache) -> int:
+def _training_questions(stage: Stage, cache: Cache) -> int:
     """How many questions an epoch of its training had."""
     recipe = stage.saved[0].lineage.get("recipe", {})
     sample = {name: recipe.get(name) for name in ("limit_questions", "level")}
     return len(RaceDataModule(cache, seed=recipe.get("seed") or 0, **sample).open_split("train"))
 
 
-def training_curves(found: dict[str, list[Run]], cache) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+def training_curves(found: dict[str, list[Run]], cache: Cache) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """(validation after each epoch, the learning rate at each logged step, notes on logs that are missing).
 
     Columns: recipe, seed, questions (trained on by then), and val_loss_epoch and val_acc, or learning_rate and stage.
     """
-    columns, notes = ["recipe", "seed", "questions"], []
-    validated = [pd.DataFrame(columns=[*columns, "val_loss_epoch", "val_acc"])]
-    rates = [pd.DataFrame(columns=[*columns, "learning_rate", "stage"])]
-    for run in (run for runs in found.values() for run in runs):
+    validated, rates, notes = [], [], []
+    for run in itertools.chain(*found.values()):
         before, names = 0, {"recipe": run.recipe, "seed": run.seed}
         for stage in run.stages:
+            an_epoch = _training_questions(stage, cache)
             try:
-                log = read_log(run.run_dir, stage.name)
-                logged = log.dropna(subset="learning_rate")
-                epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last")
+                log, epochs = _course(run.run_dir, stage.name, before, an_epoch)
             except (RaceError, KeyError) as error:
                 notes.append(f"{run.run_dir}, {stage.name}: no log to draw ({error})")
                 break
-            an_epoch = _training_questions(stage, cache)
+            validated.append(epochs[["questions", "val_loss_epoch", "val_acc"]].assign(**names))
             steps = (epochs["step"].max() + 1) / len(epochs)  # of an epoch
-            at_end = before + (epochs["epoch"] + 1) * an_epoch
-            validated.append(epochs[["val_loss_epoch", "val_acc"]].assign(questions=at_end, **names))
+            logged = log[["step", "learning_rate"]].dropna()
             at_step = before + (logged["step"] + 1) / steps * an_epoch
-            rates.append(logged[["learning_rate"]].assign(questions=at_step, stage=stage.name, **names))
-            before = at_end.max()
-    tables = [pd.concat(parts[1:] or parts, ignore_index=True) for parts in (validated, rates)]
-    return *tables, notes
+            rates.append(logged.assign(questions=at_step, stage=stage.name, **names))
+            before = epochs["questions"].max()
+    return _joined(validated), _joined(rates), notes
+
+
+def learning_story(
+    run_dir: str | Path, stages: dict[str, str], questions_per_epoch: int, validation_questions: int
+) -> tuple[pd.DataFrame, list[str]]:
+    """Validation after each epoch of all stages over the questions seen, and notes on logs that are missing.
+
+    stages: their names, and which of MONITORS picks the best checkpoint of each.
+    Columns: stage, monitor, epoch (from 0), questions (trained on by then, over all stages), val_loss, val_acc, val_low
+    and val_high (Wilson's 95 % interval of val_acc), learning_rate (the stage's highest).
+    """
+    parts, notes, before, asked = [], [], 0, validation_questions or math.nan
+    for stage, monitor in stages.items():
+        try:
+            log, epochs = _course(run_dir, stage, before, questions_per_epoch)
+        except (RaceError, KeyError):
+            notes.append(f"no log of {stage} with a validated epoch in {run_dir}/logs: it is missing from the figure")
+            continue
+        low, high = wilson(epochs["val_acc"] * asked, asked)
+        own = epochs[["epoch", "questions", "val_acc"]].assign(val_loss=epochs["val_loss_epoch"], val_low=low)
+        rate = log["learning_rate"].max()
+        parts.append(own.assign(val_high=high, stage=stage, monitor=monitor, learning_rate=rate))
+        before = epochs["questions"].max()
+    return _joined(parts), notes
+
+
+def _course(run_dir: str | Path, stage: str, before: int, an_epoch: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(log of a stage, its rows of validations with the questions trained on by then, `before` of them before it)."""
+    log = read_log(run_dir, stage)
+    epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last").astype({"epoch": int})
+    return log, epochs.assign(questions=before + (epochs["epoch"] + 1) * an_epoch)
+
+
+def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def correct_answers(
@@ -194,9 +222,10 @@ def correct_answers(
     how: precision and accelerator. Raises RaceError if most of the questions trained one of the checkpoints.
     """
     scored = {}
-    for checkpoint in (it for runs in found.values() for run in runs for it in (run.chosen, run.last_epoch)):
-        if checkpoint.sha256 not in scored:
-            scored[checkpoint.sha256] = _on_new_questions(checkpoint, data, split, run_dir, **how)
+    for run in itertools.chain(*found.values()):
+        for checkpoint in (run.chosen, run.last_epoch):
+            if checkpoint.sha256 not in scored:
+                scored[checkpoint.sha256] = _on_new_questions(checkpoint, data, split, run_dir, **how)
     save_results(run_dir, list(scored.values()))
     right = {sha256: is_correct(predictions.table) for sha256, predictions in scored.items()}
     chosen = {name: np.stack([right[run.chosen.sha256] for run in runs]) for name, runs in found.items()}
@@ -213,13 +242,10 @@ def _on_new_questions(checkpoint, data: RaceDataModule, split: str, run_dir, **h
 
 def accuracies(chosen: Correct, last: Correct | None = None) -> pd.DataFrame:
     """Mean accuracy over seeds of each recipe, a row each; sd and each: of every seed; last_epoch: the mean there."""
-    rows = []
-    for recipe, runs in chosen.items():
-        each = runs.mean(1)
-        row = {"recipe": recipe, "accuracy": float(each.mean()), "each": each.tolist()}
-        row |= {"sd": float(each.std(ddof=1)) if len(each) > 1 else np.nan}
-        rows.append(row | ({} if last is None else {"last_epoch": float(last[recipe].mean())}))
-    return pd.DataFrame(rows)
+    each = {recipe: pd.Series(runs.mean(1)) for recipe, runs in chosen.items()}
+    rows = [{"recipe": name, "accuracy": it.mean(), "each": it.tolist(), "sd": it.std()} for name, it in each.items()]
+    table = pd.DataFrame(rows)
+    return table if last is None else table.assign(last_epoch=[last[recipe].mean() for recipe in each])
 
 
 def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[pd.DataFrame, pd.DataFrame]:

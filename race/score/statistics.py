@@ -4,13 +4,14 @@ import re
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, chi2, fisher_exact, norm, rankdata, t
+from scipy.stats import chi2, fisher_exact, norm, rankdata, t
 
 from race import LETTERS, LEVELS
 
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 SEEN_COLUMNS = {"trained_on": "article_in_train", "selected_on": "article_in_validation"}  # of results: of predictions
+OF_PASSAGES = ("article length (tokens)", "sequence", "article")  # groupings that hold a passage's questions together
 FEW_ERRORS = 50  # with fewer, χ² is not a good approximation
 
 
@@ -54,6 +55,11 @@ def is_correct(predictions: pd.DataFrame) -> np.ndarray:
     return (predictions["answer"] == predictions["prediction"]).to_numpy(bool)
 
 
+def confidence(predictions: pd.DataFrame) -> np.ndarray:
+    """[N] the probability of the chosen option."""
+    return predictions[PROBABILITIES].to_numpy(float).max(1)
+
+
 def wilson(correct, questions, alpha: float = 0.05):
     """Wilson's interval of proportions at level 1 − alpha: (low, high), of numbers or of arrays."""
     from statsmodels.stats.proportion import proportion_confint
@@ -65,11 +71,10 @@ def wilson(correct, questions, alpha: float = 0.05):
 def by_passage(predictions: pd.DataFrame) -> dict:
     """The accuracy's 95 % interval with passages as clusters within levels, and what it follows from.
 
-    Questions of one passage are alike, so that they count for less than as many single ones. passages; icc: intraclass
-    correlation within passages (analysis of variance); design_effect: variance of the accuracy with whole passages
-    drawn (Cochran 1977, ch. 9 to 11) over that with single questions drawn, at least 1; passage_low and passage_high:
-    Wilson's interval for questions / design_effect, with the t quantile for passages − levels. NaN where there are too
-    few passages, and where all answers are correct, or all wrong.
+    Questions of one passage are alike, so that they count for less than as many single ones. passages;
+    design_effect: variance of the accuracy with whole passages drawn (Cochran 1977, ch. 9 to 11) over that with single
+    questions drawn, at least 1; passage_low and passage_high: Wilson's interval for questions / design_effect, with the
+    t quantile for passages − levels. NaN where there are too few passages, and where all answers are right, or wrong.
     """
     correct, count = is_correct(predictions), len(predictions)
     rate, (passage, level) = correct.mean(), passages_within_levels(predictions["level"], predictions["example_id"])
@@ -77,17 +82,12 @@ def by_passage(predictions: pd.DataFrame) -> dict:
     clusters, asked = np.bincount(level), np.bincount(level, sizes)
     found, freedom = {"passages": len(sizes)}, len(sizes) - len(clusters)
     if freedom < 1 or rate in (0, 1):
-        return found | dict.fromkeys(["icc", "design_effect", "passage_low", "passage_high"], np.nan)
+        return found | dict.fromkeys(["design_effect", "passage_low", "passage_high"], np.nan)
     mean = (np.bincount(level, rights) / asked)[level]  # the accuracy of each passage's level
     spread = np.bincount(level, (rights - sizes * mean) ** 2) * clusters / (clusters - 1)
     effect = max(1.0, float(spread.sum() / (count * rate * (1 - rate))))
-    between = (sizes * (rights / sizes - mean) ** 2).sum() / freedom
-    within = (rights * (1 - rights / sizes)).sum() / (count - len(sizes)) if count > len(sizes) else np.nan
-    size = (count - (np.bincount(level, sizes**2) / asked).sum()) / freedom
-    total = between + (size - 1) * within
     low, high = wilson(correct.sum() / effect, count / effect, 2 * norm.sf(t.ppf(0.975, freedom)))
-    found |= {"icc": float((between - within) / total) if total else np.nan, "design_effect": effect}
-    return found | {"passage_low": float(low), "passage_high": float(high)}
+    return found | {"design_effect": effect, "passage_low": float(low), "passage_high": float(high)}
 
 
 def passages_within_levels(levels, example_ids) -> tuple[np.ndarray, np.ndarray]:
@@ -108,24 +108,13 @@ def quoted_interval(row: pd.Series) -> tuple[float, float, str]:
 
 def mostly_trained_on(predictions: pd.DataFrame) -> bool:
     """Whether more than half of the questions have an article that trained the checkpoint, as far as that is known."""
-    known = predictions.get("article_in_train")
-    return known is not None and float(known.astype("boolean").fillna(False).mean()) > 0.5
+    return predictions["article_in_train"].fillna(False).mean() > 0.5
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """p of the exact two-sided McNemar test on the questions on which exactly one of two is correct."""
-    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
-
-
-def accuracy_by(predictions: pd.DataFrame, groups, order: list | None = None) -> pd.DataFrame:
-    """GROUP_COLUMNS with Wilson intervals by group ([N] names, or missing); groups without questions are left out."""
-    groups = pd.Series(np.asarray(groups, dtype=object))
-    counts = pd.Series(is_correct(predictions)).groupby(groups).agg(["size", "sum"])
-    if order is not None:
-        counts = counts.loc[[group for group in order if group in counts.index]]
-    questions, correct = (counts[name].to_numpy() for name in ("size", "sum"))
-    columns = [counts.index, questions, correct, correct / questions, *wilson(correct, questions)]
-    return pd.DataFrame(dict(zip(GROUP_COLUMNS, columns, strict=True)))
+def with_accuracy(counts: pd.DataFrame) -> pd.DataFrame:
+    """A table with questions and correct, and beside them accuracy, ci_low and ci_high (Wilson)."""
+    low, high = wilson(counts["correct"], counts["questions"])
+    return counts.assign(accuracy=counts["correct"] / counts["questions"], ci_low=low, ci_high=high)
 
 
 def macro_accuracy(levels: pd.DataFrame) -> tuple[float, float, float]:
@@ -146,9 +135,6 @@ def length_groups(tokens, count: int = 5) -> tuple[np.ndarray, list[str]]:
     ends = pd.Series(tokens).groupby(place).agg(["min", "max"])
     names = [f"{low}–{high}" if low < high else f"{low}" for low, high in ends.to_numpy()]
     return np.array(names, dtype=object)[np.unique(place, return_inverse=True)[1]], names
-
-
-OF_PASSAGES = ("article length (tokens)", "sequence", "article")  # groupings that hold a passage's questions together
 
 
 def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -174,25 +160,20 @@ def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
         groupings["article"] = pd.Categorical(seen.fillna(names[-1]), names)
     known = predictions["level"].isin(LEVELS).any()
     level = pd.Categorical(predictions["level"] if known else ["all"] * len(predictions), [*LEVELS, "all"])
-    correct = pd.Series(is_correct(predictions))
-    counts = {
-        name: correct.groupby([group, level], observed=True).agg(["size", "sum"]) for name, group in groupings.items()
-    }
-    table = pd.concat(counts, names=["grouping", "group", "level"]).reset_index()
-    questions, right = table.pop("size"), table.pop("sum")
-    low, high = wilson(right, questions)
-    table = table.assign(questions=questions, correct=right, accuracy=right / questions, ci_low=low, ci_high=high)
+    correct, counts = pd.Series(is_correct(predictions)), {}
+    for name, group in groupings.items():
+        counts[name] = correct.groupby([group, level], observed=True).agg(questions="size", correct="sum")
+    table = with_accuracy(pd.concat(counts, names=["grouping", "group", "level"]).reset_index())
     of_level = table.groupby(["grouping", "level"], sort=False)
     others = of_level[["questions", "correct"]].transform("sum") - table[["questions", "correct"]]
     table["rest"] = others["correct"] / others["questions"].where(others["questions"] > 0)
-    effects = {
-        it: np.fmax(1.0, by_passage(predictions[level == it])["design_effect"]) for it in table["level"].unique()
-    }
-    effect = table["level"].map(effects).where(table["grouping"].isin(OF_PASSAGES), 1.0)
-    cells = [right, questions - right, others["correct"], others["questions"] - others["correct"]]
-    cells = np.rint(np.column_stack(cells) / effect.to_numpy()[:, None]).astype(int)
+    effects = {it: by_passage(predictions[level == it])["design_effect"] for it in table["level"].unique()}
+    effect = np.fmax(1.0, table["level"].map(effects).where(table["grouping"].isin(OF_PASSAGES), 1.0).to_numpy(float))
+    own = [table["correct"], table["questions"] - table["correct"]]
+    cells = np.column_stack([*own, others["correct"], others["questions"] - others["correct"]]) / effect[:, None]
     tested = (others["questions"] > 0) & ~((of_level["group"].transform("size") == 2) & (of_level.cumcount() == 0))
-    p = [fisher_exact(it.reshape(2, 2)).pvalue if test else np.nan for it, test in zip(cells, tested, strict=True)]
+    cells = np.rint(cells).astype(int).reshape(-1, 2, 2)
+    p = [fisher_exact(it).pvalue if test else np.nan for it, test in zip(cells, tested, strict=True)]
     table = table.assign(difference=table["accuracy"] - table["rest"], p=p, p_holm=holm(p))
     return table[["grouping", "level", *GROUP_COLUMNS, "rest", "difference", "p", "p_holm"]]
 
@@ -212,13 +193,6 @@ def confusion(predictions: pd.DataFrame) -> np.ndarray:
     from sklearn.metrics import confusion_matrix
 
     return confusion_matrix(predictions["answer"], predictions["prediction"], labels=LETTERS)
-
-
-def letter_counts(predictions: pd.DataFrame) -> pd.DataFrame:
-    """How often each letter is the correct one, and how often it is chosen: counts and fractions of all questions."""
-    counts = confusion(predictions)
-    table = pd.DataFrame({"letter": LETTERS, "right": counts.sum(1), "chosen": counts.sum(0)})
-    return table.assign(**{f"{name}_share": table[name] / counts.sum() for name in ("right", "chosen")})
 
 
 def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:

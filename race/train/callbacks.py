@@ -78,11 +78,8 @@ class StageReport(pl.Callback):
     """The speed in the log, a line after each epoch, and after the first minute how long the stage will take."""
 
     def __init__(self, device: str, after_seconds: float = 60.0):
-        self.device, self.after_seconds, self.estimated = (
-            device,
-            after_seconds,
-            False,
-        )  # device: how it computes, in words
+        self.device, self.after_seconds = device, after_seconds  # device: how it computes, in words
+        self.estimated = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Say what is in force; start the clock; log short epochs more often, so that a trial run has curves too."""

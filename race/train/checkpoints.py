@@ -35,12 +35,14 @@ class Checkpoint:
         self.path, self.name = Path(source), Path(source).name
         if not self.path.exists() and HUB_ID.fullmatch(str(source)) and self.path.suffix not in SUFFIXES:
             self.path, self.name = local_copy(str(source)), str(source)
-        self.lineage, self.own = _of_folder(self.path) if self.path.is_dir() else _of_file(self.path)
+        if not self.path.exists():
+            raise RaceError(f"{self.path}: no such checkpoint")
+        self.lineage, self.own = _of_folder(self.path) if self.path.is_dir() else _of_file(file_identity(self.path))
         self.stage: str | None = self.lineage.get("stage")
         self.epoch: int | None = self.lineage.get("epoch")  # from 0
-        self.metrics: dict = self.lineage.get("metrics", {})
-        self.val_loss: float | None = self.metrics.get("val_loss_epoch")
-        self.val_acc: float | None = self.metrics.get("val_acc")
+        metrics = self.lineage.get("metrics", {})
+        self.val_loss: float | None = metrics.get("val_loss_epoch")
+        self.val_acc: float | None = metrics.get("val_acc")
         self.base: str | None = self.lineage.get("base")
         self.base_sha256: str | None = self.lineage.get("base_sha256")
         self.chain: list[str] = self.lineage.get("chain", [])  # the stages before this one
@@ -48,7 +50,6 @@ class Checkpoint:
         self.learning_rate: float | None = recipe.get("learning_rate")
         self.monitor: str = recipe.get("monitor") or MONITORS[0]  # what picks the best checkpoint of its stage
         self.max_len: int = recipe.get("max_len") or MAX_LEN  # tokens of a sequence
-        self.beside: list[Checkpoint] | None = None  # all of its folder, once that has been read
 
     def __str__(self) -> str:
         return str(self.path)
@@ -58,16 +59,18 @@ class Checkpoint:
         """Its name without the suffix of a file."""
         return self.name.removesuffix(self.path.suffix) if self.path.is_file() else self.name.replace("/", "--")
 
-    @property
-    def files(self) -> list[Path]:
-        """The file; or those of a folder that decide what the model answers."""
-        return [self.path / "config.json", *_weight_files(self.path)] if self.path.is_dir() else [self.path]
+    @functools.cached_property
+    def beside(self) -> "list[Checkpoint]":
+        """All checkpoints of its folder, as they were when it was read."""
+        return read_checkpoints(self.path.parent)
 
     @property
     def sha256(self) -> str:
-        """Of the content of the file, or of the files of a folder."""
-        hashes = [known_hash(file_identity(path)) for path in self.files]
-        return hashes[0] if self.path.is_file() else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        """Of the content of the file, or of the files of a folder that decide what the model answers."""
+        if self.path.is_file():
+            return known_hash(file_identity(self.path))
+        hashes = [known_hash(file_identity(it)) for it in (self.path / "config.json", *_weight_files(self.path))]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def check_encoding(self, cache: Cache) -> None:
         """Raise RaceError if this was trained on another tokenizer or encoding than a cache holds."""
@@ -101,16 +104,17 @@ class Checkpoint:
         return module
 
 
-def _of_file(path: Path) -> tuple[dict, bool]:
-    """(lineage, whether it is a checkpoint of RaceModule)"""
-    try:
-        return _read(file_identity(path))
-    except FileNotFoundError as error:
-        raise RaceError(f"{path}: no such checkpoint") from error
+def read_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
+    """All checkpoints of a folder, by name; raises RaceError with the first one that is damaged."""
+    found = [Checkpoint(path) for path in sorted(Path(checkpoint_dir).glob("*.ckpt"))]
+    for checkpoint in found:
+        checkpoint.beside = found
+    return found
 
 
 @functools.lru_cache(maxsize=256)
-def _read(identity: tuple) -> tuple[dict, bool]:
+def _of_file(identity: tuple) -> tuple[dict, bool]:
+    """(lineage, whether it is a checkpoint of RaceModule)"""
     content = read_archive(identity[0], mmap=True, inert=LIBRARIES)
     parameters = content.get("hyper_parameters")
     return content.get("race", {}), isinstance(parameters, dict) and isinstance(parameters.get("config"), dict)
@@ -169,14 +173,12 @@ def _by_name(state: dict, wanted, encoder: str) -> dict[str, torch.Tensor]:
 
 def short_names(checkpoints: list[Checkpoint]) -> list[str]:
     """A name for each: its stage, stage and epoch, name, or folder and name: the first that tells all of them apart."""
-    labels = [checkpoint.label for checkpoint in checkpoints]
-    stages = [checkpoint.stage or checkpoint.label for checkpoint in checkpoints]
-    epochs = [
-        name if it.epoch is None else f"{name}, epoch {it.epoch}" for name, it in zip(stages, checkpoints, strict=True)
-    ]
-    folders = [f"{checkpoint.path.parent.name}/{checkpoint.label}" for checkpoint in checkpoints]
-    paths = [str(checkpoint.path) for checkpoint in checkpoints]
-    return next((names for names in (stages, epochs, labels, folders) if len(set(names)) == len(names)), paths)
+    names = []
+    for it in checkpoints:
+        stage = it.stage or it.label
+        epoch = stage if it.epoch is None else f"{stage}, epoch {it.epoch}"
+        names.append((stage, epoch, it.label, f"{it.path.parent.name}/{it.label}", str(it.path)))
+    return next(list(of_kind) for of_kind in zip(*names, strict=True) if len(set(of_kind)) == len(of_kind))
 
 
 def weights_hash(*models: torch.nn.Module) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from race import CHAIN, MONITORS, RaceError
-from race.train.checkpoints import Checkpoint
+from race.train.checkpoints import Checkpoint, read_checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Stage:
     @property
     def made_with(self) -> dict:
         """The parameters that it was made with."""
-        made = {"checkpoint_dir": str(self.checkpoint_dir), "run_dir": str(self.run_dir)}
-        return made | ({"monitor": self.monitor} if self.monitor else {})
+        folders = {"checkpoint_dir": str(self.checkpoint_dir), "run_dir": str(self.run_dir)}
+        return folders | {"monitor": self.monitor or MONITORS[0]}
 
     @property
     def trained_again(self) -> str:
@@ -63,8 +63,7 @@ class Stage:
         """Its checkpoints, best first, the earlier one of equals; raises RaceError if one of the folder is damaged."""
         found = read_checkpoints(self.checkpoint_dir) if self.found is None else self.found
         own = [checkpoint for checkpoint in found if checkpoint.stage == self.name]
-        rule = self.monitor or (own[0].monitor if own else MONITORS[0])
-        return sorted(own, key=lambda checkpoint: _cost(checkpoint, rule))
+        return sorted(own, key=lambda checkpoint: _cost(checkpoint, self.monitor or checkpoint.monitor))
 
     @property
     def rule(self) -> str:
@@ -74,8 +73,8 @@ class Stage:
     def best(self) -> Checkpoint:
         """The checkpoint with the lowest validation loss, or highest accuracy (`rule`); raises RaceError if none is."""
         if not self.saved:
-            first = f"run {CHAIN[self.name]}.ipynb first"
-            raise RaceError(f"{self.checkpoint_dir} has no checkpoint of stage {self.name}: {first}")
+            where = f"{self.checkpoint_dir} has no checkpoint of stage {self.name}"
+            raise RaceError(f"{where}: run {CHAIN[self.name]}.ipynb first")
         if math.isinf(_cost(self.saved[0], MONITORS[0])[0]):
             raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no checkpoint has a finite validation loss")
         return self.saved[0]
@@ -98,14 +97,6 @@ def _cost(checkpoint: Checkpoint, rule: str) -> tuple[float, int]:
     return (loss if rule == MONITORS[0] else 1 - accuracy) if known else math.inf, checkpoint.epoch
 
 
-def read_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
-    """All checkpoints of a folder, by name; raises RaceError with the first one that is damaged."""
-    found = [Checkpoint(path) for path in sorted(Path(checkpoint_dir).glob("*.ckpt"))]
-    for checkpoint in found:
-        checkpoint.beside = found
-    return found
-
-
 def stages_of(checkpoint_dir: str | Path, run_dir: str | Path | None = None) -> list[Stage]:
     """The stages that have checkpoints, in the order of the chain; raises RaceError if none has."""
     found = read_checkpoints(checkpoint_dir)
@@ -120,8 +111,6 @@ def stage_of(checkpoint: Checkpoint) -> Stage | None:
     """The stage of a checkpoint, with the files beside it; None for a folder, and for one of other code."""
     if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
         return None
-    if checkpoint.beside is None:
-        checkpoint.beside = read_checkpoints(checkpoint.path.parent)
     return Stage(checkpoint.stage, checkpoint.path.parent, None, found=checkpoint.beside)
 
 
@@ -138,22 +127,20 @@ def lineage_table(checkpoints: list[Checkpoint], names: list[str]) -> pd.DataFra
     recipe: dict, None if unknown; epochs: trained in its stage; chosen_epoch: its own, from 0; parent: which of the
     others its base is, by hash.
     """
-    name_of, rows = dict(zip([it.sha256 for it in checkpoints], names, strict=True)), []
+    rows, own = [], {it.sha256: name for it, name in zip(checkpoints, names, strict=True)}
     for it, name in zip(checkpoints, names, strict=True):
         row = {"name": name, "stage": it.stage or it.label, "base": it.base, "learning_rate": it.learning_rate}
         row |= {"recipe": it.lineage.get("recipe"), "epochs": epochs_trained(it), "chosen_epoch": it.epoch}
-        rows.append(row | {"val_loss": it.val_loss, "parent": name_of.get(it.base_sha256)})
+        rows.append(row | {"val_loss": it.val_loss, "parent": own.get(it.base_sha256)})
     return pd.DataFrame(rows)
 
 
 def stages_behind(checkpoints: list[Checkpoint]) -> dict[str, str]:
     """The stages that these checkpoints have gone through, as they remember them, each with its rule of selection."""
     named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
-    rules = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}
-    last = checkpoints[-1]  # beside it lie those that are not named
-    for name in named & CHAIN.keys() - rules.keys():
-        rules[name] = Stage(name, last.path.parent, found=last.beside).rule
-    return {name: rules[name] for name in CHAIN if name in rules}
+    rules, last = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}, checkpoints[-1]
+    stages = [Stage(name, last.path.parent, found=last.beside) for name in CHAIN if name in named]
+    return {stage.name: rules.get(stage.name) or stage.rule for stage in stages}
 
 
 def best_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
@@ -173,32 +160,3 @@ def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:
     if not versions:
         raise RaceError(f"{logs} has no metrics.csv: run the training cell of the stage first")
     return pd.read_csv(versions[-1])
-
-
-def learning_story(
-    run_dir: str | Path, stages: dict[str, str], questions_per_epoch: int, validation_questions: int
-) -> tuple[pd.DataFrame, list[str]]:
-    """Validation after each epoch of all stages over the questions seen, and notes on logs that are missing.
-
-    stages: their names, and which of MONITORS picks the best checkpoint of each.
-    Columns: stage, monitor, epoch (from 0), questions (trained on by then, over all stages), val_loss, val_acc, val_low
-    and val_high (Wilson's 95 % interval of val_acc), learning_rate (the stage's highest).
-    """
-    from statsmodels.stats.proportion import proportion_confint
-
-    columns = ["stage", "monitor", "epoch", "questions", "val_loss", "val_acc", "val_low", "val_high", "learning_rate"]
-    parts, notes, asked = [], [], validation_questions or math.nan
-    for stage, monitor in stages.items():
-        try:
-            log = read_log(run_dir, stage)
-            epochs = log.dropna(subset="val_loss_epoch").drop_duplicates("epoch", keep="last").astype({"epoch": int})
-            of_stage = {"stage": stage, "monitor": monitor, "learning_rate": log["learning_rate"].max()}
-        except (RaceError, KeyError):
-            notes.append(f"no log of {stage} with a validated epoch in {run_dir}/logs: it is missing from the figure")
-            continue
-        before = parts[-1]["questions"].max() if parts else 0
-        questions = before + (epochs["epoch"] + 1) * questions_per_epoch
-        low, high = proportion_confint(epochs["val_acc"] * asked, asked, method="wilson")
-        of_stage |= {"questions": questions, "val_loss": epochs["val_loss_epoch"], "val_low": low, "val_high": high}
-        parts.append(epochs.assign(**of_stage)[columns])
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), notes

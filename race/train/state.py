@@ -104,7 +104,9 @@ class KeepState(pl.Callback):
         """Replace the saved state; raises RaceError if weights or losses are not finite."""
         sums = module.sums["train"].tolist() if "train" in module.sums else [0.0, 0.0, 0.0]
         own = {"random": random_state(), "sums": sums, "token_budgets": module.token_budget}
-        processes = _gathered(own, trainer.world_size)
+        processes = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(processes, own)
         self._of_processes = {name: [each[name] for each in processes] for name in own}
         finite = torch.stack([parameter.isfinite().all() for parameter in module.parameters()]).all()
         check_finite(finite and np.isfinite(self._of_processes["sums"]).all(), trainer)
@@ -160,13 +162,6 @@ def _restore_log(csv: CSVLogger, text: str) -> None:
         writer.metrics_keys = text.splitlines()[0].split(",")
 
 
-def _gathered(value: object, processes: int) -> list:
-    values: list = [value] * processes
-    if processes > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def check_finite(finite: bool, trainer: pl.Trainer) -> None:
     """Raise RaceError if losses or weights are no longer finite."""
     if not finite:
@@ -209,14 +204,14 @@ def ended_by_signals(keeper: KeepState, trainer: pl.Trainer) -> Iterator[None]:
         os.write(2, f"{signal.Signals(number).name}: saving and ending\n".encode())  # print is not for handlers
 
     trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's end one process alone
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.signal(number, remember) for number in SIGNALS}
     try:
-        _handle(dict.fromkeys(SIGNALS, remember))
         yield
     except StageStoppedError:
         pass
     finally:
-        _handle(handlers)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if keeper.finished and keeper.signal is None:
         return
     (epoch, batches), name = keeper.position, signal.Signals(keeper.signal).name if keeper.signal else "another process"
@@ -225,9 +220,3 @@ def ended_by_signals(keeper: KeepState, trainer: pl.Trainer) -> Iterator[None]:
         raise KeyboardInterrupt("saved; run this cell again to resume")
     signal.signal(keeper.signal, signal.SIG_DFL)
     os.kill(os.getpid(), keeper.signal)
-
-
-def _handle(handlers: dict) -> None:
-    with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -5,7 +5,6 @@ import errno
 import importlib
 import inspect
 import logging
-import os
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -27,36 +26,21 @@ from race.files import locked, remove_unfinished
 from race.models import load_config
 from race.parameters import ROOT, check
 from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
-from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, weights_hash
-from race.train.stages import Stage, read_checkpoints
-from race.train.state import (
-    KeepState,
-    check_identity,
-    ended_by_signals,
-    read_state,
-    say,
-    stage_identity,
-)
+from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoints, weights_hash
+from race.train.stages import Stage
+from race.train.state import KeepState, check_identity, ended_by_signals, read_state, say, stage_identity
 from race_module import RaceModule
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def decoded_question(dataset, index: int = 0, width: int = 240) -> pd.DataFrame:
-    """One cached question decoded back to text: a row for each option, with the text of its two parts.
-
-    Parts of more than `width` characters are shown without their middle.
-    """
-
-    def shortened(text: str) -> str:
-        return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
-
-    item, rows = dataset[index], []
-    for option, (ids, parts) in enumerate(zip(item["input_ids"], dataset.parts(index), strict=True)):
-        texts = [shortened(dataset.cache.tokenizer.decode(part)) for part in parts]
-        rows.append([LETTERS[option], "correct" if option == item["label"] else "", len(ids), *texts])
-    table = pd.DataFrame(rows, columns=["option", "answer", "tokens", "article", "question and option"])
-    return table.set_index("option").rename_axis(None)
+def decoded_question(dataset, index: int = 0) -> pd.DataFrame:
+    """One cached question decoded back to text: a row for each option, a long sequence without its middle."""
+    item = dataset[index]
+    texts = [dataset.cache.tokenizer.decode(ids) for ids in item["input_ids"]]
+    texts = [text if len(text) <= 400 else f"{text[:160]} … {text[-240:]}" for text in texts]
+    answers = ["correct" if option == item["label"] else "" for option in range(len(texts))]
+    return pd.DataFrame({"answer": answers, "tokens": map(len, item["input_ids"]), "sequence": texts}, LETTERS)
 
 
 def start_stage(
@@ -106,9 +90,7 @@ def _pretrained(cache: Cache, base_model: str | Path | None, settings: dict) -> 
     trained = any(str(it).endswith("ForMultipleChoice") for it in load_config(model).architectures or [])
     if articles is None and (name == "demo" or not trained):
         articles = {}  # no multiple-choice model: it was trained on none
-    encoder = [
-        part for part_name, part in module.model.base_model.named_children() if not part_name.startswith("pooler")
-    ]
+    encoder = [it for part, it in module.model.base_model.named_children() if not part.startswith("pooler")]
     return module, {"base": name, "base_sha256": weights_hash(*encoder), "chain": [], "articles": articles}
 
 
@@ -157,6 +139,7 @@ def train_stage(
         mode = "max" if monitor == "val_acc" else "min"
         watching.append(EarlyStopping(monitor, mode=mode, patience=early_stopping))
     of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "callbacks": watching}
+    of_run |= {"deterministic": deterministic or None}  # None: as it is set
     trainer = _trainer(stage, module, state, precision, device, loggers, of_run)
     if state is None:
         _begin(stage, module, data, trainer)
@@ -168,7 +151,7 @@ def train_stage(
         say(f"{stage.name} resumes from epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}")
     if compile:
         compile_layers(module.model)
-    _fit(trainer, keeper, module, data, state is not None, deterministic)
+    _fit(trainer, keeper, module, data, state is not None)
     return trainer
 
 
@@ -256,14 +239,11 @@ def _trainer(
 
 
 def _fit(
-    trainer: pl.Trainer, keeper: KeepState, module: RaceModule, data: pl.LightningDataModule, resume: bool, exact: bool
+    trainer: pl.Trainer, keeper: KeepState, module: RaceModule, data: pl.LightningDataModule, resume: bool
 ) -> None:
-    """Train, alone in the files of the stage; exact: with deterministic algorithms only."""
-    path, first, before = keeper.stage.state_path, trainer.is_global_zero, torch.are_deterministic_algorithms_enabled()
+    """Train, alone in the files of the stage."""
+    path, first = keeper.stage.state_path, trainer.is_global_zero
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.use_deterministic_algorithms(exact or before)
-    if exact:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
     if trainer.precision == "64-true":
         module.double()  # or Lightning would load the weights of a state before
     data.start_at(0, 0)
@@ -282,5 +262,4 @@ def _fit(
             raise
         raise RaceError(f"the disk is full ({error}): make room and run this again to resume") from error
     finally:
-        torch.use_deterministic_algorithms(before)
         module.stop = None  # the signals of this run end nothing else

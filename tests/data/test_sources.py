@@ -42,7 +42,6 @@ def without(row: dict, *columns: str) -> dict:
 
 
 def table(*rows: dict, mark: str = ",") -> bytes:
-    """Rows as CSV; a list as its Python text."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], delimiter=mark)
     writer.writeheader()
@@ -56,7 +55,6 @@ def parquet(path: Path, *rows: dict) -> None:
 
 
 def packed(folder: Path, form: str) -> Path:
-    """An archive of what a folder holds, as `tar c .` and `zip -r` make it."""
     path = folder.with_name(f"{folder.name}.{form}")
     if form == "zip":
         return Path(shutil.make_archive(str(folder), "zip", folder))
@@ -72,7 +70,6 @@ def refusal(source, *arguments) -> str:
 
 
 def found(source, split: str = "train", **settings) -> list[tuple]:
-    """(id, level, labels) of every passage."""
     return [(p.example_id, p.level, p.labels) for p in read_source(str(source), **settings)[0][split]]
 
 
@@ -118,6 +115,9 @@ def test_a_zip_of_windows_and_links_in_a_tar(tmp_path):
     write(tmp_path, "race/dev/1.json", RECORD)
     os.link(tmp_path / "race" / "dev" / "1.json", tmp_path / "race" / "dev" / "2.json")
     assert "2 question(s) occur again" in read_source(str(packed(tmp_path / "race", "tar")))[1][0]
+    with tarfile.open(tmp_path / "race.tar", "a") as archive:  # the same members once more
+        archive.add(tmp_path / "race" / "dev", "./dev")
+    assert "6 question(s) occur again" in read_source(str(tmp_path / "race.tar"))[1][0]
     (tmp_path / "race" / "dev" / "3.json").symlink_to("../../../etc/passwd.json")
     assert "passwd" in refusal(packed(tmp_path / "race", "tar"))
 
@@ -137,17 +137,6 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     assert "train/up/up/up" in refusal(tmp_path / "race")
     monkeypatch.setattr(os, "scandir", lambda path: exec("raise PermissionError(13, 'denied', str(path))"))
     assert "PermissionError" in refusal(tmp_path / "race")
-
-
-def test_paths_with_odd_characters(tmp_path):
-    source = tmp_path / "a [1] größe" / "100% *?" / "{x}"
-    parquet(source / "tables" / "test.parquet", row())
-    write(source, "records/test/high/1.txt", RECORD)
-    write(source, "test [a].csv", table(row()))
-    datasets.DatasetDict(test=datasets.Dataset.from_list([row()])).save_to_disk(source / "saved")
-    archives = [packed(source / "records", form) for form in ("tar", "zip")]
-    for path in (*archives, *(source / name for name in ("tables", "records", "test [a].csv", "saved"))):
-        assert len(found(path, "test")) == 1
 
 
 @pytest.mark.parametrize("name", ["test.csv", "my-test_2.csv", "TEST (1).csv", "test-00000-of-00001.csv"])
@@ -263,13 +252,8 @@ def test_problems_of_rows_come_together(tmp_path):
     write(tmp_path, "train.csv", rows + b"high5.txt,Ann\r\n\r\n,,,,\r\n")
     said = refusal(tmp_path)
     assert "4 problem(s)" in said
-    for line in (
-        "row 3: the answer is 'E'",
-        "row 4: expected a list of 4",
-        "row 5: article: ",
-        "row 6: expected as many",
-    ):
-        assert f"  train.csv, {line}" in said
+    for number, word in ((3, "the answer is 'E'"), (4, "expected a list of 4"), (5, "article: "), (6, "as many")):
+        assert any(f"  train.csv, row {number}: " in line and word in line for line in said.splitlines())
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.parquet"])

@@ -13,15 +13,14 @@ from race.score.calibration import (
     calibration_error,
     calibration_spread,
     calibration_table,
-    confidence,
     coverage_curve,
     coverage_groups,
     fit_temperature,
-    log_loss,
     log_loss_change,
+    losses,
     reliability,
 )
-from race.score.statistics import PROBABILITIES, wilson
+from race.score.statistics import PROBABILITIES, confidence, wilson
 
 
 def test_reliability_by_hand():
@@ -35,42 +34,39 @@ def test_reliability_by_hand():
 
 
 def test_calibration_of_all_right_all_wrong_and_even_odds():
-    assert calibration_error(made("ABCD", "ABCD", 1.0)) == 0
-    assert calibration_error(made("ABCD", "BCDA", 1.0)) == 1
-    assert calibration_error(made("ABCD", "AAAA")) == 0  # says 25 %, is right on 25 %
+    errors = [calibration_error(made("ABCD", *it)) for it in (("ABCD", 1.0), ("BCDA", 1.0), ("AAAA", 0.25))]
+    assert errors == [0, 1, 0]  # the last says 25 %, and is right on 25 %
 
 
 def test_log_loss_and_zero_probabilities():
-    assert log_loss(made("AB", "AA")) == pytest.approx(np.log(4))
-    assert log_loss(made("AA", "AB", [0.7, 0.4])) == pytest.approx(-(np.log(0.7) + np.log(0.2)) / 2)
-    assert np.isfinite(log_loss(made("B", "A", 1.0)))
+    assert losses(made("AB", "AA")).mean() == pytest.approx(np.log(4))
+    assert np.isfinite(losses(made("B", "A", 1.0)).mean())
     table = random_predictions(300)
     theirs = metrics.log_loss(table["answer"], table[PROBABILITIES], labels=LETTERS)
-    assert log_loss(table) == pytest.approx(theirs)
+    assert losses(table).mean() == pytest.approx(theirs)
 
 
-def from_logits(logits: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+def sampled(rng, count: int, sharpness: float) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """A model that says softmax(sharpness · z) where the answers are drawn from softmax(z); its logits, and labels."""
+    logits = rng.normal(0, 1.5, (count, 4))
+    labels = (softmax(logits, axis=1).cumsum(1) > rng.random((count, 1))).argmax(1)
     table = made("".join(np.take(LETTERS, labels)), "".join(np.take(LETTERS, logits.argmax(1))))
-    table[PROBABILITIES] = softmax(logits, axis=1)
-    return table
+    table[PROBABILITIES] = softmax(sharpness * logits, axis=1)
+    return table, sharpness * logits, labels
 
 
 def test_temperature_is_found_again():
-    """Labels drawn from softmax(z), and a model that says softmax(2.5 z): 2.5, as a grid search finds."""
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 1.5, (8000, 4))
-    labels = (softmax(logits, axis=1).cumsum(1) > rng.random((8000, 1))).argmax(1)
-    predictions = from_logits(2.5 * logits, labels)
-    grid = np.arange(2.2, 2.8, 0.005)
-    losses = [-np.log(softmax(2.5 * logits / t, axis=1)[np.arange(8000), labels]).mean() for t in grid]
+    """Of a model that says softmax(2.5 z): 2.5, as a grid search finds."""
+    predictions, logits, labels = sampled(np.random.default_rng(0), 4000, 2.5)
+    grid = np.arange(2.2, 2.8, 0.01)
+    of_grid = [-np.log(softmax(logits / t, axis=1)[np.arange(4000), labels]).mean() for t in grid]
     found = fit_temperature(predictions)
-    assert found == pytest.approx(grid[int(np.argmin(losses))], abs=0.005) and abs(found - 2.5) < 0.1
+    assert found == pytest.approx(grid[int(np.argmin(of_grid))], abs=0.01) and abs(found - 2.5) < 0.15
     better = at_temperature(predictions, found)
-    np.testing.assert_allclose(better[PROBABILITIES], softmax(2.5 * logits / found, axis=1), atol=1e-12)
-    assert log_loss(better) == pytest.approx(min(losses), abs=1e-4)
+    np.testing.assert_allclose(better[PROBABILITIES], softmax(logits / found, axis=1), atol=1e-12)
+    assert losses(better).mean() == pytest.approx(min(of_grid), abs=1e-4)
     assert calibration_error(better) < calibration_error(predictions) / 3
     assert better["prediction"].equals(predictions["prediction"])
-    assert (better[PROBABILITIES].to_numpy().argmax(1) == predictions[PROBABILITIES].to_numpy().argmax(1)).all()
 
 
 @pytest.mark.parametrize("chosen", ["ABCD", "BCDA"])
@@ -91,32 +87,25 @@ def test_log_loss_change_is_the_paired_t_interval():
     assert np.isnan(log_loss_change(predictions, predictions)[1])
 
 
-def sampled(rng, count: int, sharpness: float) -> pd.DataFrame:
-    """A model that says softmax(sharpness · z) where the answers are drawn from softmax(z)."""
-    logits = rng.normal(0, 2, (count, 4))
-    labels = (softmax(logits, axis=1).cumsum(1) > rng.random((count, 1))).argmax(1)
-    return from_logits(sharpness * logits, labels)
-
-
 def test_floor_is_what_a_calibrated_model_reads():
     """Against drawing models that are right with exactly their confidence, one by one."""
     rng = np.random.default_rng(1)
-    predictions = sampled(rng, 400, 1.0)
+    predictions, *_ = sampled(rng, 400, 1.0)
     spread, errors = calibration_spread(predictions), []
-    for _ in range(400):
+    for _ in range(150):
         right = rng.random(400) < confidence(predictions)
         errors.append(calibration_error(predictions.assign(answer=np.where(right, predictions["prediction"], ""))))
-    assert spread["floor"] == pytest.approx(np.mean(errors), abs=0.002)
+    assert spread["floor"] == pytest.approx(np.mean(errors), abs=0.003)
     ends = spread["floor_low"], spread["floor_high"]
-    assert ends == pytest.approx(np.quantile(errors, (0.025, 0.975)), abs=0.006)
+    assert ends == pytest.approx(np.quantile(errors, (0.025, 0.975)), abs=0.008)
     assert calibration_table({"x": predictions}).loc[0, ["floor", "error_low"]].tolist() == [spread["floor"], 0]
 
 
 def test_interval_of_the_calibration_error_covers():
     """A model that is too sure: the interval has the error of very many questions in it about as often as it says."""
     rng = np.random.default_rng(2)
-    true = calibration_error(sampled(rng, 200_000, 1.3))
-    ends = [calibration_spread(sampled(rng, 600, 1.3)) for _ in range(50)]
+    true = calibration_error(sampled(rng, 50_000, 1.5)[0])
+    ends = [calibration_spread(sampled(rng, 400, 1.5)[0]) for _ in range(30)]
     assert np.mean([it["error_low"] <= true <= it["error_high"] for it in ends]) >= 0.9
     assert true > np.median([it["floor_high"] for it in ends])  # and not because it is wide
 

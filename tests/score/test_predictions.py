@@ -19,10 +19,8 @@ from predictions import made
 from race import RaceError
 from race.data import RaceDataModule, collate
 from race.data.cache import build_cache
-from race.data.module import RaceDataset
 from race.score import predictions as scoring
 from race.score.predictions import (
-    PASSAGE_COLUMNS,
     RESULT_COLUMNS,
     Predictions,
     accuracy_table,
@@ -58,6 +56,12 @@ def data(cache) -> RaceDataModule:
     return RaceDataModule(cache)
 
 
+@pytest.fixture(scope="module")
+def predicted(cache, checkpoint) -> pd.DataFrame:
+    """Its predictions on the whole test split."""
+    return predict(checkpoint, RaceDataModule(cache), accelerator="cpu")
+
+
 def changed(checkpoint: Checkpoint, path: Path, factor: float = 2.0) -> Checkpoint:
     """The same checkpoint with other weights, elsewhere."""
     path.parent.mkdir(exist_ok=True)
@@ -68,17 +72,12 @@ def changed(checkpoint: Checkpoint, path: Path, factor: float = 2.0) -> Checkpoi
     return Checkpoint(path)
 
 
-# -------------------------------------------------------------------------------------------------- results
-
-
 def test_accuracy_by_level():
     table = accuracy_table(made("ABCDAB", "ABCAAC", levels=["middle"] * 4 + ["high"] * 2), "e1", "b.ckpt", "test")
-    assert list(table.columns) == [*RESULT_COLUMNS, *PASSAGE_COLUMNS, *SEEN_COLUMNS, "not_known"]
-    assert table[["level", "questions", "correct"]].to_numpy().tolist() == [
-        ["all", 6, 4],
-        ["middle", 4, 3],
-        ["high", 2, 1],
-    ]
+    of_passages = ["passages", "icc", "design_effect", "passage_low", "passage_high"]
+    assert list(table.columns) == [*RESULT_COLUMNS, *of_passages, *SEEN_COLUMNS, "not_known"]
+    assert table["level"].tolist() == ["all", "middle", "high"]
+    assert table[["questions", "correct"]].to_numpy().tolist() == [[6, 4], [4, 3], [2, 1]]
     assert table[["stage", "checkpoint", "split"]].drop_duplicates().to_numpy().tolist() == [["e1", "b.ckpt", "test"]]
     wrong = accuracy_table(made("AB", "BA", levels=["", ""]), "e1", "x", "test")
     assert wrong[["level", "accuracy", "ci_low"]].to_numpy().tolist() == [["all", 0.0, 0.0]]
@@ -109,58 +108,43 @@ def test_results_replace_the_same_and_keep_the_others(tmp_path):
     save_results(tmp_path, [kept("a.ckpt", "BA", "4")])
     saved = (tmp_path / "results.csv").read_text()
     assert "e0,old.ckpt,test,all,3,1,0.333333333333333333333,0.1,0.90," in saved and saved.splitlines()[1][-3:] == "x y"
-    found = [row for row in rows(tmp_path) if row[2] == "all"]
-    assert found == [
-        ["old.ckpt", "test", "all", 1],
-        ["a.ckpt", "test", "all", 0],
-        ["a.ckpt", "test", "all", 1],
-        ["a.ckpt", "validation", "all", 1],
-        ["renamed.ckpt", "test", "all", 1],
-    ]
+    found = [(name, split, correct) for name, split, level, correct in rows(tmp_path) if level == "all"]
+    of_a = [("a.ckpt", "test", 0), ("a.ckpt", "test", 1), ("a.ckpt", "validation", 1)]
+    assert found == [("old.ckpt", "test", 1), *of_a, ("renamed.ckpt", "test", 1)]
     save_results(tmp_path, [kept("a.ckpt", "AB", "4", level="middle")])
     of_4 = pd.read_csv(tmp_path / "results.csv").query("checkpoint_sha256 == 4").set_index("level")["correct"]
     assert of_4.to_dict() == {"middle": 1, "all": 0, "high": 0}
 
 
-def save_nine(folder: Path, name: str) -> None:
-    for number in range(9):
+def save_five(folder: Path, name: str) -> None:
+    for number in range(5):
         save_results(folder, [kept(f"{name}{number}", "AB", f"{name}{number}")])
 
 
 def test_results_of_processes_at_the_same_time_are_all_there(tmp_path):
-    processes = [multiprocessing.get_context("fork").Process(target=save_nine, args=(tmp_path, name)) for name in "ab"]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert sum(row[2] == "all" for row in rows(tmp_path)) == 18
+    processes = [multiprocessing.get_context("fork").Process(target=save_five, args=(tmp_path, name)) for name in "ab"]
+    for step in ("start", "join"):
+        for process in processes:
+            getattr(process, step)()
+    assert sum(row[2] == "all" for row in rows(tmp_path)) == 10
 
 
 def test_json_holds_tables_and_no_nan(tmp_path):
     table = pd.DataFrame({"n": [1, 2], "share": [0.5, float("nan")]})
     write_json(tmp_path / "x.json", {"table": table, "count": np.int64(3), "none": pd.NA, "nested": [np.float64(0.5)]})
-    assert json.loads((tmp_path / "x.json").read_text()) == {
-        "table": [{"n": 1, "share": 0.5}, {"n": 2, "share": None}],
-        "count": 3,
-        "none": None,
-        "nested": [0.5],
-    }
+    table = [{"n": 1, "share": 0.5}, {"n": 2, "share": None}]
+    expected = {"table": table, "count": 3, "none": None, "nested": [0.5]}
+    assert json.loads((tmp_path / "x.json").read_text()) == expected
 
 
-# -------------------------------------------------------------------------------------------------- predictions
-
-
-def test_predictions_are_in_cache_order_and_equal_hugging_face(data, checkpoint):
+def test_predictions_are_in_cache_order_and_equal_hugging_face(data, checkpoint, predicted):
     """Probabilities of the packed, length-sorted run equal the padded model's, question by question."""
-    predictions, dataset = predict(checkpoint, data, accelerator="cpu"), data.dataset("test")
-    module = RaceModule.load_from_checkpoint(checkpoint.path).eval()
-    assert len(predictions) == len(dataset)
+    dataset, module = data.dataset("test"), RaceModule.load_from_checkpoint(checkpoint.path).eval()
+    assert len(predicted) == len(dataset)
     for i in (0, 1, len(dataset) // 2, len(dataset) - 1):
-        text, row = dataset.text(i), predictions.iloc[i]
-        assert [row[name] for name in ("example_id", "question_index", "level", "answer")] == [
-            *(text[name] for name in ("example_id", "question_index", "level")),
-            "ABCD"[text["label"]],
-        ]
+        text, row = dataset.text(i), predicted.iloc[i]
+        names = ["example_id", "question_index", "level"]
+        assert [*row[names], row["answer"]] == [*(text[name] for name in names), "ABCD"[text["label"]]]
         with torch.no_grad():
             expected = module.model(**padded(collate([dataset[i]]))).logits.softmax(1)[0].numpy()
         np.testing.assert_allclose(row[PROBABILITIES].to_numpy(float), expected, atol=1e-5)
@@ -207,9 +191,6 @@ def test_what_cannot_be_scored_is_refused(data, cache, checkpoint, monkeypatch, 
         predict(checkpoint, data)
 
 
-# -------------------------------------------------------------------------------------------------- kept predictions
-
-
 @pytest.fixture
 def calls(monkeypatch) -> list:
     """A list that grows with every split that is predicted."""
@@ -235,7 +216,7 @@ def test_predictions_are_made_once_and_kept(cache, checkpoint, calls, tmp_path, 
     path.write_bytes(whole[: len(whole) // 2])  # as a full disk leaves it
     score(checkpoint, data, "validation", tmp_path, accelerator="cpu")
     assert len(calls) == 2 and path.read_bytes() == whole
-    for count, text in enumerate(["{", "[]", "{}", '{"settings": 1}'], 3):
+    for count, text in enumerate(["{", "[]", "{}"], 3):
         path.with_suffix(".json").write_text(text)
         score(checkpoint, data, "validation", tmp_path, accelerator="cpu")
         assert len(calls) == count and f"{name}: not used" in capsys.readouterr().out
@@ -250,25 +231,28 @@ def test_other_settings_make_them_again(cache, checkpoint, calls, tmp_path, caps
 
 
 def test_a_limit_beyond_the_split_is_no_limit(cache, data):
-    assert prediction_settings(RaceDataModule(cache, limit_questions=10**6, seed=5), "test") == prediction_settings(
-        data, "test"
-    )
+    limited = RaceDataModule(cache, limit_questions=10**6, seed=5)
+    assert prediction_settings(limited, "test") == prediction_settings(data, "test")
 
 
-def test_predictions_of_version_1_5_are_taken(calls, tmp_path):
+@pytest.fixture
+def before(tmp_path) -> Path:
+    """What version 1.5 left: cache, checkpoints of a stage, and its scored run."""
+    return shutil.copytree(ROOT / "tests" / "before_1_5" / "albert", tmp_path / "before")
+
+
+def test_predictions_of_version_1_5_are_taken(before, calls):
     """And the rows of results.csv that follow from them are the same."""
-    shutil.copytree(ROOT / "tests" / "before_1_5" / "albert", tmp_path / "before")
-    run_dir, data = tmp_path / "before" / "runs", RaceDataModule(tmp_path / "before" / "cache", 8, max_len=160)
-    before = pd.read_csv(run_dir / "results.csv", dtype=str)
-    best = latest_checkpoint(tmp_path / "before" / "checkpoints")
-    score(best, data, "test", run_dir, accelerator="cpu")
-    assert not calls and pd.read_csv(run_dir / "results.csv", dtype=str).equals(before)
+    results, data = before / "runs" / "results.csv", RaceDataModule(before / "cache", 8, max_len=160)
+    old = pd.read_csv(results, dtype=str)
+    score(latest_checkpoint(before / "checkpoints"), data, "test", before / "runs", accelerator="cpu")
+    assert not calls and pd.read_csv(results, dtype=str).equals(old)
 
 
 def test_checkpoints_are_told_apart_by_their_content(cache, checkpoint, calls, tmp_path):
     """Two of one name have predictions of their own; one that is named twice is refused."""
-    two, data = [changed(checkpoint, tmp_path / "lower" / "mine.ckpt"), checkpoint], RaceDataModule(cache)
-    data.limit_questions = 4
+    two = [changed(checkpoint, tmp_path / "lower" / "mine.ckpt"), checkpoint]
+    data = RaceDataModule(cache, limit_questions=4)
     found = score_each(two, data, "test", tmp_path, accelerator="cpu")
     assert list(found) == ["lower/mine", f"{checkpoint.path.parent.name}/mine"] and len(calls) == 2
     assert [it.made["settings"]["checkpoint_sha256"] for it in found.values()] == [it.sha256 for it in two]
@@ -277,15 +261,15 @@ def test_checkpoints_are_told_apart_by_their_content(cache, checkpoint, calls, t
         score_each([checkpoint, checkpoint], data, "test", tmp_path)
 
 
-def test_one_level_alone(cache, data, checkpoint, tmp_path):
+def test_one_level_alone(cache, checkpoint, predicted, tmp_path):
     """The middle questions: the same predictions as among all, one row of results, and the other rows stay."""
-    everything = score(checkpoint, data, "test", tmp_path, accelerator="cpu").table
+    save_results(tmp_path, [kept("other.ckpt", "AB", "1")])
     middle = score(checkpoint, RaceDataModule(cache, level="middle"), "test", tmp_path, accelerator="cpu")
-    expected = everything[everything["level"] == "middle"]
+    expected = predicted[predicted["level"] == "middle"]
     assert middle.name == "mine-test-middle" and middle.table["example_id"].tolist() == expected["example_id"].tolist()
     np.testing.assert_allclose(middle.table[PROBABILITIES], expected[PROBABILITIES], atol=1e-6)
     assert middle.results[["level", "questions"]].to_numpy().tolist() == [["middle", len(expected)]]
-    assert sorted(row[2] for row in rows(tmp_path)) == ["all", "high", "middle"]
+    assert [row[2] for row in rows(tmp_path)].count("middle") == 2 and len(rows(tmp_path)) == 4
 
 
 def test_temperature_needs_a_validation_split_of_its_own(cache, checkpoint, tmp_path, capsys):
@@ -296,65 +280,39 @@ def test_temperature_needs_a_validation_split_of_its_own(cache, checkpoint, tmp_
     assert len(found.table) == 8 and not (tmp_path / "results.csv").exists()
 
 
-def test_a_cache_is_opened_and_a_folder_of_checkpoints_listed_once(chain, cache, tmp_path):
+def test_a_cache_is_opened_and_a_folder_of_checkpoints_listed_once(before, tmp_path):
     """On the way of a checkpoint into the evaluation, as the first notebook goes it."""
     seen, watching = [], [True]
     sys.addaudithook(
         lambda event, args: watching and event in ("open", "os.listdir", "os.scandir") and seen.append(str(args[0]))
     )
-    with contextlib.closing(contextlib.ExitStack()) as stack:
+    with contextlib.ExitStack() as stack:
         stack.callback(watching.clear)
-        checkpoint, data = latest_checkpoint(chain / "checkpoints"), RaceDataModule(cache, limit_questions=8)
-        score(checkpoint, data, "test", tmp_path, accelerator="cpu")
-        validation_predictions(checkpoint, data, "test", tmp_path, accelerator="cpu")
+        checkpoint, data = latest_checkpoint(before / "checkpoints"), RaceDataModule(before / "cache", 8, max_len=160)
+        score(checkpoint, data, "test", tmp_path / "run", accelerator="cpu")
+        validation_predictions(checkpoint, data, "test", tmp_path / "run", accelerator="cpu")
         answer_question(checkpoint, data, "Tom has a dog.", "What has Tom?", list("abcd"), "cpu")
-    assert seen.count(str(cache / "manifest.json")) == 1 and seen.count(str(chain / "checkpoints")) == 1
+    assert seen.count(str(before / "cache" / "manifest.json")) == 1 and seen.count(str(before / "checkpoints")) == 1
 
 
-# -------------------------------------------------------------------------------------------------- questions
-
-
-@pytest.fixture(scope="module")
-def small_cache(tmp_path_factory) -> Path:
-    """Two hand-made passages in the test split, one of which is in train too."""
-    folder = tmp_path_factory.mktemp("small")
-    shared = {"article": "Ada went to the park. " * 6, "questions": ["Why?"], "options": [list("abcd")]}
-    own = {
-        "article": "Ben came home by bus.",
-        "questions": ["Ben came home _ .", "Which is NOT true?"],
-        "options": [["by bus", "by a big boat", "on foot", "by taxi"], ["aaa", "bb", "ccc", "d"]],
-    }
-    places = [("train", "high", "1", shared), ("test", "middle", "1", own), ("test", "high", "2", shared)]
-    for split, level, name, record in places:
-        path = folder / "source" / split / level / f"{name}.txt"
-        path.parent.mkdir(parents=True)
-        answers = list("AD")[: len(record["questions"])]
-        path.write_text(json.dumps(record | {"id": path.name, "answers": answers}))
-    build_cache(str(folder / "source"), "demo", folder / "cache")
-    return folder / "cache"
-
-
-def test_question_facts_by_hand(small_cache, checkpoint):
-    predictions = predict(checkpoint, RaceDataModule(small_cache, max_len=40), accelerator="cpu")
-    facts = predictions.set_index(["level", "question_index"]).sort_index()
-    assert facts["kind"].to_dict() == {("high", 0): "why", ("middle", 0): "cloze", ("middle", 1): "negated"}
+def test_question_facts_by_hand(checkpoint, tmp_path):
+    article = "Ben came home by bus. "
+    for name, times, question in (("1", 1, "Ben came home _ ."), ("2", 1, "Which is NOT true?"), ("3", 8, "Why?")):
+        record = {"article": article * times, "questions": [question], "options": [list("abcd")], "answers": ["A"]}
+        path = tmp_path / "source" / "test" / "high" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | {"id": path.name}))
+    build_cache(str(tmp_path / "source"), "demo", tmp_path / "cache")
+    facts = predict(checkpoint, RaceDataModule(tmp_path / "cache", max_len=40), accelerator="cpu")
+    assert facts["kind"].tolist() == ["cloze", "negated", "why"]
     assert facts[["article_in_train", "article_in_validation"]].isna().all(axis=None)  # another source trained it
-    assert facts["truncated"].tolist() == [True, False, False] and facts["article_tokens"].tolist() == [36, 6, 6]
+    assert facts["truncated"].tolist() == [False, False, True] and facts["article_tokens"].tolist() == [6, 6, 48]
 
 
-def test_facts_follow_the_sample(cache, data, checkpoint):
-    everything = predict(checkpoint, data, accelerator="cpu")
-    sample = predict(checkpoint, RaceDataModule(cache, limit_questions=9, seed=3), accelerator="cpu")
-    columns = ["example_id", "question_index", "level", "answer", "kind", "article_tokens"]
-    found = sample[columns].merge(everything[columns], how="inner")
-    assert len(sample) == 9 and found.equals(sample[columns])
-
-
-def test_a_typed_question_gets_the_probabilities_of_the_cached_one(cache, data, checkpoint):
-    text = RaceDataset(cache, "test").text(2)
-    predictions = predict(checkpoint, data, accelerator="cpu")
+def test_a_typed_question_gets_the_probabilities_of_the_cached_one(data, checkpoint, predicted):
+    text = data.dataset("test").text(2)
     typed = answer_question(checkpoint, data, text["article"], text["question"], text["options"], "cpu")
-    np.testing.assert_allclose(typed["probability"], predictions.loc[2, PROBABILITIES].to_numpy(float), atol=1e-6)
+    np.testing.assert_allclose(typed["probability"], predicted.loc[2, PROBABILITIES].to_numpy(float), atol=1e-6)
     assert typed["letter"].tolist() == list("ABCD") and typed["option"].tolist() == text["options"]
 
 

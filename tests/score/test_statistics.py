@@ -1,7 +1,5 @@
 """Every statistic against an independent computation, on predictions with known answers and on biased models."""
 
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,11 +7,9 @@ from predictions import made, on_passages, random_predictions
 from scipy.stats import chi2, hypergeom
 
 from race import LETTERS
-from race.score.calibration import calibration_error, coverage_curve
+from race.score.calibration import calibration_error
 from race.score.predictions import accuracy_table
 from race.score.statistics import (
-    PROBABILITIES,
-    accuracy_by,
     by_passage,
     confusion,
     group_accuracies,
@@ -21,15 +17,11 @@ from race.score.statistics import (
     is_correct,
     kind_of_question,
     length_groups,
-    letter_counts,
     letter_test,
     macro_accuracy,
-    mcnemar,
     quoted_interval,
     wilson,
 )
-
-# -------------------------------------------------------------------------------------------------- accuracy
 
 
 @pytest.mark.parametrize(("correct", "count"), [(7, 10), (0, 5), (5, 5), (3300, 4934)])
@@ -38,14 +30,6 @@ def test_wilson_is_the_closed_form(correct, count):
     centre, half = p + z * z / (2 * count), z * np.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     expected = [(centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)]
     assert wilson(correct, count) == pytest.approx(expected, abs=1e-12)
-
-
-def test_accuracy_by_group_counts_and_leaves_out_what_is_missing_or_empty():
-    predictions = made("ABCDAB", "ABCAAC")
-    table = accuracy_by(predictions, ["x", "y", "x", "x", None, "y"], ["x", "none", "y"])
-    assert table[["group", "questions", "correct"]].to_numpy().tolist() == [["x", 3, 2], ["y", 2, 1]]
-    assert table["accuracy"].tolist() == [2 / 3, 1 / 2]
-    assert accuracy_by(predictions, [None] * 6).empty
 
 
 def test_macro_accuracy_by_hand():
@@ -63,11 +47,7 @@ def test_macro_accuracy_by_hand():
 def test_the_interval_to_quote():
     row = pd.Series({"ci_low": 0.1, "ci_high": 0.2, "passage_low": 0.05, "passage_high": 0.3})
     assert quoted_interval(row) == (0.05, 0.3, "by passage")
-    for other in (row.drop(["passage_low", "passage_high"]), row.replace({0.05: np.nan})):
-        assert quoted_interval(other) == (0.1, 0.2, "Wilson")
-
-
-# -------------------------------------------------------------------------------------------------- passages
+    assert quoted_interval(row.replace({0.05: np.nan})) == (0.1, 0.2, "Wilson")
 
 
 def test_interval_by_passage_by_hand():
@@ -79,17 +59,12 @@ def test_interval_by_passage_by_hand():
         for number, answers in enumerate(passages)
         for right in answers
     ]
-    found, variance, squares = by_passage(pd.DataFrame(rows)), 0.0, {"between": 0.0, "within": 0.0}
+    found, variance = by_passage(pd.DataFrame(rows)), 0.0
     for passages in rights.values():
         mean = np.mean(np.concatenate(passages))
         variance += 2 * sum((sum(answers) - len(answers) * mean) ** 2 for answers in passages) / 11**2
-        squares["between"] += sum(len(answers) * (np.mean(answers) - mean) ** 2 for answers in passages) / 2
-        squares["within"] += sum(((np.array(answers) - np.mean(answers)) ** 2).sum() for answers in passages) / 7
     effect = variance / ((8 / 11) * (3 / 11) / 11)
-    size = (11 - (9 + 9) / 6 - (4 + 9) / 5) / 2
-    icc = (squares["between"] - squares["within"]) / (squares["between"] + (size - 1) * squares["within"])
     assert found["passages"] == 4 and found["design_effect"] == pytest.approx(effect) and effect > 1
-    assert found["icc"] == pytest.approx(icc)
     z, n = 4.302653, 11 / effect  # t(0.975, 2), effective questions
     centre, half = 8 / 11 + z * z / (2 * n), z * np.sqrt((8 / 11) * (3 / 11) / n + z * z / (4 * n * n))
     expected = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
@@ -99,17 +74,15 @@ def test_interval_by_passage_by_hand():
 @pytest.mark.parametrize("icc", [0.0, 0.3])
 def test_interval_by_passage_covers(icc):
     """Passages like RACE's, in two levels: 95 % of the intervals by passage have the accuracy in them."""
-    covered, by_question, correlations = [], [], []
-    for seed in range(400):
+    covered, by_question = [], []
+    for seed in range(200):
         predictions = on_passages(seed, icc)
         found, share = by_passage(predictions), (predictions["level"] == "high").mean()
         true = 0.72 * share + 0.77 * (1 - share)
         covered.append(found["passage_low"] <= true <= found["passage_high"])
         low, high = wilson(is_correct(predictions).sum(), len(predictions))
         by_question.append(low <= true <= high)
-        correlations.append(found["icc"])
     assert 0.93 <= np.mean(covered) <= 0.97
-    assert np.mean(correlations) == pytest.approx(icc, abs=0.01)
     if icc == 0.3:
         assert np.mean(by_question) < 0.9
 
@@ -125,33 +98,22 @@ def test_interval_by_passage_at_the_edge():
     assert few["passages"] == 3 and 0 < few["passage_low"] < few["passage_high"] < 1  # levels together
 
 
-# -------------------------------------------------------------------------------------------------- groups
-
-
 @pytest.mark.parametrize(
     ("question", "kind"),
     [
         ("Which of the following is NOT true?", "negated"),
-        ("All of these are mentioned EXCEPT _ .", "negated"),  # before cloze
-        ("Everybody came except who?", "negated"),
+        ("Everybody came except _ .", "negated"),  # before cloze
         ("Which sentence is not about the weather?", "negated"),
-        ("Which of these isn't a fruit?", "negated"),
         ("What is NOT the main idea of the passage?", "negated"),  # before main idea
         ("Why did he not come?", "why"),  # a plain not outside which … not
-        ("What is the best title for the passage?", "main idea or title"),
         ("The passage is mainly about _ .", "main idea or title"),  # before cloze
-        ("What's the author's main purpose?", "main idea or title"),
         ("Tom went to _ .", "cloze"),
         ("Why _ ?", "cloze"),  # before why
         ("Why did she leave?", "why"),
         ("According to the text, how many were there?", "how"),
-        ("What's his name?", "what"),
         ("When he came home, what did he see?", "what"),  # when and where count last
         ("In which town does she live?", "which"),
-        ("Whose hat is it?", "who, when, where"),
-        ("Who knows what to do?", "who, when, where"),
         ("Where is the station?", "who, when, where"),
-        ("The writer wants to say that", "other"),
         ("They showed somewhat whiter notes", "other"),  # whole words only
     ],
 )
@@ -159,18 +121,21 @@ def test_kind_of_question(question, kind):
     assert kind_of_question(question) == kind
 
 
-def test_length_groups_are_even_and_keep_equal_lengths_together():
-    groups, order = length_groups([5, 1, 3, 2, 4], 5)
-    assert groups.tolist() == ["5", "1", "3", "2", "4"] and order == ["1", "2", "3", "4", "5"]
-    groups, order = length_groups([10, 20, 30, 40], 2)
-    assert groups.tolist() == ["10–20", "10–20", "30–40", "30–40"] and order == ["10–20", "30–40"]
-    assert length_groups([7] * 9)[1] == ["7"]
-    groups, _ = length_groups([1, 1, 1, 1, 2], 5)
-    assert groups.tolist() == ["1"] * 4 + ["2"]
+@pytest.mark.parametrize(
+    ("tokens", "count", "groups"),
+    [
+        ([5, 1, 3, 2, 4], 5, ["5", "1", "3", "2", "4"]),
+        ([10, 20, 30, 40], 2, ["10–20", "10–20", "30–40", "30–40"]),
+        ([1, 1, 1, 1, 2], 5, ["1", "1", "1", "1", "2"]),
+    ],
+)
+def test_length_groups_are_even_and_keep_equal_lengths_together(tokens, count, groups):
+    found, order = length_groups(tokens, count)
+    assert found.tolist() == groups and order == sorted(set(groups))
 
 
 def test_group_accuracies_count_every_question_of_a_level_once():
-    predictions = random_predictions(5000)
+    predictions = random_predictions(1000)
     table = group_accuracies(predictions)
     groupings = ["kind of question", "article length (tokens)", "sequence", "correct answer", "article"]
     assert table["grouping"].unique().tolist() == groupings
@@ -180,11 +145,10 @@ def test_group_accuracies_count_every_question_of_a_level_once():
         assert (part["questions"].sum(), part["correct"].sum()) == (here.sum(), (right & here).sum())
     cloze = (predictions["kind"] == "cloze") & (predictions["level"] == "high")
     row = table.query("grouping == 'kind of question' and group == 'cloze' and level == 'high'").iloc[0]
-    assert (row["questions"], row["correct"]) == (cloze.sum(), (right & cloze).sum())
-    others = (predictions["kind"] != "cloze") & (predictions["level"] == "high")
+    others = predictions["level"].eq("high") & ~cloze
     assert row["rest"] == pytest.approx(right[others].mean())
-    assert row["difference"] == pytest.approx(row["accuracy"] - row["rest"])
-    predictions["article_in_train"] = pd.array([pd.NA] * 5000, dtype="boolean")
+    assert row["difference"] == pytest.approx(right[cloze].mean() - right[others].mean())
+    predictions["article_in_train"] = pd.array([pd.NA] * 1000, dtype="boolean")
     assert "article" not in set(group_accuracies(predictions)["grouping"])
     predictions["level"] = ""
     assert set(group_accuracies(predictions)["level"]) == {"all"}
@@ -226,6 +190,7 @@ def test_two_groups_are_one_test_and_what_is_not_known_is_a_group_of_its_own():
     predictions = random_predictions(600)
     predictions["article_in_train"] = pd.array([True, False, None] * 200, dtype="boolean")
     table = group_accuracies(predictions).set_index(["grouping", "level", "group"])
+    table = table.sort_index(level=[0, 1], sort_remaining=False)
     assert table.loc[("sequence", "high"), "p"].isna().tolist() == [True, False]
     article = table.loc[("article", "high")]
     assert article.index.tolist() == ["not in train", "also in train", "not known"]
@@ -238,7 +203,7 @@ def test_two_groups_are_one_test_and_what_is_not_known_is_a_group_of_its_own():
 def test_groups_of_whole_passages_are_rarely_named_where_passages_are_alike():
     """Lengths are drawn by passage and change nothing; taken as independent, every third table would name one."""
     named = []
-    for seed in range(20):
+    for seed in range(10):
         predictions = on_passages(seed, 0.3, ((200, 0.72), (80, 0.77)))
         rng, passages = np.random.default_rng(seed), pd.factorize(predictions["example_id"])[0]
         tokens = rng.integers(50, 900, passages.max() + 1)[passages]
@@ -246,49 +211,23 @@ def test_groups_of_whole_passages_are_rarely_named_where_passages_are_alike():
         predictions = predictions.assign(**facts, article_in_train=pd.array([pd.NA] * len(predictions), "boolean"))
         table = group_accuracies(predictions)
         named.append((table.loc[table["grouping"] == "article length (tokens)", "p_holm"] < 0.05).any())
-    assert np.mean(named) <= 0.08
-
-
-# -------------------------------------------------------------------------------------------------- position and length
+    assert sum(named) <= 1
 
 
 def test_a_model_that_always_says_a():
     """100 questions of each right letter: 25 % right, and every wrong answer an A in place of another letter."""
     predictions = made("ABCD" * 100, "A" * 400, 1.0)
-    assert accuracy_by(predictions, ["all"] * 400)["accuracy"].tolist() == [0.25]
+    assert is_correct(predictions).mean() == 0.25
     assert confusion(predictions).tolist() == [[100, 0, 0, 0]] * 4
-    assert letter_counts(predictions)["chosen_share"].tolist() == [1, 0, 0, 0]
-    assert letter_counts(predictions)["right"].tolist() == [100] * 4
     # with one column filled, Stuart and Maxwell's statistic is the number of wrong answers
     assert letter_test(predictions) == pytest.approx((300, 3, chi2.sf(300, 3)))
-    assert accuracy_by(predictions, predictions["answer"], LETTERS)["accuracy"].tolist() == [1, 0, 0, 0]
     assert calibration_error(predictions) == pytest.approx(0.75)  # wholly sure, right on a quarter
-
-
-def test_a_model_that_guesses():
-    """No preference, no calibration beyond its own noise, and no group that differs: what guessing should look like."""
-    predictions = random_predictions(4000, seed=1)
-    counted = sum(a == b for a, b in zip(predictions["answer"], predictions["prediction"], strict=True))
-    low, high = wilson(counted, 4000)
-    assert low < 0.25 < high
-    assert letter_test(predictions)[2] > 0.05
-    curve = coverage_curve(predictions)
-    assert abs(curve.query("questions == 2000")["accuracy"].item() - 0.25) < 0.03  # being sure does not help
-    mean = predictions[PROBABILITIES].max(axis=1).mean()
-    assert calibration_error(predictions) == pytest.approx(mean - counted / 4000, abs=0.02)
-
-
-def test_letter_test_of_two_letters_is_mcnemars_chi_square():
-    predictions = made("A" * 60 + "B" * 60, "A" * 20 + "B" * 40 + "B" * 46 + "A" * 14)
-    statistic = (40 - 14) ** 2 / (40 + 14)
-    assert letter_test(predictions) == pytest.approx((statistic, 1, chi2.sf(statistic, 1)))
 
 
 def test_letter_test_with_few_errors_is_exact():
     """5 errors, all the same: two of 2^5 swaps are as extreme; χ² would say 0.025."""
     statistic, freedom, p = letter_test(made("D" * 5 + "ABCD" * 5, "A" * 5 + "ABCD" * 5))
     assert (statistic, freedom) == (pytest.approx(5.0), 1) and p == pytest.approx(2 / 32, abs=0.006)
-    assert p == pytest.approx(mcnemar(5, 0), abs=0.006)
 
 
 def test_letter_test_against_permutations():
@@ -306,15 +245,3 @@ def test_letter_test_against_permutations():
     assert observed == pytest.approx(statistic)
     as_extreme = ((drawn @ inverse) * drawn).sum(1) >= observed
     assert as_extreme.mean() == pytest.approx(p, abs=0.02)
-
-
-def test_mcnemar_is_the_exact_binomial_sum():
-    """Two-sided: all outcomes at most as likely as the observed one, among 2^n."""
-    from math import comb
-
-    for gained, lost in itertools.product(range(7), repeat=2):
-        count = gained + lost
-        likely = comb(count, gained)
-        expected = sum(comb(count, k) for k in range(count + 1) if comb(count, k) <= likely) / 2**count
-        assert mcnemar(gained, lost) == pytest.approx(expected)
-    assert mcnemar(0, 0) == 1.0

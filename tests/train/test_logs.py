@@ -13,7 +13,8 @@ from small_stage import stage as train_e1
 from statsmodels.stats.proportion import proportion_confint
 
 from race import RaceError
-from race.train.stages import learning_story, read_log
+from race.score.runs import learning_story
+from race.train.stages import read_log
 
 
 class Seen(pl.Callback):
