@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, padded
 
-from bench import carried, common, evaluate, families, gpu_day, memory, tables, train_step
+from bench import carried, common, evaluate, families, gpu_day, memory, part, tables, train_step
 
 
 @pytest.fixture
@@ -67,29 +67,28 @@ def test_draws_are_as_long_as_their_split(cache, neighbours=4):
     rows = common.drawn(dataset, 24, neighbours)
     assert len(set(rows.tolist())) == 24 and (np.diff(rows.reshape(-1, neighbours)) == 1).all()
     assert abs(dataset.lengths()[rows].mean() / dataset.lengths().mean() - 1) < 0.05
-    with pytest.raises(ValueError, match="wanted"):
-        common.drawn(dataset, len(dataset) + neighbours, neighbours)
 
 
-@pytest.mark.parametrize("precision, suffix", [("32-true", ""), ("bf16-mixed", "-bf16")])
-def test_train_step_and_evaluate(results, in_process, precision, suffix):
-    sides = {*common.SIDES, *([common.OURS_FP32] if suffix else [])}
+def test_train_step_and_evaluate(results, in_process):
+    """In bf16, beside which the same in float32 is measured."""
+    sides = {*common.SIDES, common.OURS_FP32}
     for program, name in ((train_step, "train_step"), (evaluate, "evaluate")):
-        result = program.main(["--shape", "tiny", "--questions", "5", "--precision", precision, "--rounds", "1"])
-        assert result["sides"].keys() == sides
-        assert result["ratios"].keys() == sides - {common.OURS}
+        result = program.main(["--shape", "tiny", "--questions", "5", "--precision", "bf16-mixed", "--rounds", "1"])
+        assert result["sides"].keys() == sides and result["ratios"].keys() == sides - {common.OURS}
         assert 0 < result["sides"]["ours"]["share_of_matrix_product"] < 1
-        assert "| Hugging Face, padded to 512 |" in tables.sides(common.kept_result(f"{name}-tiny{suffix}"))
+        assert "| Hugging Face, padded to 512 |" in tables.sides(common.kept_result(f"{name}-tiny-bf16"))
 
 
-@pytest.mark.parametrize("side", [common.OURS, common.SIDES[1]])
-def test_a_side_that_runs_out_of_memory_is_a_result(results, in_process, monkeypatch, side):
+def test_a_side_that_runs_out_of_memory_is_a_result(results, in_process, monkeypatch):
+    side, backward = common.SIDES[1], train_step._backward
+
     def full(items, of):
         if of == side:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        return backward(items, of)
 
     monkeypatch.setattr(train_step, "_backward", full)
-    result = train_step.main(["--shape", "tiny", "--questions", "4"])
+    result = train_step.main(["--shape", "tiny", "--questions", "4", "--rounds", "1"])
     assert result["sides"][side] == {"out_of_memory": True} and result["sides"].keys() == set(common.SIDES)
     os.replace(results / "train_step-tiny.json", results / "train_step-cuda.json")
     assert tables.OUT in tables.sides(common.kept_result("train_step", "cuda")) and tables.OUT in tables.gpu()
@@ -103,24 +102,22 @@ def test_families_are_held_against_hugging_face(results, monkeypatch):
     assert "| mpnet | padded | " in tables.families(kept)
 
 
-def test_answers_of_a_checkpoint_in_bf16_and_fp32(results, chain):
-    checkpoint = next((chain / "checkpoints").glob("e1*.ckpt"))
-    result = evaluate.main(["--checkpoint", str(checkpoint), "--questions", "16"])
-    assert common.kept_result("answers")["questions"] == 16 and result["checkpoint"] == checkpoint.name
+def test_answers_of_a_checkpoint_in_bf16_and_fp32(results, monkeypatch):
+    before = ROOT / "tests" / "before_1_5" / "albert"
+    monkeypatch.setenv("RACE_BENCH_CACHE", str(before / "cache"))
+    checkpoint = next((before / "checkpoints").glob("e1*.ckpt"))
+    result = evaluate.main(["--checkpoint", str(checkpoint), "--questions", "8"])
+    assert common.kept_result("answers")["questions"] == 8 and result["checkpoint"] == checkpoint.name
     assert 0 < result["largest_difference"] < 0.1
 
 
 def test_the_page_says_what_was_measured():
     """Of the kept results; `python -m bench.tables` writes the tables of bench/README.md."""
     assert tables.filled(tables.PAGE.read_text()) == tables.PAGE.read_text()
-    with pytest.raises(ValueError, match="no place for the table cache"):
-        tables.filled("# Measurements")
 
 
 def test_memory_runs_each_case_once(results, monkeypatch):
     """Each in a process of its own, which the launcher starts for its card; what failed is run again."""
-    batch = common.collate(memory.Questions("skewed")[1])
-    assert len(batch) == memory.QUESTIONS and 60 <= min(batch.lengths) and batch.max_seqlen <= 512
 
     def launch(command, **_):
         gb, capability, *_, shape, precision, lengths, card = command
@@ -139,7 +136,13 @@ def test_memory_runs_each_case_once(results, monkeypatch):
     assert f"| ALBERT base, 32-true | out / 3 / 3; 6.0, 7.0 | {tables.YET} |" in tables.memory()
 
 
-# -------------------------------------------------------------------------------------------------- a day with a GPU
+def test_a_part_of_a_source_is_short_and_in_three_splits(corpus, tmp_path):
+    part.main([str(corpus), str(tmp_path / "part"), "--longest", "60", "--questions", "20", "8", "12"])
+    passages, _ = common.read_source(str(tmp_path / "part"))
+    asked = [sum(len(it.questions) for it in found) for found in passages.values()]
+    assert all(count >= least for count, least in zip(asked, (20, 8, 12), strict=True))
+    assert max(len(it.article.split()) for found in passages.values() for it in found) <= 60
+
 
 SMALL = ["--device", "cpu", "--small"]
 
@@ -156,6 +159,7 @@ def folder(tmp_path_factory):
 
 def test_parity_finds_a_wrong_step(results, monkeypatch):
     packed = gpu_day._packed
+    monkeypatch.setattr(gpu_day, "FAMILIES", ("albert",))  # the rehearsal below has them all
     monkeypatch.setattr(gpu_day, "_packed", lambda *it: {name: 1.01 * value for name, value in packed(*it).items()})
     with pytest.raises(RuntimeError, match="this repository differs"):
         gpu_day.main(["parity", *SMALL])
@@ -170,12 +174,11 @@ def test_the_chain_goes_on_where_it_stopped(results, folder, capsys):
     assert gpu_day.main(arguments) == 0
     stages = [common.kept_result(f"gpu_chain-{stage}") for stage in ("e1", "e2", "e3")]
     assert [stage["learning_rate"] for stage in stages] == [1e-4, 1e-4, 1e-5]
-    assert all(stage["ci_low"] < stage["accuracy"] < stage["ci_high"] for stage in stages)
     assert gpu_day.main(arguments) == 0 and capsys.readouterr().out.count("done before") == 3
 
 
 @pytest.mark.parametrize("part, missing", [("parity", ["pyarrow"]), ("speed", [])])
-def test_rehearsal_of_what_is_carried(folder, tmp_path, missing):
+def test_rehearsal_of_what_is_carried(folder, tmp_path, part, missing):
     """The program's files in a folder of their own, on a machine that has few packages: parity lacks pyarrow, too."""
     for name in ("bench", "race", "race_module.py", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -186,7 +189,7 @@ def test_rehearsal_of_what_is_carried(folder, tmp_path, missing):
     for name in ("train_step-tiny", "evaluate-tiny"):  # done before: tested above
         (tmp_path / "results" / f"{name}.json").write_text('{"kept": true}')
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "RACE_BENCH_RESULTS": "results"}
-    command = [tmp_path / "bench" / "gpu_day.sh", *SMALL, "--carried", folder]
+    command = [tmp_path / "bench" / "gpu_day.sh", part, *SMALL, "--carried", folder]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert len(list((tmp_path / "results").iterdir())) == 4

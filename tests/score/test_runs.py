@@ -17,7 +17,6 @@ from race.chain import run_notebook
 from race.data import RaceDataModule
 from race.data.cache import Cache
 from race.files import file_hash
-from race.report.figures import courses_figure
 from race.report.sentences import budget, difference, over_seeds, recipes_verdict
 from race.score.comparison import against_baseline
 from race.score.runs import (
@@ -94,8 +93,8 @@ def test_the_course_over_the_questions_seen(found, cache):
 def test_the_notebooks_verdict_from_its_predictions(executed, trained):
     """By code of the test's own: which checkpoint is chosen, who is right where, difference, interval, words."""
     cells = nbformat.read(executed / "compare_recipes.ipynb", 4).cells
-    assert not [it for cell in cells for it in cell.get("outputs", []) if it["output_type"] == "error"]
-    assert {path.name for path in (executed / "figures").iterdir()} >= {"recipes-courses.png"}
+    assert not any(it["output_type"] == "error" for cell in cells for it in cell.get("outputs", []))
+    assert (executed / "figures" / "recipes-courses.png").exists()
     saved = json.loads((executed / "recipes-test.json").read_text())
     made = {path: json.loads(path.read_text())["settings"] for path in executed.glob("predictions/*.json")}
     files = {settings["checkpoint_sha256"]: path for path, settings in made.items()}
@@ -129,10 +128,8 @@ def test_one_seed_of_each_is_shown_and_refused_an_interval(executed, trained, ca
     data = RaceDataModule(cache, limit_questions=60)
     chosen, last, predictions = correct_answers(found, data, "test", executed, accelerator="cpu")
     table = against_baseline(chosen, predictions)
-    assert table[["ci_low", "ci_high", "p", "p_holm"]].isna().all(axis=None) and len(table) == 1
-    assert accuracies(chosen, last)["sd"].isna().all() and "nothing of another seed" in difference(table.iloc[0], 1.0)
-    recipes_verdict(table)
-    courses_figure(*training_curves(found, data.cache)[:2])
+    assert table["ci_low"].isna().all() and accuracies(chosen, last)["sd"].isna().all()
+    assert "nothing of another seed" in difference(table.iloc[0], 1.0) and recipes_verdict(table)
 
 
 def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path, capsys):
