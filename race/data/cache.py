@@ -93,6 +93,7 @@ class Cache:
             own = load_tokenizer(model)
         except RaceError:
             return  # a model without a tokenizer
+        kept = self.tokenizer
         if own.get_vocab() != kept.get_vocab() or own(LINE)["input_ids"] != kept(LINE)["input_ids"]:
             raise RaceError(f"{model} has another tokenizer than {self}: make a cache with --model {model}")
 
