@@ -88,6 +88,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for stage in CHAIN:
         read(parse_set(options.pairs, stage))
     options.recipes = named_recipes(options.recipes or [BASELINE], options.name)
+    if len(options.recipes) > 1 and options.stages is not None:
+        raise RaceError("--stages goes with one recipe")
     for recipe in options.recipes:
         if missing := sorted(set(options.stages or ()) - recipe.stages.keys()):
             raise RaceError(f"--stages {' '.join(missing)}: recipe {recipe.name} has {', '.join(recipe.stages)} only")

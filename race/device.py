@@ -18,6 +18,7 @@ from race import RaceError
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # precision → type under autocast
 DRIVER = Path("/proc/driver/nvidia/version")
+DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of containers and WSL, which have no /proc file
 
 
 def versions() -> dict[str, str]:
@@ -69,7 +70,10 @@ def environment():
 def gpu_problem() -> str | None:
     """Why torch cannot use the GPU of this node; None if it can, if there is none, or if all are hidden on purpose."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "NoDevFiles").strip()  # Slurm's word for a job without a GPU
-    none = visible in ("", "-1") or (visible == "NoDevFiles" and not DRIVER.exists())
+    given = (
+        visible != "NoDevFiles" or "SLURM_JOB_GPUS" in os.environ or any(path.exists() for path in (DRIVER, *DEVICES))
+    )
+    none = visible in ("", "-1") or not given
     if none and not torch.cuda.is_available():
         return None
     try:

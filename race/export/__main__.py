@@ -6,6 +6,8 @@ python -m race.export checkpoints/race/e3-….ckpt export/race-e3 --cache cache/
 import argparse
 import sys
 
+from safetensors import SafetensorError
+
 from race import RaceError
 
 
@@ -24,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         out = export_checkpoint(**vars(options))
-    except (RaceError, OSError) as error:
+    except (RaceError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{out}: written; loaded by transformers alone, it has the logits of the checkpoint")
