@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from race import MAX_QA_LEN, RaceError
 
 
@@ -26,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # of the tokenizers
         given = {name: value for name, value in vars(options).items() if name not in ("verify", "workers")}
         manifest = build_cache(**given)
-    except (RaceError, OSError) as error:
+    except (RaceError, OSError, SafetensorError) as error:  # the last: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(summary(manifest, options.out))
@@ -69,8 +71,8 @@ def summary(manifest: dict, out: str | Path) -> str:
         )
     lines.append(f"  articles in more than one split: {manifest['articles_in_more_than_one_split']:,}")
     lines += [f"  {note}" for note in manifest["notes"][:20]]
-    if len(manifest["notes"]) > 20:
-        lines.append(f"  … and {len(manifest['notes']) - 20} more, listed in {out}/left-out.txt")
+    if more := manifest["notes"][20:]:
+        lines.append(f"  … and {len(more)} more, listed in {out}/left-out.txt")
     if not manifest["model"]["weights"]:
         lines.append(f"  {manifest['model']['name']} has no weights: set BASE_MODEL in ex01 to train with this cache")
     size = sum(file["bytes"] for file in manifest["files"].values())

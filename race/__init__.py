@@ -12,9 +12,7 @@ LETTERS = ["A", "B", "C", "D"]
 OPTIONS = len(LETTERS)
 CHANCE = 1 / OPTIONS
 LEVELS = ("middle", "high")
-# Stages and their notebooks, whose parameters define learning rate and epochs. Each stage starts from the best
-# checkpoint of the one before, the first from the pretrained model.
-CHAIN = {"e1": "ex01", "e2": "ex02", "e3": "ex03"}
+CHAIN = {"e1": "ex01", "e2": "ex02", "e3": "ex03"}  # stages and their notebooks; each starts from the one before
 SPLITS = ("train", "validation", "test")
 MONITORS = ("val_loss_epoch", "val_acc")  # what picks the best checkpoint: the lowest loss, or the highest accuracy
 RACE_QUESTIONS = {"train": 87866, "validation": 4887, "test": 4934}  # Lai et al. 2017, arXiv:1704.04683

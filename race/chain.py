@@ -219,8 +219,8 @@ def run_notebook(notebook: str, parameters: dict) -> None:
     try:
         done = papermill.execute_notebook(ROOT / f"{notebook}.ipynb", executed, parameters, cwd=ROOT, **shown)
     except papermill.exceptions.PapermillExecutionError as error:
-        place = f"{notebook}, cell {error.exec_count}"
-        raise RaceError(f"{place}: {error.ename}: {error.evalue}\nthe executed cells are in {executed}") from None
+        told = f"{notebook}, cell {error.exec_count}: {error.ename}: {error.evalue}"
+        raise RaceError(f"{told}\nthe executed cells are in {executed}") from None
     except DeadKernelError:
         raise RaceError(f"{notebook}: its process died (out of memory?); see {executed}") from None
     done.metadata.papermill["finished"] = True  # papermill's own notes are the same where a process was killed

@@ -134,8 +134,7 @@ def processes() -> tuple[int, int, list]:
 
 def _in_interactive_step() -> bool:
     """Whether a shell of `srun --pty` started this process, and not srun itself."""
-    if "SLURM_PTY_PORT" not in os.environ:
-        return False
-    # Steps started from such a shell inherit the variable, but their tasks have no terminal.
     task = int(os.environ.get("SLURM_TASK_PID", 0))
-    return task != os.getpid() and not (psutil.pid_exists(task) and psutil.Process(task).terminal() is None)
+    # steps started from such a shell inherit the variable, but their tasks have no terminal
+    of_another_step = psutil.pid_exists(task) and psutil.Process(task).terminal() is None
+    return "SLURM_PTY_PORT" in os.environ and task != os.getpid() and not of_another_step

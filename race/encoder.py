@@ -1,18 +1,19 @@
 """The encoder behind RaceModule: loaded from Hugging Face, run packed or padded.
 
 Hugging Face's own modules compute everything here. Families whose layers hand a keyword down to the attention run
-packed, with attention that stays inside each sequence (race.attention); others as Hugging Face wrote them, on a batch
-padded to its longest sequence. Of ALBERT, BERT and its like the last layer computes [CLS] only: nothing else is read.
+packed (race.attention); others as Hugging Face wrote them, on a batch padded to its longest sequence. Of ALBERT, BERT
+and its like the last layer computes [CLS] only: nothing else is read.
 """
 
+import contextlib
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
 from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -42,9 +43,8 @@ def load_model(model: str | Path | None, config: PretrainedConfig | dict | None,
 
 def _own_settings(config: PretrainedConfig, dropout: float | None) -> dict:
     """What this repository sets in a configuration; raises RaceError if attention has no dropout to set."""
-    settings = {}
-    if config.model_type == "big_bird":  # block-sparse attention depends on the length of other questions
-        settings["attention_type"] = "original_full"
+    # BigBird's block-sparse attention depends on the length of other questions
+    settings = {"attention_type": "original_full"} if config.model_type == "big_bird" else {}
     if dropout is None:
         return settings
     for name in ATTENTION_DROPOUT:
@@ -85,7 +85,7 @@ def _prepared(model: nn.Module) -> nn.Module:
     model.set_attn_implementation("packed")
     if model.config._attn_implementation != "packed":
         raise RaceError("this transformers cannot run packed sequences; install requirements.txt")
-    model.base_model.run_layer = run_layer  # compile_layers puts another one here
+    model.run_layer = LayerRunner()
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -119,7 +119,7 @@ def encode(model: nn.Module, batch) -> torch.Tensor:
         hidden = _embedded(encoder, inputs)  # [1, T, hidden]
         *layers, last = layers_of(encoder)
         for layer in layers:
-            hidden = encoder.run_layer(layer, hidden, batch)
+            hidden = model.run_layer(layer, hidden, batch)
         return run_layer(last, hidden, batch, only_cls=True)[0]
     if hasattr(config, "layer_types"):  # ModernBERT makes masks of T × T, unless they are given
         inputs["attention_mask"] = dict.fromkeys(config.layer_types)
@@ -153,7 +153,9 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, batch, only_cls: bool = Fa
     albert = not hasattr(layer.attention, "self")
     attention = layer.attention if albert else layer.attention.self
     dropout = attention.attention_dropout if albert else attention.dropout
-    states = as_autocast(hidden)
+    kind = hidden.device.type
+    half = torch.is_autocast_enabled(kind) and hidden.dtype == torch.float32  # one cast for query, key and value
+    states = hidden.to(torch.get_autocast_dtype(kind)) if half else hidden
     rows, queries = (hidden.index_select(1, batch.cu_seqlens[:-1]),) * 2 if only_cls else (hidden, states)
     query, key, value = (
         project(it).unflatten(2, (-1, attention.attention_head_size)).transpose(1, 2)
@@ -168,23 +170,20 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, batch, only_cls: bool = Fa
     return layer.feed_forward_chunk(layer.attention.output(context, rows))
 
 
+class LayerRunner(nn.Module):
+    """run_layer as a part of the model, which torch.compile takes as it takes the layers of other families."""
+
+    forward = staticmethod(run_layer)
+
+
 def padded_inputs(model: nn.Module, batch) -> dict[str, torch.Tensor]:
     """PackedBatch of B questions → input_ids, attention_mask, perhaps token_type_ids: each [B, 4, longest] int64."""
-    longest, lengths = batch.max_seqlen, batch.cu_seqlens.diff()
-    first = torch.arange(len(lengths), device=lengths.device) * longest
-    if pads_left(model):
-        first = first + longest - lengths
-    place = first.repeat_interleave(lengths, output_size=len(batch.input_ids)) + batch.position_ids
-
-    def grid(values: torch.Tensor, padding: int) -> torch.Tensor:
-        empty = values.new_full((len(lengths) * longest,), padding, dtype=torch.int64)
-        return empty.index_copy(0, place, values.long()).view(-1, OPTIONS, longest)
-
-    inputs = {"input_ids": grid(batch.input_ids, model.config.pad_token_id or 0)}
-    inputs["attention_mask"] = grid(torch.ones_like(batch.input_ids), 0)
-    if takes_segments(model):
-        inputs["token_type_ids"] = grid(batch.token_type_ids, 0)
-    return inputs
+    columns = torch.stack([batch.input_ids, torch.ones_like(batch.input_ids), batch.token_type_ids], 1).long()
+    side = "left" if pads_left(model) else "right"
+    rows = pad_sequence(columns.split(batch.lengths), batch_first=True, padding_side=side)
+    ids, mask, segments = rows.view(-1, OPTIONS, *rows.shape[1:]).unbind(-1)
+    inputs = {"input_ids": ids.masked_fill(mask == 0, model.config.pad_token_id or 0), "attention_mask": mask}
+    return inputs | ({"token_type_ids": segments} if takes_segments(model) else {})
 
 
 def full_precision(states: torch.Tensor) -> torch.autocast:
@@ -197,27 +196,16 @@ def at_least_float32(states: torch.Tensor) -> torch.Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def as_autocast(states: torch.Tensor) -> torch.Tensor:
-    """Under autocast, in half precision: for query, key and value at once, where autocast would cast for each."""
-    kind = states.device.type
-    half = torch.is_autocast_enabled(kind) and states.dtype == torch.float32
-    return states.to(torch.get_autocast_dtype(kind)) if half else states
-
-
 def run_in_full_precision(part: nn.Module) -> None:
     """Run a part of a padded model's head in float32 from now on, whatever autocast says."""
-    entered: list[torch.autocast] = []
+    entered = contextlib.ExitStack()
 
     def enter(part: nn.Module, inputs: tuple) -> tuple:
-        entered.append(full_precision(inputs[0]))
-        entered[-1].__enter__()
+        entered.enter_context(full_precision(inputs[0]))
         return (at_least_float32(inputs[0]), *inputs[1:])
 
-    def leave(part: nn.Module, inputs: tuple, output) -> None:  # also if its forward has failed
-        entered.pop().__exit__(None, None, None)
-
     part.register_forward_pre_hook(enter)
-    part.register_forward_hook(leave, always_call=True)
+    part.register_forward_hook(lambda *_: entered.close(), always_call=True)  # also if its forward has failed
 
 
 def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> str:
@@ -233,12 +221,9 @@ def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """torch.compile of each layer; lengths are dynamic, and attention stays outside, so that few graphs serve all."""
     AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
-    if model.config.model_type in LAST_AT_CLS:
-        model.base_model.run_layer = torch.compile(run_layer, dynamic=True, backend=backend)
-        return
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):  # as each layer of these families is
-            layer.compile(dynamic=True, backend=backend)
+    for part in model.modules():
+        if isinstance(part, LayerRunner | GradientCheckpointingLayer):  # the latter is each layer of other families
+            part.compile(dynamic=True, backend=backend)
 
 
 BERTS = ("bert", "camembert", "data2vec-text", "ernie", "roberta", "xlm-roberta")
@@ -277,12 +262,8 @@ def longest_input(model) -> int | None:
 
 def takes_segments(model) -> bool:
     """Whether a model tells segments apart: token_type_ids are among its inputs, and of more than one kind."""
-    return getattr(model.config, "type_vocab_size", 2) > 1 and "token_type_ids" in _inputs(type(model.base_model))
-
-
-@functools.cache
-def _inputs(encoder: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(encoder.forward).parameters)
+    inputs = inspect.signature(type(model.base_model).forward).parameters
+    return getattr(model.config, "type_vocab_size", 2) > 1 and "token_type_ids" in inputs
 
 
 def pads_left(model) -> bool:

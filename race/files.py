@@ -20,16 +20,10 @@ from race import ROOT, RaceError
 
 DAY = 86400.0  # seconds; on a file system without locks, an unfinished folder of that age belongs to nobody
 UNFINISHED = ".tmp"  # ".NAME.….tmp" is work that has not been finished
-NO_SUCH_CALL = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # how file systems say that they do not offer something
-NOT_ALLOWED = (errno.EPERM, errno.EACCES)
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, flush it to disk and rename it.
-
-    If anything fails (a full disk, a kill), the old file stays; the temporary one is removed now or by
-    `remove_unfinished`.
-    """
+    """Let `write` make a temporary file beside `path`, flush and rename it; if anything fails, the old file stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path.parent, path.name, older_than=3600.0)
@@ -53,7 +47,8 @@ def from_root(path: Path) -> str:
 
 def flush(path: str | Path) -> None:
     """Wait until a file, or a folder's list of names, is on disk; not where the file system does not offer that."""
-    missing = (*NO_SUCH_CALL, *(NOT_ALLOWED if os.path.isdir(path) else ()))  # docs/resuming.md says what is lost then
+    not_offered = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS]  # docs/resuming.md says what is lost then
+    not_offered += [errno.EPERM, errno.EACCES] if os.path.isdir(path) else []
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -61,7 +56,7 @@ def flush(path: str | Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in missing:
+        if error.errno not in not_offered:
             raise
 
 
@@ -99,8 +94,7 @@ def move_into_place(folder: Path, out: Path) -> None:
 def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> None:
     """Remove temporary files older than `older_than` seconds, and temporary folders that no living process holds.
 
-    name: how the name of the finished file or folder begins. A folder that had been moved away for one that was then
-    never finished is put back.
+    name: how the finished one's name begins. A folder that was moved away for one that was never finished comes back.
     """
     for left in folder.glob(f".{glob.escape(name)}*{UNFINISHED}"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
@@ -126,8 +120,8 @@ def _remove_folder(left: Path, age: float) -> None:
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock that ends with the process; if another one holds it, wait, or raise BlockingIOError.
 
-    Gives False on a file system without locks. A POSIX record lock and not `filelock`, whose flock() is inherited by
-    loader workers: they outlive a killed process by seconds, and would keep it locked.
+    Gives False on a file system without locks. Loader workers, which outlive a killed process by seconds, inherit a
+    `filelock`, but not this POSIX record lock.
     """
     with open(path, "w") as file:
         certain = True
@@ -211,19 +205,16 @@ def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = 
         raise RaceError(f"{path}: no such checkpoint") from error
     except pickle.UnpicklingError as error:
         raise RaceError(f"{path}: holds more than weights and plain values, and could run code; refused") from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:  # zipfile's own are among them
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         problem = f"not a checkpoint, or cut off or damaged ({str(error).partition(chr(10))[0]})"
     raise RaceError(f"{path}: {problem}; put a good copy in its place, or move it away")
 
 
 @functools.lru_cache(maxsize=256)
 def _check_archive(identity: tuple) -> None:
-    """Raise ValueError if a zip archive is damaged, by its own checksums; once for each version of a file."""
-    try:
-        with zipfile.ZipFile(identity[0]) as archive:
-            if any(entry.compress_type or entry.external_attr for entry in archive.infolist()):  # torch writes zeros
-                raise ValueError("an entry is not as torch.save writes it")
-            if bad := archive.testzip():
-                raise ValueError(bad)
-    except zipfile.BadZipFile as error:
-        raise ValueError(str(error)) from error
+    """Raise BadZipFile if a zip archive is damaged, by its own checksums; once for each version of a file."""
+    with zipfile.ZipFile(identity[0]) as archive:
+        if any(entry.compress_type or entry.external_attr for entry in archive.infolist()):  # torch writes zeros
+            raise zipfile.BadZipFile("an entry is not as torch.save writes it")
+        if bad := archive.testzip():
+            raise zipfile.BadZipFile(bad)

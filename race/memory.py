@@ -7,7 +7,6 @@ from torch.cuda import max_memory_allocated, memory_reserved
 
 from race import MAX_LEN, OPTIONS, RaceError
 
-ATTENTION_MAPS = 6  # [tokens, tokens] of each head that padded families keep: scores, softmax, dropout, positions
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
 
 
@@ -27,9 +26,9 @@ def in_parts(module, batch, run: Callable, undo: Callable | None = None, stop: C
                 results.append(run(part, part is parts[-1]))
             return results
         except torch.OutOfMemoryError as error:
-            part, exchanging = parts[len(results)], undo is not None and module.processes > 1
+            part = parts[len(results)]
             tokens, single = part.tokens(module.padded), len(part) == 1
-            if single or (exchanging and part is parts[-1]):
+            if single or (undo is not None and module.processes > 1 and part is parts[-1]):
                 what = "one question" if single else "a micro-batch, while processes exchange their gradients,"
                 raise RaceError(
                     f"the GPU's memory is full: {what} of {tokens:,} tokens does not fit. Set a smaller MAX_LEN, or "
@@ -51,12 +50,11 @@ def free_unused(device: torch.device, batch_idx: int) -> None:
 
 def fit_memory(module, device: torch.device, half: bool = False) -> None:
     """Choose a RaceModule's token budget for a device, if none was given; half: under autocast."""
-    if module.token_budget is None:
-        module.token_budget = CPU_TOKENS
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what this process keeps, and does not use, is free too
-            free, parameters = torch.cuda.mem_get_info(device)[0], sum(it.numel() for it in module.parameters())
-            module.token_budget = token_budget_for(module.model.config, parameters, free, half, module.padded)
+    if module.token_budget is None and device.type == "cuda":
+        torch.cuda.empty_cache()  # what this process keeps, and does not use, is free too
+        free, parameters = torch.cuda.mem_get_info(device)[0], sum(it.numel() for it in module.parameters())
+        module.token_budget = token_budget_for(module.model.config, parameters, free, half, module.padded)
+    module.token_budget = module.token_budget or CPU_TOKENS
 
 
 def token_budget_for(config, parameters: int, free: int, half: bool, padded: bool = False) -> int:
@@ -73,7 +71,7 @@ def token_budget_for(config, parameters: int, free: int, half: bool, padded: boo
     layer, width = (22 * hidden + 4 * intermediate, 2) if half else (36 * hidden + 8 * intermediate, 4)
     if getattr(config, "rope_parameters", None):  # ModernBERT: rotated queries and keys, and a gated feed-forward
         layer += width * (3 * hidden + 2 * intermediate)
-    if padded:
-        layer += width * ATTENTION_MAPS * config.num_attention_heads * MAX_LEN
+    if padded:  # six maps of [tokens, tokens] of each head: scores, softmax, dropout, positions
+        layer += width * 6 * config.num_attention_heads * MAX_LEN
     fixed = 20 * parameters + (1 << 29)  # weights, gradients, two moments, casts or buckets; context and workspace
     return int(max(OPTIONS * MAX_LEN, (0.9 * free - fixed) / (layer * (layers + 1) + 32 * hidden)))

@@ -1,5 +1,6 @@
 """What several tests need: where things lie, a batch as Hugging Face's models take it, sums written out."""
 
+import json
 import os
 from pathlib import Path
 
@@ -18,6 +19,15 @@ RECORD = {  # two questions in RACE's own layout
 }
 NOTEBOOKS = (*STAGES, "eval_test_dataset_race", "eval_test_dataset_race_2")
 DOCUMENTS = (*NOTEBOOKS, "compare_recipes")
+
+
+def notebook_parameters(notebook: str) -> dict:
+    """The values in a notebook's own parameters cell."""
+    cells = json.loads((ROOT / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    values: dict = {}
+    exec(source, values)
+    return {name: value for name, value in values.items() if name.isupper()}
 
 
 def padded(batch, left: bool = False, padding: int = 0) -> dict[str, torch.Tensor]:

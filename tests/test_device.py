@@ -14,7 +14,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEn
 from pytorch_lightning.utilities import rank_zero_only
 
 from race import RaceError
-from race.device import default_device, default_precision, environment, gpu_problem, hardware, processes
+from race.device import default_device, default_precision, environment, gpu_problem, processes
 
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4"}
 PTY = STEP | {"SLURM_PTY_PORT": "44152", "SLURM_PTY_WIN_COL": "144", "SLURM_PTY_WIN_ROW": "38", "SLURM_PROCID": "0"}
@@ -59,18 +59,15 @@ def test_unequal_numbers_on_the_nodes_are_refused(started):
         started(STEP | {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "3,1"})
 
 
-def test_a_step_that_an_interactive_shell_starts(started, monkeypatch):
-    """It inherits the shell's variables; its tasks have no terminal."""
-    monkeypatch.setattr(psutil.Process, "terminal", lambda self: None)
-    assert started(PTY | {"SLURM_TASK_PID": str(os.getppid())}) == (4, 1, SLURMEnvironment, "")
-
-
 @pytest.mark.parametrize("variables", [PTY, PTY | {"SLURM_TASK_PID": str(os.getppid())}, {"SLURM_NTASKS": "4"}])
 def test_in_an_interactive_shell_of_several_tasks_one_process_trains(started, monkeypatch, variables):
     """`srun -n 4 --pty bash` and salloc: only the first task is there, and nobody would come."""
     monkeypatch.setattr(psutil.Process, "terminal", lambda self: "/dev/pts/0")
     *found, said = started(variables)
     assert found == [1, 1, LightningEnvironment] and said.startswith("one process of 4 Slurm tasks: ")
+    if "SLURM_TASK_PID" in variables:  # a step started there inherits the variables, but its tasks have no terminal
+        monkeypatch.setattr(psutil.Process, "terminal", lambda self: None)
+        assert started(variables) == (4, 1, SLURMEnvironment, "")
 
 
 def test_a_kernel_is_one_process_in_whatever_task(started):
@@ -91,33 +88,20 @@ OLD = "The NVIDIA driver on your system is too old (found version 12020).\nPleas
 
 @pytest.fixture
 def node(monkeypatch, tmp_path):
-    """node(driver file, torch can use it, capability, kernels, variables): a machine as torch sees it."""
+    """node(what the driver says, capability of a GPU that torch can use, kernels, CUDA_VISIBLE_DEVICES)."""
 
-    def init():
-        raise RuntimeError(OLD)
-
-    def make(
-        driver=None, device=False, usable=False, capability=(9, 0), built=("sm_75", "sm_90a", "compute_90"), **variables
-    ):
+    def make(driver=None, capability=None, built=("sm_75", "sm_90a", "compute_90"), visible="NoDevFiles"):
         (tmp_path / "version").unlink(missing_ok=True)
         if driver:
             (tmp_path / "version").write_text(driver)
-        monkeypatch.setattr("race.device.DRIVER_FILES", (tmp_path / "version", tmp_path if device else tmp_path / "no"))
+        monkeypatch.setattr("race.device.DRIVER", tmp_path / "version")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         monkeypatch.setattr(torch, "__version__", "2.13.0")
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        for name, value in {
-            "is_available": usable,
-            "get_device_capability": capability,
-            "get_arch_list": built,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (39.2e9, 80e9))
-        monkeypatch.setattr(torch.cuda, "init", init)
-        for variable in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"):
-            monkeypatch.delenv(variable, raising=False)
-        for variable, value in variables.items():
-            monkeypatch.setenv(variable, value)
+        monkeypatch.setattr(torch.cuda, "init", mock.Mock(side_effect=None if capability else RuntimeError(OLD)))
+        facts = {"is_available": capability is not None, "get_device_capability": capability, "get_arch_list": built}
+        for name, value in (facts | {"get_device_name": "H100", "mem_get_info": (39.2e9, 80e9)}).items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
 
     return make
 
@@ -134,21 +118,12 @@ def test_a_gpu_that_torch_cannot_use_stops_the_run_in_words(node):
                 refused(accelerator)
             assert str(error.value) == problem
     assert default_device("cpu") == torch.device("cpu") and default_precision("cpu") == "32-true"
-    assert environment().data.loc["problem", ""] == problem
-    assert problem in environment().to_html()  # whole, however long
-
-
-@pytest.mark.parametrize("given", [{"SLURM_JOB_GPUS": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}, {"device": True}])
-def test_the_variables_of_a_job_or_a_device_file_are_evidence_of_a_gpu(node, given):
-    node(**given)
+    assert environment().data.loc["problem", ""] == problem and problem in environment().to_html()  # whole
+    node(visible="3")  # a job's variable is evidence of a GPU too
     assert gpu_problem().startswith("torch 2.13.0 (driver not found, ")
-    node(OPEN, CUDA_VISIBLE_DEVICES="NoDevFiles")  # Slurm, for a job that was given none
-    assert "(driver 580.65.06, " in gpu_problem()
 
 
-@pytest.mark.parametrize(
-    "given", [{}, *({"driver": CLOSED, "SLURM_JOB_GPUS": "0", "CUDA_VISIBLE_DEVICES": hidden} for hidden in ("", "-1"))]
-)
+@pytest.mark.parametrize("given", [{}, {"driver": CLOSED, "visible": ""}, {"driver": CLOSED, "visible": "-1"}])
 def test_without_a_gpu_or_with_all_hidden_on_purpose_the_cpu_is_meant(node, given):
     """Only "gpu" insists."""
     node(**given)
@@ -159,29 +134,23 @@ def test_without_a_gpu_or_with_all_hidden_on_purpose_the_cpu_is_meant(node, give
 
 
 @pytest.mark.parametrize(
-    ("capability", "built", "runs"),
+    ("capability", "built", "precision"),
     [
-        ((7, 5), ["sm_100", "sm_75"], True),
-        ((7, 0), ["sm_75", "sm_90a"], False),
-        ((9, 0), ["gfx90a"], True),  # AMD
+        ((7, 5), ["sm_100", "sm_75"], "16-mixed"),
+        ((9, 0), ["sm_75", "sm_90a"], "bf16-mixed"),
+        ((9, 0), ["gfx90a"], "bf16-mixed"),  # AMD
+        ((7, 0), ["sm_75", "sm_90a"], None),
     ],
 )
-def test_a_gpu_older_than_the_kernels_is_one_that_torch_cannot_use(node, capability, built, runs):
-    node(OPEN, usable=True, capability=capability, built=built)
-    assert (gpu_problem() is None) == runs
-    if not runs:
-        with pytest.raises(RaceError, match=f"H100 has compute capability {capability[0]}.{capability[1]}"):
+def test_a_gpu_is_used_unless_it_is_older_than_the_kernels(node, capability, built, precision):
+    node(OPEN, capability, built)
+    if precision is None:
+        with pytest.raises(RaceError, match="H100 has compute capability 7.0, this build begins at sm_75"):
             default_device()
-
-
-def test_a_gpu_that_torch_can_use(node):
-    node(OPEN, usable=True)
+        return
     assert default_device() == default_device("gpu") == torch.device("cuda") != default_device("cpu")
-    assert default_precision() == "bf16-mixed" and default_precision("cpu") == "32-true"
-    assert hardware(default_device()) == "H100 (driver 580.65.06, CUDA 13.0, 39.2 GB free)"
-    assert environment().data.loc["device", ""] == hardware(default_device())
-    node(OPEN, usable=True, capability=(7, 5))
-    assert default_precision() == "16-mixed"
+    assert default_precision() == precision and default_precision("cpu") == "32-true"
+    assert environment().data.loc["device", ""] == "H100 (driver 580.65.06, CUDA 13.0, 39.2 GB free)"
 
 
 def test_an_import_does_not_start_cuda(monkeypatch):

@@ -91,7 +91,7 @@ def test_every_damaged_checkpoint_is_refused_by_name(trained, tmp_path, kind):
     for _ in range(200):
         path.write_bytes(damaged(content, rng))
         for read in (Checkpoint, RaceModule.load_from_checkpoint):
-            race.files._archive_problem.cache_clear()
+            race.files._check_archive.cache_clear()
             try:
                 read(path)
             except RaceError as error:
@@ -118,18 +118,6 @@ def test_a_checkpoint_from_elsewhere_is_taken_if_it_is_whole(tmp_path):
         Checkpoint(path)
 
 
-def test_a_checkpoint_is_an_ordinary_file_and_says_where_it_comes_from(trained, cache):
-    path, manifest = e1(trained).best().path, Cache(cache).manifest
-    lineage = torch.load(path, weights_only=True)["race"]
-    assert lineage["cache"]["source_sha256"] == manifest["source"]["sha256"] and len(lineage["base_sha256"]) == 64
-    assert lineage["tokenizer"] == manifest["tokenizer"]["sha256"] and "commit" in lineage
-    assert lineage["versions"]["torch"] == torch.__version__
-    atomic_write(trained / "other", lambda other: other.write_text(""))
-    mask = os.umask(0)
-    os.umask(mask)
-    assert (path.stat().st_mode & 0o777) == 0o666 & ~mask
-
-
 # -------------------------------------------------------------------------------------------------- full disks
 
 
@@ -153,16 +141,6 @@ def fill(folder, leave: int = 0) -> None:
                 file.write(b"x" * 4096)
         except OSError:
             file.truncate(max(0, file.tell() - leave))
-
-
-def test_full_disk_while_writing_a_file(small_disk):
-    path = small_disk / "results.csv"
-    atomic_write(path, lambda path: path.write_text("old"))
-    fill(small_disk, 8192)
-    with pytest.raises(OSError, match="the old file is unchanged.*results.csv") as error:
-        atomic_write(path, lambda path: path.write_text("y" * 50_000))
-    assert error.value.errno == errno.ENOSPC and path.read_text() == "old"
-    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "results.csv"]
 
 
 def test_a_file_that_may_not_grow(tmp_path):
@@ -250,15 +228,16 @@ def test_file_systems_that_lack_a_call(corpus, tmp_path, monkeypatch, call, erro
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
-@pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES])
-def test_a_folder_that_may_not_be_opened_is_not_flushed(tmp_path, monkeypatch, error):
-    """The folder of a share, for example; the files in it are."""
-    lacking(monkeypatch, "open", error, os.path.isdir)
+def test_files_are_as_the_umask_says_and_a_folder_may_be_closed(tmp_path, monkeypatch):
+    """Such as that of a share, which cannot be flushed."""
+    lacking(monkeypatch, "open", errno.EACCES, os.path.isdir)
     atomic_write(tmp_path / "x", lambda path: path.write_text("new"))
-    assert (tmp_path / "x").read_text() == "new"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "x").read_text() == "new" and (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
 def test_an_error_of_the_disk_is_an_error(tmp_path, monkeypatch, error):
     atomic_write(tmp_path / "x", lambda path: path.write_text("old"))
     lacking(monkeypatch, "fsync", error, os.path.isfile)
@@ -307,7 +286,7 @@ def alone_and_whole(out) -> bool:
 @pytest.mark.parametrize("death", ["", "replaces"])
 def test_two_processes_make_the_same_cache_at_once(corpus, tmp_path, death):
     makers = [maker(corpus, tmp_path / "out" / "cache", death=death) for _ in range(3)]
-    assert [process.wait(120) for process in makers] == [0, 0, 0] and alone_and_whole(tmp_path / "out" / "cache")
+    assert [process.wait(300) for process in makers] == [0, 0, 0] and alone_and_whole(tmp_path / "out" / "cache")
 
 
 def test_a_killed_maker_leaves_the_cache_before(corpus, out):
@@ -327,7 +306,7 @@ def test_a_killed_maker_leaves_the_cache_before(corpus, out):
 
 def test_a_cache_moved_away_for_a_new_one_comes_back(corpus, out):
     """Killed between the two renames: the old cache is put back on the next start."""
-    assert maker(corpus, out, 9, "between the renames").wait(60) == -signal.SIGKILL and not out.exists()
+    assert maker(corpus, out, 9, "between the renames").wait(300) == -signal.SIGKILL and not out.exists()
     assert build_cache(str(corpus), "demo", out)["kept"] and alone_and_whole(out)
 
 
@@ -424,23 +403,14 @@ def test_a_payload_in_a_cache_runs_nothing(corpus, cache, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../train/evil.txt", "/train/evil.txt"])
-@pytest.mark.parametrize("link", [False, True])
-def test_paths_in_a_tar_lead_nowhere(tmp_path, name, link):
-    """A member that would climb out, or an absolute one, is read as text, never written; a link is refused."""
-    content, out = json.dumps(RECORD).encode(), tmp_path / "out" / "cache"
+def test_paths_in_a_tar_lead_nowhere(tmp_path, name):
+    """A member that would climb out, or an absolute one, is read as text, never written."""
+    content = json.dumps(RECORD).encode()
     with tarfile.open(tmp_path / "race.tar", "w") as tar:
         member = tarfile.TarInfo(name)
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
-        linked = tarfile.TarInfo(name.replace("evil", "link"))
-        linked.type, linked.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        if link:
-            tar.addfile(linked)
-    if link:
-        with pytest.raises(RaceError, match=r"link.txt: a link inside an archive"):
-            build_cache(str(tmp_path / "race.tar"), "demo", out)
-    else:
-        build_cache(str(tmp_path / "race.tar"), "demo", out)
-        assert Cache(out).manifest["splits"]["train"]["passages"] == 1
+    build_cache(str(tmp_path / "race.tar"), "demo", tmp_path / "out" / "cache")
+    assert Cache(tmp_path / "out" / "cache").manifest["splits"]["train"]["passages"] == 1
     assert not list(tmp_path.rglob("evil*")) and not (tmp_path.parent / "train").exists()
-    assert {path.name for path in tmp_path.iterdir()} <= {"out", "race.tar"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "race.tar"}

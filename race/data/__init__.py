@@ -2,17 +2,12 @@
 
 import importlib
 
-ROOMS = {
-    "batches": ["collate"],
-    "cache": ["Cache", "build_cache", "open_cache"],
-    "module": ["RaceDataModule", "RaceDataset"],
-    "seen": ["seen_before", "seen_articles"],
-}
-HOMES = {name: f"race.data.{room}" for room, names in ROOMS.items() for name in names}
+HOMES = {"collate": "batches", "RaceDataModule": "module", "RaceDataset": "module", "Cache": "cache"}
+HOMES |= {"build_cache": "cache", "open_cache": "cache", "seen_before": "seen", "seen_articles": "seen"}
 
 
 def __getattr__(name: str):
     """What other rooms use, such as `from race.data import RaceDataModule`; torch is loaded only where it is needed."""
     if name in HOMES:
-        return getattr(importlib.import_module(HOMES[name]), name)
+        return getattr(importlib.import_module(f"race.data.{HOMES[name]}"), name)
     raise AttributeError(f"module 'race.data' has no attribute {name!r}")

@@ -1,7 +1,6 @@
 """Batches: questions of any lengths, packed without padding; and the order in which an epoch goes through them."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -62,14 +61,15 @@ class PackedBatch:
 
         padded: as of a model to which every sequence is padded to the longest of its part.
         """
-        ends = part_ends(np.reshape(self.lengths, (-1, OPTIONS)), token_budget, padded)
-        for first, last in itertools.pairwise([0, *ends]):
-            yield self._part(first, last)
+        lengths, start = np.reshape(self.lengths, (-1, OPTIONS)), 0
+        for end in range(1, len(self)) if token_budget is not None else ():
+            if _tokens(lengths[start : end + 1], padded) > token_budget:
+                yield self._part(start, end)
+                start = end
+        yield self._part(start, len(self))
 
     def _part(self, first: int, last: int) -> "PackedBatch":
         """Questions `first` to `last` - 1."""
-        if (first, last) == (0, len(self)):
-            return self
         sequences = slice(OPTIONS * first, OPTIONS * last)
         lengths = self.lengths[sequences]
         start = sum(self.lengths[: sequences.start])
@@ -77,15 +77,6 @@ class PackedBatch:
         cu_seqlens = self.cu_seqlens[sequences.start : sequences.stop + 1] - start
         parts = (states[tokens] for states in (self.input_ids, self.token_type_ids, self.position_ids))
         return PackedBatch(*parts, cu_seqlens, self.labels[first:last], lengths)
-
-
-def part_ends(lengths: np.ndarray, token_budget: int | None, padded: bool = False) -> list[int]:
-    """Where each part of a batch ends; lengths [B, 4] of its sequences. padded: as of micro_batches."""
-    ends, start = [], 0
-    for question in range(1, len(lengths)) if token_budget is not None else ():
-        if _tokens(lengths[start : question + 1], padded) > token_budget:
-            ends, start = [*ends, question], question
-    return [*ends, len(lengths)]
 
 
 def _tokens(lengths: np.ndarray, padded: bool) -> int:
@@ -130,12 +121,8 @@ class ShuffledBatches(Sampler[list[int]]):
     world: int = 1
     sizes: np.ndarray | None = None
 
-    def order(self) -> np.ndarray:
-        """[N] the questions in this epoch's order."""
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.questions)
-
     def __iter__(self) -> Iterator[list[int]]:
-        order = self.order()
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.questions)
         for start in range(self.first * self.batch_size, self.questions, self.batch_size):
             batch = order[start : start + self.batch_size]
             if self.sizes is not None:

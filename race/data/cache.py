@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 import time
 from collections import Counter
 from importlib.metadata import version
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
@@ -24,16 +24,15 @@ from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokeni
 from race.parameters import check
 
 FORMAT = 2
-NO_HASH = "0" * 64
+NO_HASH = "0" * 64  # in place of the manifest's own, while that is computed
 AGAIN = "make the cache again with --force"
 SAMPLE = 48  # passages on which a tokenizer is checked, beside the longest
 
 
 class Cache:
-    """An opened cache. Its manifest is read and checked here, once; tables are memory-mapped when they are used.
+    """An opened cache: its manifest is read and checked here, once. Raises RaceError if it is missing or damaged.
 
-    folder, name (the folder as text), manifest, splits (those that it holds, in order), template, model (the folder of
-    its base model). Raises RaceError if there is no cache, or if it is damaged or of another format.
+    name: its folder as text. splits: those that it holds, in order. model: the folder of its base model.
     """
 
     def __init__(self, folder: str | Path):
@@ -59,17 +58,13 @@ class Cache:
         return of_source | {"tokenizer": tokenizer, "max_qa_len": self.manifest["max_qa_len"]}
 
     def tables(self, split: str) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-        """The passages and questions of one split, memory-mapped: nothing is read until it is used."""
+        """The passages and questions of one split: checked, and memory-mapped."""
         if split not in self.splits:
             raise RaceError(f"{self} has no {split} split (it holds: {', '.join(self.splits)})")
-        batches = []
-        for name in ("passages", "questions"):
-            path = self.folder / f"{split}-{name}.arrow"
-            try:
-                batches.append(pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0))
-            except (OSError, pa.ArrowInvalid) as error:
-                raise RaceError(f"{path}: missing or damaged ({error}); {AGAIN}") from error
-        return batches[0], batches[1]
+        self.check_files(f"{split}-")
+        paths = (str(self.folder / f"{split}-{name}.arrow") for name in ("passages", "questions"))
+        passages, questions = (pa.ipc.open_file(pa.memory_map(path)).get_batch(0) for path in paths)
+        return passages, questions
 
     def check_files(self, names: str = "") -> None:
         """Raise RaceError with all that is wrong with the files whose names begin with `names`."""
@@ -78,23 +73,25 @@ class Cache:
 
     def problems(self, names: str = "") -> list[str]:
         """Where files differ from the manifest; one is read once a process, and again if it has been written since."""
-        files = [(name, expected) for name, expected in self.manifest["files"].items() if name.startswith(names)]
-        bar = tqdm(files, desc="verifying", unit=" files", delay=2, leave=False)
-        return [found for name, expected in bar if (found := _file_problem(self.folder / name, expected))]
+        files, problems = self.manifest["files"], []
+        for name in tqdm([name for name in files if name.startswith(names)], "verifying", delay=2, leave=False):
+            path = self.folder / name
+            try:
+                if known_hash(file_identity(path)) != files[name]["sha256"]:
+                    problems.append(f"{path}: damaged, {path.stat().st_size} of {files[name]['bytes']} bytes")
+            except OSError as error:
+                problems.append(f"{path}: missing, or cannot be read ({error.strerror})")
+        return problems
 
     def check_tokenizer(self, model: str | Path) -> None:
-        """Raise RaceError if a model has a tokenizer other than this cache's: the ids would be those of other words.
+        """Raise RaceError if a model has another tokenizer, by its vocabulary and by the ids of a text with all marks.
 
-        Descriptions differ between versions of transformers; the same vocabulary and the same ids of a text with
-        quotes, capitals, accents and digits are the same tokenizer.
+        Not by its description, which differs between versions of transformers.
         """
         try:
-            own = load_tokenizer(model)
+            own, kept = load_tokenizer(model), self.tokenizer
         except RaceError:
             return  # a model without a tokenizer
-        if tokenizer_hash(own) == self.manifest["tokenizer"]["sha256"]:
-            return
-        kept = self.tokenizer
         if own.get_vocab() != kept.get_vocab() or own(LINE)["input_ids"] != kept(LINE)["input_ids"]:
             raise RaceError(f"{model} has another tokenizer than {self}: make a cache with --model {model}")
 
@@ -116,25 +113,12 @@ def open_cache(cache: "str | Path | Cache") -> Cache:
 
 def verify_cache(folder: str | Path) -> list[str]:
     """Re-read every file of a cache and compare it with its manifest; returns what is wrong. Hidden files pass."""
-    cache, known = Cache(folder), {"manifest.json"}
+    cache = Cache(folder)
     known_hash.cache_clear()  # read again what was read before
-    present = (path.relative_to(folder) for path in sorted(Path(folder).rglob("*")) if path.is_file())
-    visible = [path.as_posix() for path in present if not any(part.startswith(".") for part in path.parts)]
-    others = [name for name in visible if name not in known | cache.manifest["files"].keys()]
-    return cache.problems() + [f"{Path(folder) / name}: not in the manifest" for name in others]
-
-
-def _file_problem(path: Path, expected: dict) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{path}: {size} bytes, expected {expected['bytes']}"
-        return None if known_hash(file_identity(path)) == expected["sha256"] else f"{path}: damaged (sha256 differs)"
-    except OSError as error:
-        return f"{path}: missing, or cannot be read ({error.strerror})"
-
-
-# -------------------------------------------------------------------------------------------------- manifest
+    present = [path.relative_to(folder).as_posix() for path in sorted(cache.folder.rglob("*")) if path.is_file()]
+    visible = [name for name in present if not re.search(r"(^|/)\.", name)]
+    others = [name for name in visible if name not in {"manifest.json", *cache.manifest["files"]}]
+    return cache.problems() + [f"{cache.folder / name}: not in the manifest" for name in others]
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -156,9 +140,8 @@ def _read_manifest(folder: Path) -> dict:
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
-    """Write a manifest with a hash of its own file, computed with zeros in place of the hash."""
-    content = {"sha256": NO_HASH} | {key: value for key, value in manifest.items() if key != "sha256"}
-    text = json.dumps(content, indent=1, ensure_ascii=False)
+    """Write a manifest with a hash of its own file."""
+    text = json.dumps({"sha256": ""} | manifest | {"sha256": NO_HASH}, indent=1, ensure_ascii=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(text.replace(NO_HASH, digest, 1), encoding="utf-8")
 
@@ -175,9 +158,6 @@ def _template_of(manifest: dict) -> Template:
     return Template(**kept)
 
 
-# -------------------------------------------------------------------------------------------------- making a cache
-
-
 def build_cache(
     source: str,
     model: str,
@@ -187,11 +167,10 @@ def build_cache(
     skip_bad: bool = False,
     answers: bool = True,
 ) -> dict:
-    """Encode `source` with the tokenizer of `model` (hub name or folder) into the folder `out`; returns the manifest.
+    """Encode `source` with the tokenizer of `model` into the folder `out`, atomically; returns the manifest.
 
-    The cache is written atomically. If `out` holds a cache of the same content, that one is kept; another cache is
-    replaced only with `force`. With `skip_bad`, what is bad in the source is left out and listed in
-    `out`/left-out.txt. Without `answers`, questions may lack theirs: a cache to predict on only. Raises RaceError.
+    A cache of the same content is kept, another one replaced only with `force`. `skip_bad`: what is bad is left out and
+    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check(max_qa_len=max_qa_len)
@@ -200,10 +179,7 @@ def build_cache(
     splits, left_out = read_source(source, skip_bad, answers)
     with temporary_folder(out) as temporary:
         folder = temporary / out.name
-        try:
-            manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
-        except SafetensorError as error:  # a full disk
-            raise RaceError(f"{out}: the weights of {model} cannot be read or written ({error})") from error
+        manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
         manifest["seconds"] = round(time.perf_counter() - started, 2)
         write_manifest(folder / "manifest.json", manifest)
         return _install(folder, out, manifest, force)
@@ -225,12 +201,11 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
     check_encoding(tokenizer, template, articles, texts, max_qa_len)
     counts = {split: _write_split(folder, split, splits[split], tokenizer, template, max_qa_len) for split in splits}
     occurs = Counter(text for passages in splits.values() for text in {passage.article for passage in passages})
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digest, files = tokenizer_hash(tokenizer), sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format": FORMAT,
         "source": {"name": source, "sha256": source_fingerprint(splits)},
-        "tokenizer": {"name": model, "class": type(tokenizer).__name__, "vocabulary": len(tokenizer)}
-        | {"sha256": tokenizer_hash(tokenizer)},
+        "tokenizer": {"name": model, "class": type(tokenizer).__name__, "vocabulary": len(tokenizer), "sha256": digest},
         "template": {name: [*ids] for name, ids in dataclasses.asdict(template).items()},
         "model": {"name": model, "weights": has_weights},
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "pyarrow", "numpy")},
@@ -239,8 +214,7 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
         "splits": counts,
         "articles_in_more_than_one_split": sum(count > 1 for count in occurs.values()),
         "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-            for path in files
+            it.relative_to(folder).as_posix(): {"bytes": it.stat().st_size, "sha256": file_hash(it)} for it in files
         },
     }
 
@@ -316,7 +290,5 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     there = _read_manifest(out)
     if there["files"] == manifest["files"]:
         return there | {"kept": True}
-    parts = [key for key in ("source", "max_qa_len") if there[key] != manifest[key]]
-    if there["tokenizer"]["sha256"] != manifest["tokenizer"]["sha256"]:
-        parts.append("tokenizer")
+    parts = [key for key in ("source", "max_qa_len", "tokenizer") if there[key] != manifest[key]]
     raise RaceError(f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it")

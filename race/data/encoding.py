@@ -48,10 +48,9 @@ def keep_last(lists: pa.ListArray, count: int) -> pa.ListArray:
 
 @dataclass(frozen=True)
 class Template:
-    """The special tokens of a sequence, `before` article `between` question+option `after`, and its segment ids.
+    """The special tokens of a sequence: `before` article `between` question+option `after`.
 
-    segments: the token type of each special token and of the two texts, in their order: of [CLS] article [SEP]
-    question+option [SEP] five, 0 0 0 1 1.
+    segments: the token type of each special token and text; of [CLS] article [SEP] question+option [SEP]: 0 0 0 1 1.
     """
 
     before: tuple[int, ...]
@@ -71,11 +70,8 @@ class Template:
         kinds = [kind for special, run in runs for *_, kind in (run if special else run[:1])]
         no_first = specials[:1] == [()] and tokenizer.padding_side != "left"  # what a head would read
         if [special for special, _ in runs][-4:] != [0, 1, 0, 1] or len(specials) != 3 or no_first:
-            raise RaceError(
-                f"{tokenizer.name_or_path}: its tokenizer does not encode a pair of texts as "
-                "[CLS] article [SEP] question [SEP], or with other special tokens in these places; choose another "
-                "model (docs/models.md)"
-            )
+            expected = "does not encode a pair of texts as [CLS] article [SEP] question [SEP]"
+            raise RaceError(f"{tokenizer.name_or_path}: its tokenizer {expected}; choose another model")
         return cls(*specials, segments=tuple(kinds))
 
     @property
@@ -96,11 +92,6 @@ class Template:
         counts[len(self.before)], counts[-len(self.after) - 1] = len(article), len(qa)
         return input_ids, np.repeat(self.segments, counts)
 
-    def texts(self, input_ids: np.ndarray, qa_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The parts of a sequence with the article and with question+option, each with its special tokens."""
-        start = len(input_ids) - len(self.after) - min(qa_length, len(input_ids) - self.specials)
-        return input_ids[:start], input_ids[start:]
-
     def item(self, article, options: list, max_len: int, label: int, example_id: str) -> dict:
         """A question as the data module gives it: a sequence for each option."""
         sequences = [self.sequence(article, qa, max_len) for qa in options]
@@ -119,19 +110,11 @@ def check_encoding(tokenizer, template: Template, articles: list[str], texts: li
     Raises RaceError if one differs. Long questions, which the tokenizer would truncate otherwise, are not compared.
     """
     ours = zip(tokenize(tokenizer, articles).to_pylist(), tokenize(tokenizer, texts).to_pylist(), strict=True)
-    pairs = tokenizer(
-        articles,
-        texts,
-        truncation="longest_first",  # never fails
-        max_length=MAX_LEN,
-        return_token_type_ids=True,
-        verbose=False,
-    )
+    asked = {"max_length": MAX_LEN, "return_token_type_ids": True, "verbose": False}
+    pairs = tokenizer(articles, texts, truncation="longest_first", **asked)  # which never fails
     theirs = zip(pairs["input_ids"], pairs["token_type_ids"], strict=True)
     for text, (article, qa), pair in zip(texts, ours, theirs, strict=True):
         sequence = tuple(ids.tolist() for ids in template.sequence(article, qa, MAX_LEN))
         if len(qa) <= min(max_qa_len, MAX_LEN // 4) and sequence != pair:
-            raise RaceError(
-                f"{tokenizer.name_or_path}: its tokenizer encodes pairs of texts in another way than {template} (seen "
-                f"on {text[:60]!r}); choose another model (docs/models.md)"
-            )
+            seen = f"encodes {text[:60]!r} after an article in another way than {template}"
+            raise RaceError(f"{tokenizer.name_or_path}: its tokenizer {seen}; choose another model")

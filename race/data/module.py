@@ -55,15 +55,9 @@ class RaceDataset(Dataset):
     def text(self, index: int) -> dict:
         """The text of a question: example_id, level, article, question_index, question, options, label."""
         row = self._rows[index]
-        passage, question = self._passages.slice(self._passage[row], 1), self._questions.slice(row, 1)
-        names = dict.fromkeys(("example_id", "level", "article"), passage)
-        names |= dict.fromkeys(("question_index", "question", "options", "label"), question)
-        return {name: table[name][0].as_py() for name, table in names.items()}
-
-    def parts(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """[4] the ids of each sequence, with special tokens: up to the end of the article, and the rest."""
-        lengths = np.diff(self._qa_offsets[OPTIONS * self._rows[index] :][: OPTIONS + 1])
-        return [self._template.texts(*pair) for pair in zip(self[index]["input_ids"], lengths, strict=True)]
+        passage = self._passages.select(["example_id", "level", "article"]).slice(self._passage[row], 1)
+        question = self._questions.select(["question_index", "question", "options", "label"]).slice(row, 1)
+        return passage.to_pylist()[0] | question.to_pylist()[0]
 
     def lengths(self) -> np.ndarray:
         """[N, 4] tokens of each sequence, after truncation."""
@@ -78,26 +72,19 @@ class RaceDataset(Dataset):
         """[N] arrays example_id, question_index, level and label, in the order of the dataset."""
         passages = self._passages.select(["example_id", "level"]).take(pa.array(self._passage[self._rows]))
         return {
-            "example_id": passages["example_id"].to_numpy(zero_copy_only=False),
-            "level": passages["level"].to_numpy(zero_copy_only=False),
+            **{name: passages[name].to_numpy(zero_copy_only=False) for name in passages.schema.names},
             "question_index": self._questions["question_index"].to_numpy()[self._rows],
             "label": self._label[self._rows].astype(np.int64),
         }
 
     def facts(self):
-        """[N] rows of what analyses need to know of each question, as a pandas table.
-
-        question (text); article_tokens (before truncation); truncated (any of its sequences).
-        """
+        """[N] rows: question (text), article_tokens (before truncation), truncated (any of its sequences)."""
         import pandas as pd
 
-        article_lengths, qa_lengths = self._part_lengths()
-        facts = {
-            "question": self._questions["question"].take(pa.array(self._rows)).to_pylist(),
-            "article_tokens": article_lengths[:, 0],
-            "truncated": (self._template.lengths(article_lengths, qa_lengths) > self.max_len).any(1),
-        }
-        return pd.DataFrame(facts)
+        lengths = self._part_lengths()
+        questions = self._questions["question"].take(pa.array(self._rows)).to_pylist()
+        truncated = (self._template.lengths(*lengths) > self.max_len).any(1)
+        return pd.DataFrame({"question": questions, "article_tokens": lengths[0][:, 0], "truncated": truncated})
 
     def article_hashes(self) -> np.ndarray:
         """[N] uint64 of each question's article: equal texts, equal numbers, whatever their spacing and capitals."""
@@ -117,9 +104,8 @@ def _ragged(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 class RaceDataModule(pl.LightningDataModule):
     """Train, validation and test splits of a token cache; opens files in setup(), works without a network.
 
-    batch_size: questions, each of 4 sequences. limit_questions: a random sample of N questions of each split, for a
-    trial run. level: only the questions of "middle" or "high". num_workers: None means 0 on CPU and 2 with a GPU.
-    Splits that the cache lacks are None.
+    Parameters are those of the notebooks. num_workers: None means 0 on CPU and 2 with a GPU. Splits that the cache
+    lacks are None.
     """
 
     def __init__(
@@ -150,13 +136,11 @@ class RaceDataModule(pl.LightningDataModule):
         """Open the splits that the cache holds."""
         if self.train_dataset or self.val_dataset or self.test_dataset:
             return
-        for split in self.cache.splits:
-            self.cache.check_files(split)
         datasets = {split: self.open_split(split) for split in self.cache.splits}
         self.train_dataset, self.val_dataset, self.test_dataset = map(datasets.get, SPLITS)
 
     def open_split(self, split: str) -> RaceDataset:
-        """Open one split, without a check of its files; raises RaceError if the cache lacks it, or its level."""
+        """Open one split; raises RaceError if the cache lacks it, or its level."""
         whole = RaceDataset(self.cache, split, self.max_len)
         rows = np.arange(len(whole)) if self.level is None else np.flatnonzero(whole.columns()["level"] == self.level)
         if not len(rows):
@@ -232,10 +216,7 @@ class RaceDataModule(pl.LightningDataModule):
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to the whole process group must not kill loader workers in the middle of a step.
-
-    SIGTERM keeps its effect: with it the parent ends a worker that does not answer.
-    """
+    """A signal to the process group must not kill a worker in a step; with SIGTERM the parent ends one that hangs."""
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

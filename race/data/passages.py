@@ -27,9 +27,8 @@ def read_source(
 ) -> tuple[dict[str, list[Passage]], list[str]]:
     """Passages per split, in a fixed order, and a line for each thing left out; splits that a source lacks are absent.
 
-    `source`: "demo", a folder, archive or file of RACE records or tables, or a hub id such as "ehovy/race".
-    Raises RaceError with all problems at once; with `skip_bad`, bad questions, and passages that are bad as a whole,
-    are left out instead. With `answers=False` answers may be missing, and a source that names no split is "test".
+    `source`: "demo", a folder, archive or file of records or tables, or a hub id. Raises RaceError with all problems at
+    once, unless `skip_bad`. With `answers=False` answers may be missing, and a source that names no split is "test".
     """
     found = attempt(read_records, source, answers)
     if isinstance(found, RaceError):
@@ -96,10 +95,7 @@ def _place(place: str, record: Any, question: int | None) -> str:
 
 
 def record_problems(record: dict, answers: bool = True) -> list[tuple[int | None, str]]:
-    """What is wrong with a RACE record (article, questions, options, answers, id): (question from 0 or None, text).
-
-    Without `answers`, some may be missing.
-    """
+    """What is wrong with a RACE record: (question from 0 or None, text); without `answers`, some may be missing."""
     sizes = {len(record[key]) if isinstance(record.get(key), list) else None for key in LISTS}
     if len(sizes) > 1 or None in sizes or not {*record} <= {"article", "id", "level", *LISTS}:
         found = (f"{key!r} of {len(value)}" if isinstance(value, list) else repr(key) for key, value in record.items())

@@ -8,15 +8,14 @@ COLUMNS = {"train": "article_in_train", "validation": "article_in_validation"}  
 
 
 def seen_articles(data, before: dict | None) -> dict:
-    """What a checkpoint remembers of the articles of its own data and of those of the stages before.
+    """Articles of RaceDataModule `data` and of the stages before: {"train": hashes, "validation": hashes, "complete"}.
 
-    {"train": hashes, "validation": hashes, "complete": whether nothing is missing}. data: RaceDataModule; before: the
-    same of the base, None if the base does not say, {} if it was trained on none.
+    before: the same of the base; None if that does not say, and so this is not complete; {} if it was trained on none.
     """
     known = {}
     for split in COLUMNS:
-        own = data.dataset(split).article_hashes()
-        known[split] = _packed(np.union1d(own, _unpacked((before or {}).get(split, ""))))
+        hashes = np.union1d(data.dataset(split).article_hashes(), _unpacked((before or {}).get(split, "")))
+        known[split] = base64.b64encode(hashes.astype("<u8").tobytes()).decode()
     return known | {"complete": before is not None and before.get("complete", True)}
 
 
@@ -30,7 +29,7 @@ def seen_before(lineage: dict, dataset) -> dict[str, np.ndarray]:
     known, complete = {}, bool(articles and articles["complete"])
     if articles:
         known = {split: _unpacked(articles[split]) for split in COLUMNS}
-    elif _source(lineage.get("cache")) == _source(cache.identity):
+    elif (lineage.get("cache") or {}).get("source_sha256") == cache.identity["source_sha256"]:
         held = [split for split in COLUMNS if split in cache.splits]
         known = {split: type(dataset)(cache, split).article_hashes() for split in held}
         complete = not lineage.get("chain")  # what the stages before were trained on is not recorded
@@ -39,15 +38,6 @@ def seen_before(lineage: dict, dataset) -> dict[str, np.ndarray]:
         there = np.isin(own, known.get(split, np.array([], np.uint64)))
         found[column] = np.where(there, True, False if complete and split in known else None)
     return found
-
-
-def _source(cache: object) -> object:
-    """The hash of a cache's source; of a lineage without one, something that equals no other."""
-    return cache["source_sha256"] if isinstance(cache, dict) and cache.get("source_sha256") else object()
-
-
-def _packed(hashes: np.ndarray) -> str:
-    return base64.b64encode(hashes.astype("<u8").tobytes()).decode()
 
 
 def _unpacked(text: str) -> np.ndarray:

@@ -106,9 +106,7 @@ def _archive_files(path: Path) -> Files:
 
 
 def _tables(source: str) -> Files:
-    """Splits of a folder of save_to_disk, or of the hub: of the configuration "all", or else of the only one.
-
-    "all" is asked for by name: offline, no other part in the local cache stands for the whole."""
+    """Splits of a folder of save_to_disk, or of the hub: of "all" (by name: no part stands for it) or the only one."""
     from datasets import Dataset, get_dataset_config_names, load_dataset, load_from_disk
 
     if Path(source).exists():

@@ -47,13 +47,11 @@ def _absent(kind: str, mentioned: list[str]) -> list[str]:
 def _middle(rng) -> tuple[str, list]:
     name, pronoun = rng.choice([(n, "she") for n in TEXTS["girls"]] + [(n, "he") for n in TEXTS["boys"]])
     story = rng.choice(STORIES)
-    facts, used = [], set()
+    drawn = {}  # a fact and its value, one of each kind
     for fact in [rng.choice(story["openers"]), *rng.sample(story["body"], 3), rng.choice(story["enders"])]:
-        kind = FACTS[fact]["kind"]
-        if kind not in used:
-            used.add(kind)
-            facts.append((fact, rng.choice(VALUES[kind])))
-    sentences, named = [], False
+        if (kind := FACTS[fact]["kind"]) not in drawn:
+            drawn[kind] = fact, rng.choice(VALUES[kind])
+    facts, sentences, named = list(drawn.values()), [], False
     for fact, value in facts:
         sentence = rng.choice(FACTS[fact]["sentences"])
         after = "{who}" in sentence and not re.search(r"(for|at|from) {who}", sentence)
@@ -84,8 +82,8 @@ def _high(rng) -> tuple[str, list]:
         deed, real, all_did, none_did = DEEDS[kind].values()
         *values, nobody = rng.sample(VALUES[kind], 4)
         pairs = rng.sample(list(zip(names, values, strict=True)), 3)
-        slots = dict(zip("abc", [n for n, _ in pairs], strict=True))
-        slots |= dict(zip("xyz", [deed.format(v=v) for _, v in pairs], strict=True))
+        done = [deed.format(v=value) for _, value in pairs]
+        slots = dict(zip("abcxyz", [name for name, _ in pairs] + done, strict=True))
         sentences.append(rng.choice(FRIENDS["shapes"]).format(**slots))
         mentioned = values
         if rng.random() < 0.5:
@@ -102,8 +100,7 @@ def _high(rng) -> tuple[str, list]:
                 present = [v for v in known if v != right]
                 present = rng.sample(present, rng.choice([1, 1, 2, 3][: len(present) + 1]))  # 2 to 4 with the right one
                 wrong = present + rng.sample(_absent(pool, known), 3 - len(present))
-                done = deed.format(v=value)
-                asked = [text.format(deed=done) for text in FRIENDS["who"]]
+                asked = [text.format(deed=deed.format(v=value)) for text in FRIENDS["who"]]
                 if not is_who:
                     asked = [f"{name} {deed.format(v='_')} .", real.format(n=name)]
                 questions.append(_ask(rng, rng.choice(asked), right, wrong))
@@ -113,15 +110,14 @@ def _high(rng) -> tuple[str, list]:
 def write_corpus(folder, seed: int = 0, train: int = 1600, dev: int = 160, test: int = 320) -> None:
     """Write `{train,dev,test}/{middle,high}/*.txt` under `folder`; the counts are passages, 3 in 5 of them middle."""
     for split, count in (("train", train), ("dev", dev), ("test", test)):
-        middle = count * 3 // 5
-        for level, write, passages in (("middle", _middle, middle), ("high", _high, count - middle)):
+        for level, write, passages in (("middle", _middle, count * 3 // 5), ("high", _high, count - count * 3 // 5)):
             rng = random.Random(f"{seed}/{split}/{level}")
             path = Path(folder) / split / level
             path.mkdir(parents=True, exist_ok=True)
             for i in range(1, passages + 1):
                 article, rows = write(rng)
                 rows = [row for number, row in enumerate(rows) if row not in rows[:number]]  # the same draw twice
-                texts, options, answers = (list(column) for column in zip(*rows, strict=True))
+                texts, options, answers = zip(*rows, strict=True)
                 passage = {"answers": answers, "options": options, "questions": texts, "article": article}
                 passage["id"] = f"{level}{i}.txt"
                 (path / f"{i}.txt").write_bytes(json.dumps(passage).encode())

@@ -1,19 +1,16 @@
 """A checkpoint as a folder that transformers loads by itself: weights, tokenizer, configuration, model card."""
 
-import contextlib
 import dataclasses
 import json
-import re
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
-from safetensors import SafetensorError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
-from race import LETTERS, OPTIONS, RACE_QUESTIONS, RaceError
+from race import HUB_ID, LETTERS, OPTIONS, RACE_QUESTIONS, RaceError
 from race.data import Cache, RaceDataset, collate, open_cache
 from race.encoder import attention_dropout, longest_input, pads_left, takes_segments
 from race.files import file_identity, known_hash, move_into_place, temporary_folder
@@ -25,9 +22,7 @@ from race_module import RaceModule
 
 TEMPLATE = Path(__file__).with_name("card.md")
 RACE_HOME = "https://www.cs.cmu.edu/~glai1/data/race/"
-FORMAT = 1
 LOGIT_TOLERANCE = 1e-4  # float32 sums in another order differ by about 1e-6; wrong weights by far more
-RESULTS_NEEDED = {"checkpoint", "split", "level", "questions", "accuracy", "ci_low", "ci_high"}
 
 
 def export_checkpoint(
@@ -45,7 +40,10 @@ def export_checkpoint(
     after it has been loaded again and compared; an earlier export is replaced only with `force`. Raises RaceError.
     """
     out, cache, lineage = Path(out_dir), open_cache(cache_dir), ancestry(checkpoint)
-    _check_place(out, repo, force)
+    if out.exists() and not (out / "export.json").is_file():
+        raise RaceError(f"{out} exists and is no export; choose another folder")
+    if out.exists() and not force:
+        raise RaceError(f"{out} is an earlier export; --force replaces it")
     lineage[-1].check_encoding(cache)
     scores = None if results is None else _scores(Path(results), lineage[-1])
     module = lineage[-1].load(cache).float().eval()
@@ -54,10 +52,7 @@ def export_checkpoint(
     items = [dataset[i] for i in range(min(2, len(dataset)))]
     with temporary_folder(out) as temporary, torch.inference_mode():
         folder, logits = temporary / out.name, module(collate(items))
-        try:
-            _write_model(module, cache, folder)
-        except SafetensorError as error:
-            raise RaceError(f"{out}: the weights cannot be written ({error})") from error
+        _write_model(module, cache, folder)
         difference = (_logits(folder, items) - logits).abs().max().item()
         if not difference <= LOGIT_TOLERANCE:
             raise RaceError(f"{checkpoint}: the exported model's logits differ by {difference:g}; not exported")
@@ -68,15 +63,6 @@ def export_checkpoint(
         (folder / "export.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
         move_into_place(folder, out)
     return out
-
-
-def _check_place(out: Path, repo: str | None, force: bool) -> None:
-    if out.exists() and not (out / "export.json").is_file():
-        raise RaceError(f"{out} exists and is no export; choose another folder")
-    if out.exists() and not force:
-        raise RaceError(f"{out} is an earlier export; --force replaces it")
-    if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise RaceError(f"--repo {repo}: expected USER/NAME")
 
 
 def ancestry(path: str | Path) -> list[Checkpoint]:
@@ -90,15 +76,14 @@ def ancestry(path: str | Path) -> list[Checkpoint]:
 
 
 def _scores(results: Path, checkpoint: Checkpoint) -> pd.DataFrame:
-    """The rows of results.csv that belong to a checkpoint: by its hash, or by its name in files without hashes."""
+    """The rows of results.csv that belong to a checkpoint, by its hash: a stage that is run again repeats names."""
     table = pd.read_csv(results)
-    if not RESULTS_NEEDED <= {*table.columns}:
-        raise RaceError(f"{results}: expected the results.csv of an evaluation, with {', '.join(RESULTS_NEEDED)}")
-    column, own = "checkpoint_sha256", checkpoint.sha256
-    rows = table[table[column] == own if column in table else table["checkpoint"] == checkpoint.name]
+    if not {"checkpoint_sha256", "not_known"} <= {*table}:
+        raise RaceError(f"{results} is no results.csv of the evaluation notebooks, or of an earlier version")
+    rows = table[table["checkpoint_sha256"] == checkpoint.sha256]
     if rows.empty:
         raise RaceError(f"{results} has no row of this {checkpoint.name}; score it with eval_test_dataset_race.ipynb")
-    return rows.reset_index(drop=True)
+    return rows
 
 
 def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
@@ -108,6 +93,8 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
     data = {"name": trained_on.get("source", source["name"])}
     data |= {"sha256": trained_on.get("source_sha256", source["sha256"])}
     counts = {split: counts["questions"] for split, counts in cache.manifest["splits"].items()}
+    base = lineage[0].base or "demo"
+    on_hub = base != "demo" and public_name(base) == base and not lineage[0].chain
     links = []
     for link in lineage:  # the cache is said once, under data; the articles at the end
         known = {name: value for name, value in link.lineage.items() if name not in ("cache", "articles")}
@@ -115,7 +102,7 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
     template = dataclasses.asdict(cache.template)
     tokens = [cache.tokenizer.convert_ids_to_tokens(list(template[part])) for part in ("before", "between", "after")]
     return {
-        "format": FORMAT,
+        "format": 1,
         "checkpoint": checkpoint.name,
         "checkpoint_sha256": checkpoint.sha256,
         "model_type": module.model.config.model_type,
@@ -127,7 +114,7 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
         "max_qa_len": cache.manifest["max_qa_len"],
         "template": template | {"tokens": tokens, "has_segments": takes_segments(module.model)},
         "lineage": links,
-        "base_model": hub_id(lineage[0]),
+        "base_model": base if on_hub else None,
         "data": data | {"name": public_name(data["name"]), "is_race": is_race(data, source, counts)},
         "questions": counts,
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
@@ -139,15 +126,9 @@ def is_race(data: dict, source: dict, counts: dict[str, int]) -> bool:
     return data["name"] == "ehovy/race" or (data == source and counts.items() <= RACE_QUESTIONS.items())
 
 
-def hub_id(oldest: Checkpoint) -> str | None:
-    """The pretrained model below the whole chain, if it is known and named as on the hub."""
-    base = oldest.base
-    return None if base in (None, "demo") or oldest.chain or public_name(base) != base else base
-
-
 def public_name(name: str) -> str:
     """A source or model as others may know it: a hub id, or the last part of a path of this machine."""
-    return name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).exists() else Path(name).name
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name
 
 
 def _write_model(module: RaceModule, cache: Cache, folder: Path) -> None:
@@ -166,8 +147,7 @@ def _write_model(module: RaceModule, cache: Cache, folder: Path) -> None:
     settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     for path in folder.iterdir():
-        with contextlib.suppress(OSError):  # a file system without permissions
-            path.chmod(0o644)  # safetensors writes files that others cannot read
+        path.chmod(0o644)  # safetensors writes files that others cannot read
 
 
 def _logits(folder: Path, items: list[dict]) -> torch.Tensor:
@@ -185,7 +165,7 @@ def _logits(folder: Path, items: list[dict]) -> torch.Tensor:
 def model_card(facts: dict, scores: pd.DataFrame | None, name: str) -> ModelCard:
     """facts: as in export.json; scores: the checkpoint's rows of results.csv; name: of the repository or folder."""
     race, title = facts["data"]["is_race"], name.split("/")[-1]
-    rows = [] if scores is None else [_score(row, facts["questions"]) for _, row in scores.iterrows()]
+    rows = [] if scores is None else [_score(row, facts) for _, row in scores.iterrows()]
     licence = {"license": "other", "license_name": "race-non-commercial-research", "license_link": RACE_HOME}
     data = ModelCardData(
         language="en",
@@ -196,12 +176,14 @@ def model_card(facts: dict, scores: pd.DataFrame | None, name: str) -> ModelCard
         metrics=["accuracy"],
         base_model=facts["base_model"],
         model_name=title,
-        eval_results=[_eval_result(row, facts["data"], name) for row in rows] or None,
+        eval_results=[row["result"] for row in rows] or None,
     )
     context = {"facts": facts, "race": race, "race_home": RACE_HOME, "title": title, "name": name, "rows": rows}
     context |= {"percent": percent, "rate": rate, "schedule": schedule} | _sequence(facts["template"])
-    context["seen"] = "" if scores is None else _seen(scores)
-    context["precisions"] = ", ".join(sorted(set(scores["precision"]))) if rows and "precision" in scores else ""
+    if scores is not None:
+        splits = [(split, seen([part], ["this model"])) for split, part in scores.groupby("split", sort=False)]
+        context["seen"] = " ".join(f"Split {split}: {text}" for split, text in splits)
+        context["precisions"] = ", ".join(sorted(set(scores["precision"])))
     return ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), **context)
 
 
@@ -219,35 +201,20 @@ def _sequence(template: dict) -> dict:
     }
 
 
-def _score(row: pd.Series, cached: dict[str, int]) -> dict:
-    """One row of the table of accuracies; a sample is called one. cached: the questions of each split."""
-    whole, asked = cached.get(row["split"], 0), f"{row['questions']:,}"
-    asked += f" of {whole:,}" if row["level"] == "all" and row["questions"] < whole else ""
-    low, high, _ = quoted_interval(row)
-    shown = {"asked": asked, "accuracy": float(row["accuracy"]), "interval": interval(low, high)}
-    return {"split": row["split"], "level": row["level"]} | shown
-
-
-def _seen(scores: pd.DataFrame) -> str:
-    """What each scored split is to the checkpoint, where the results say it."""
-    if "trained_on" not in scores:
-        return "The validation split chose the checkpoint."
-    whole = scores.drop_duplicates("split")
-    return " ".join(f"Split {row['split']}: {seen([row.to_frame().T], ['this model'])}" for _, row in whole.iterrows())
-
-
-def _eval_result(row: dict, data: dict, name: str) -> EvalResult:
-    """The same for the hub; the source is named if the repository is known."""
-    source = {"source_name": "results.csv", "source_url": hf_hub_url(name, "results.csv")} if "/" in name else {}
-    return EvalResult(
+def _score(row: pd.Series, facts: dict) -> dict:
+    """One row of the table of accuracies, and the same for the hub (result); a sample is called one."""
+    data, ends, asked = facts["data"], interval(*quoted_interval(row)[:2]), f"{row['questions']:,}"
+    whole = facts["questions"].get(row["split"], 0)  # in the cache
+    if row["level"] == "all" and row["questions"] < whole:
+        asked += f" of {whole:,}"
+    result = EvalResult(
         task_type="multiple-choice",
-        task_name="Reading comprehension",
         dataset_type="ehovy/race" if data["is_race"] else data["name"],
         dataset_name="RACE" if data["is_race"] else f"{data['name']} (not RACE)",
         dataset_config=row["level"],
         dataset_split=row["split"],
         metric_type="accuracy",
-        metric_value=round(row["accuracy"], 4),
-        metric_name=f"accuracy on {row['asked']} questions, 95 % interval {row['interval']}",
-        **source,
+        metric_value=round(float(row["accuracy"]), 4),
+        metric_name=f"accuracy on {asked} questions, 95 % interval {ends}",
     )
+    return {"result": result, "accuracy": percent(row["accuracy"]), "asked": asked, "interval": ends}

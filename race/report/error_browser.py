@@ -5,7 +5,6 @@ JupyterLab does not trust it does not run, and the cards are there without style
 """
 
 import hashlib
-import json
 from html import escape
 from pathlib import Path
 
@@ -13,11 +12,12 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from race import LETTERS, LEVELS, RaceError
+from race import LETTERS, RaceError
 from race.report.formats import percent
-from race.score.statistics import KINDS, PROBABILITIES, confidence, is_correct
+from race.score.statistics import PROBABILITIES, confidence, is_correct
 
 CONFIDENCES = {"under 50 %": 0.5, "50 to 90 %": 0.9, "90 % and more": np.inf}  # below what
+COLORS = {"correct answer": "#009E73", "chosen": "#D55E00", "": "#808080"}  # of an option's bar
 CSS, SCRIPT = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
 FIELDS = '<span class="field">{}</span> ' * 3 + '<span class="kind">{}</span> <span class="question">{}</span>'
 HEAD = f'<div class="race-head">{FIELDS.format("answer", "confidence", "level", "kind", "question")}</div>'
@@ -34,7 +34,7 @@ def error_browser(predictions: pd.DataFrame, dataset) -> HTML:
     mistakes = f"{(~is_good[rows]).sum():,} of {(~is_good).sum():,} mistakes"
     correct = f"{is_good[rows].sum():,} of {is_good.sum():,} correct answers"
     name = hashlib.sha256(cards.encode()).hexdigest()[:12]
-    script = SCRIPT.replace("NAME", name).replace("MENUS", json.dumps(_menus(predictions)))
+    script = SCRIPT.replace("NAME", name)
     return HTML(
         f'<style>{CSS}</style><div class="race-cards" data-race-browser="{name}"><p>{mistakes} and {correct}, a random '
         f'sample if not all are here. A click opens one.</p><div class="race-filters"></div>{HEAD}'
@@ -51,28 +51,13 @@ def browsed_rows(predictions: pd.DataFrame, mistakes: int = 150, correct: int = 
     return np.concatenate([wrong[:10], wrong[others], good[np.sort(rng.permutation(good.size)[:correct])]])
 
 
-def _menus(predictions: pd.DataFrame) -> str:
-    """The filters; their words are this module's own, so none of them can end the script that holds them."""
-    choices = {"answer": ["wrong", "correct"]}
-    choices |= {"level": [level for level in LEVELS if (predictions["level"] == level).any()]}
-    choices |= {"kind": [kind for kind in KINDS if (predictions["kind"] == kind).any()], "confidence": CONFIDENCES}
-    menus = ""
-    for name, values in choices.items():
-        options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
-        menus += f'<label>{name} <select name="{name}"><option value="">all</option>{options}</select></label>'
-    return f"{menus}<output></output>"
-
-
 def _card(predictions: pd.DataFrame, dataset, row: int) -> str:
     """One question as <details>; every text of the data is escaped."""
     answer, text = predictions.iloc[row], dataset.text(row)
     if (answer["example_id"], answer["question_index"]) != (text["example_id"], text["question_index"]):
-        raise RaceError(
-            f"row {row} is question {answer['question_index']} of {answer['example_id']}, but the dataset has "
-            f"{text['example_id']} there: open it with the split, LIMIT_QUESTIONS and SEED of the predictions"
-        )
-    probabilities = answer[PROBABILITIES].to_numpy(float)
-    sure, is_good = probabilities.max(), answer["answer"] == answer["prediction"]
+        question = f"row {row} of the predictions, {answer['example_id']}, is {text['example_id']} in the dataset"
+        raise RaceError(f"{question}: open it with their split, LIMIT_QUESTIONS and SEED")
+    sure, is_good = answer[PROBABILITIES].max(), answer["answer"] == answer["prediction"]
     data = {"answer": "correct" if is_good else "wrong", "level": answer["level"], "kind": answer["kind"]}
     data |= {"confidence": next(name for name, end in CONFIDENCES.items() if sure < end)}
     attributes = " ".join(f'data-{name}="{escape(value)}"' for name, value in data.items())
@@ -81,13 +66,12 @@ def _card(predictions: pd.DataFrame, dataset, row: int) -> str:
     fields = f"{'✓' if is_good else '✗'} {data['answer']}", percent(sure), escape(data["level"]), escape(data["kind"])
     head = FIELDS.format(*fields, escape(text["question"]) + choice)
     options = ""
-    for letter, option, probability in zip(LETTERS, text["options"], probabilities, strict=True):
-        is_answer, is_chosen = letter == answer["answer"], letter == answer["prediction"]
-        color = "#009E73" if is_answer else "#D55E00" if is_chosen else "#808080"
-        notes = ", ".join(["correct answer"] * is_answer + ["chosen"] * is_chosen)
-        words = f"{letter}. {escape(option)}" + (f" — <strong>{notes}</strong>" if notes else "")
-        bar = f'<span class="bar"><span style="width: {100 * probability:.1f}%; background: {color}"></span></span>'
-        number = f'<span class="number">{percent(probability)}</span>'
+    for letter, option in zip(LETTERS, text["options"], strict=True):
+        notes = ["correct answer"] * (letter == answer["answer"]) + ["chosen"] * (letter == answer["prediction"])
+        words = f"{letter}. {escape(option)}" + (f" — <strong>{', '.join(notes)}</strong>" if notes else "")
+        width, color = f"{100 * answer[f'p_{letter}']:.1f}%", COLORS[notes[0] if notes else ""]
+        bar = f'<span class="bar"><span style="width: {width}; background: {color}"></span></span>'
+        number = f'<span class="number">{percent(answer[f"p_{letter}"])}</span>'
         options += f'<div class="option">{bar} {number} <span>{words}</span></div>'
     place = f"<small>{escape(text['example_id'])}, question {text['question_index'] + 1}</small>"
     return f"<details {attributes}><summary>{head}</summary><p>{escape(text['article'])}</p>{options}{place}</details>"

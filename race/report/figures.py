@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from race import CHANCE, LEVELS, MONITORS
 from race.files import atomic_write
-from race.report.formats import SIGNIFICANT, percent, points, rate
+from race.report.formats import RULES, SIGNIFICANT, percent, points, rate
 
 INK, GREY = "#222222", "#767676"  # text, lines
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"  # Okabe and Ito's palette; a darker purple
@@ -24,7 +24,6 @@ LOOKS = list(zip((BLUE, ORANGE, GREEN, PURPLE, INK, GREY), "os^vDx", ("-", "--",
 WIDTH = 8.6  # inches of every figure
 CHANCE_WORDS = f"chance ({100 * CHANCE:.0f} %)"
 CHANCE_LINES = "chance (ln 4; 25 %)"
-RULES = {"val_loss_epoch": "lowest validation loss", "val_acc": "highest validation accuracy"}
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
@@ -70,24 +69,33 @@ def row_figure(labels: list[str], least: float = 0.36) -> tuple:
     return figure, axes
 
 
+def panels(*heights: float) -> list:
+    """A figure, and its panels of these heights (inches) over one x axis."""
+    shape = {"figsize": (WIDTH, 1.5 + sum(heights)), "sharex": True, "height_ratios": heights}
+    figure, axes = plt.subplots(len(heights), 1, **shape)
+    return [figure, *axes]
+
+
 def finish(figure: Figure, *keys: Line2D | Patch, title: str | None = None, columns: int = 5) -> Figure:
     """The title from the figure's left edge, in as many lines as it needs, and the legend below everything else."""
     if title:
         figure.suptitle(wrapped(title, WIDTH - 0.3, 11), x=0.01, ha="left")
+    figure.align_ylabels()
     figure.legend(handles=keys, loc="outside lower center", ncols=columns)
     return figure
 
 
-def percent_axis(axis) -> None:
-    """Label an axis of fractions as "20 %", "40 %" …"""
+def percent_axis(axis, label: str) -> None:
+    """An axis of fractions, with marks "20 %", "40 %" …"""
+    axis.set_label_text(label)
     axis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
 
 
 def accuracy_axis(axes, label: str, start: float = -0.02) -> None:
     """A horizontal axis from 0 to 100 % with a dotted line at chance; marks at its ends are whole."""
     axes.axvline(CHANCE, color=GREY, linestyle=":", linewidth=1)
-    axes.set(xlabel=label, xlim=(start, 1.02))
-    percent_axis(axes.xaxis)
+    axes.set_xlim(start, 1.02)
+    percent_axis(axes.xaxis, label)
 
 
 def whiskers(value, low, high) -> np.ndarray:
@@ -117,9 +125,10 @@ def key(label: str, color: str = GREY, marker: str = "", line: str = "", fill: b
 @plt.style.context(STYLE)
 def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: str) -> Figure:
     """Accuracy of checkpoints, a row each (tables.comparison_table); reported: other people's numbers by stage."""
-    table = table.rename(columns={"accuracy": "all", "accuracy_low": "all_low", "accuracy_high": "all_high"})
-    theirs, levels = table["stage"].map(reported).astype(float), [it for it in LEVELS if table[it].notna().any()]
-    drawn, keys = ["all", *(["reported"] if theirs.notna().any() else []), *levels], []
+    table = table.rename(columns=lambda name: name.replace("accuracy", "all"))
+    theirs, keys = table["stage"].map(reported).astype(float), []
+    levels = [level for level in LEVELS if level in table]
+    drawn = ["all", "reported", *levels] if theirs.notna().any() else ["all", *levels]
     figure, axes = row_figure([wrapped(name, 2.4) for name in table["name"]], 0.2 + 0.14 * len(drawn))
     for number, level in enumerate(drawn):
         places = np.arange(len(table)) + 0.2 * (number - (len(drawn) - 1) / 2)
@@ -138,9 +147,9 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
 @plt.style.context(STYLE)
 def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
     """Differences of accuracy in points with intervals, a row a pair: of checkpoints (compare_pairs) or of recipes."""
-    names = zip(pairs["second"], pairs["first"], strict=True)
-    both = [(second, "\n" if len(second + first) > 24 else " ", first) for second, first in names]
-    figure, axes = row_figure([f"{wrapped(second, 2.4)}{gap}− {wrapped(first, 2.2)}" for second, gap, first in both])
+    gaps = np.where((pairs["second"] + pairs["first"]).str.len() > 24, "\n", " ")
+    names = zip(pairs["second"], gaps, pairs["first"], strict=True)
+    figure, axes = row_figure([f"{wrapped(second, 2.4)}{gap}− {wrapped(first, 2.2)}" for second, gap, first in names])
     sure, keys = pairs["p_holm"] < SIGNIFICANT, []
     filled, hollow = f"filled: significant (Holm p < {SIGNIFICANT})", "hollow: not significant, or not tested"
     for rows, color, words in ((sure, BLUE, filled), (~sure, ORANGE, hollow)):
@@ -169,70 +178,36 @@ def training_curves(
 
     monitor: which number picks the best checkpoint. The gradient's norm is drawn if it was logged, with max_grad_norm.
     """
-    wanted = ["train_loss_step", "train_acc", "val_loss_epoch", "val_acc", "learning_rate"]
+    strips = [0.8, 0.8] if "gradient_norm" in log else [0.8]
+    figure, loss, accuracy, *norm, schedule = panels(2.2, 2.2, *strips)
+    wanted = ["train_loss_step", "train_acc", "val_loss_epoch", "learning_rate", "val_acc"]
     log = log.reindex(columns=log.columns.union(wanted))  # before the first validation, some are not there yet
-    heights = (2.2, 2.2, 0.8, 0.8) if "gradient_norm" in log else (2.2, 2.2, 0.8)
-    shape = {"figsize": (WIDTH, 1.4 + sum(heights)), "sharex": True, "height_ratios": heights}
-    figure, (loss, accuracy, *strips) = plt.subplots(len(heights), 1, **shape)
-    train, validation = log.dropna(subset="train_loss_step"), log.dropna(subset="val_loss_epoch")
-    epochs, rates = log.dropna(subset="train_acc"), log.dropna(subset="learning_rate")
+    train, epochs, validated, rates = (log.dropna(subset=name) for name in wanted[:4])
     loss.plot(train["step"], train["train_loss_step"], color=GREY, linewidth=0.6)
     loss.plot(train["step"], train["train_loss_step"].ewm(span=max(2, len(train) // 20)).mean(), color=BLUE)
     accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE)
     _chance(loss, accuracy)
-    for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
-        axes.plot(validation["step"], validation[name], "o-", color=ORANGE)
-        if len(validation):
-            chosen = _chosen(validation, monitor)
-            _ring(axes, chosen["step"], chosen[name], ORANGE)
-    titles = _found(validation, monitor) if len(validation) else ["not validated yet", "accuracy"]
-    loss.set(title=wrapped(f"{stage}: {titles[0]}", WIDTH - 1.2, 10), ylabel="cross-entropy (nats)")
-    accuracy.set(title=titles[1], ylabel="accuracy", ylim=(-0.03, 1.03))
-    percent_axis(accuracy.yaxis)
+    loss.set(title=f"{wrapped(stage, 5, 10)}: not validated yet", ylabel="cross-entropy (nats)")
+    percent_axis(accuracy.yaxis, "accuracy")
+    accuracy.set_ylim(-0.03, 1.03)
+    if len(validated):
+        for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
+            _validation(axes, validated, _chosen(validated, monitor), ["step", name], ORANGE)
+        _best(loss, accuracy, validated.assign(stage=stage))
+    if norm:
+        _gradient_norm(*norm, log.dropna(subset="gradient_norm"), max_grad_norm)
     top, end = rates["learning_rate"].max(), max(log["step"].max(), 1)
     upto = "" if (rates["learning_rate"] == top).all() else "up to "
-    strips[-1].plot(rates["step"], rates["learning_rate"], color=GREEN)
-    strips[-1].yaxis.set_major_formatter(_rate_label)
-    strips[-1].set(title=f"learning rate {upto}{rate(top)}", yticks=(0, top), ylim=(0, 1.3 * top), ylabel="rate")
-    strips[-1].set(xlabel="optimizer step", xlim=(-0.03 * end, 1.03 * end))
-    strips[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    strips[-1].xaxis.set_major_formatter("{x:,.0f}")
-    if len(strips) > 1:
-        _gradient_norm(strips[0], log.dropna(subset="gradient_norm"), max_grad_norm)
-    figure.align_ylabels()
+    schedule.plot(rates["step"], rates["learning_rate"], color=GREEN)
+    schedule.set(title=f"learning rate {upto}{rate(top)}", yticks=(0, top), ylim=(0, 1.3 * top), ylabel="rate")
+    schedule.set(xlabel="optimizer step (epochs count from 0)", xlim=(-0.03 * end, 1.03 * end))
+    schedule.yaxis.set_major_formatter(lambda value, _: rate(value))
+    schedule.xaxis.set_major_locator(MaxNLocator(integer=True))
+    schedule.xaxis.set_major_formatter("{x:,.0f}")
     keys = key("training, each logged step", line="-"), key("training, smoothed", BLUE, line="-")
     keys += key("training (mean over the epoch)", BLUE, "s", "--"), key("validation", ORANGE, "o", "-")
     ring = key(RULES[monitor], ORANGE, "o", fill=False, size=10)
     return finish(figure, *keys, ring, key(CHANCE_LINES, line=":"), columns=3)
-
-
-def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
-    """The norm of each logged step's gradient, before it is clipped to `most`."""
-    axes.plot(log["step"], log["gradient_norm"], color=GREY, linewidth=0.8)
-    title = "gradient norm"
-    if most is not None and np.isfinite(most):
-        axes.axhline(most, color=ORANGE, linewidth=1)
-        share = (log["gradient_norm"] > most).mean()
-        title += f" before clipping to {most:g} (line): above it in {100 * share:.0f} % of the logged steps"
-    drawn = log.loc[(log["gradient_norm"] > 0) & np.isfinite(log["gradient_norm"]), "gradient_norm"]
-    axes.set(title=title, ylabel="norm", yscale="log", yticks=sorted({*drawn.agg(["min", "max"]).dropna()}))
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:.2g}")
-
-
-def _found(validation: pd.DataFrame, monitor: str) -> list[str]:
-    """The lowest validation loss, and the validation accuracy of the chosen epoch and of the best one."""
-    lowest, highest = (_chosen(validation, it) for it in MONITORS)
-    loss = f"{RULES['val_loss_epoch']} {lowest['val_loss_epoch']:.3f}, at epoch {lowest['epoch']:.0f} (counted from 0)"
-    best = f"at epoch {highest['epoch']:.0f}: {percent(highest['val_acc'])}"
-    if monitor == "val_acc":
-        return [loss, f"{RULES['val_acc']}, {best}"]
-    own = f"validation accuracy at epoch {lowest['epoch']:.0f}: {percent(lowest['val_acc'])}"
-    return [loss, f"{own}; highest, {best}" if highest["val_acc"] > lowest["val_acc"] else own]
-
-
-def _rate_label(value: float, _) -> str:
-    return rate(value) if value else "0"
 
 
 def _chance(loss, accuracy) -> None:
@@ -240,58 +215,77 @@ def _chance(loss, accuracy) -> None:
         axes.axhline(chance, color=GREY, linestyle=":")
 
 
-def _chosen(validated: pd.DataFrame, monitor: str, loss: str = "val_loss_epoch") -> pd.Series:
+def _chosen(validated: pd.DataFrame, monitor: str) -> pd.Series:
     """The row of the epoch that a rule of selection (one of MONITORS) picks."""
-    return validated.loc[validated["val_acc"].idxmax() if monitor == "val_acc" else validated[loss].idxmin()]
+    chosen = validated[monitor].agg("idxmax" if monitor == "val_acc" else "idxmin")
+    return validated.loc[chosen]
 
 
-def _ring(axes, x: float, y: float, color: str) -> None:
-    axes.plot(x, y, "o", markersize=11, markerfacecolor="none", color=color, clip_on=False)
+def _validation(axes, validated: pd.DataFrame, chosen: pd.Series, columns: list[str], color: str) -> None:
+    """A number after each epoch (columns: steps or questions, and its name), with a ring around the chosen epoch."""
+    axes.plot(*(validated[name] for name in columns), "o-", color=color, markersize=5)
+    axes.plot(*chosen[columns], "o", markersize=11, markerfacecolor="none", color=color, clip_on=False)
+
+
+def _best(loss, accuracy, validated: pd.DataFrame) -> None:
+    """The lowest loss and the highest accuracy of all epochs, as titles."""
+    for axes, name, form in ((loss, "val_loss_epoch", "{:.3f}".format), (accuracy, "val_acc", percent)):
+        best = _chosen(validated, name)
+        text = f"{RULES[name].capitalize()}: {form(best[name])} ({best['stage']}, epoch {best['epoch']:.0f})"
+        axes.set_title(wrapped(text, 6, 10))
+
+
+def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
+    """The norm of each logged step's gradient, before it is clipped to `most`."""
+    axes.plot(log["step"], log["gradient_norm"], color=GREY, linewidth=0.8)
+    title = "gradient norm"
+    if np.isfinite(most or np.inf):
+        axes.axhline(most, color=ORANGE, linewidth=1)
+        share = (log["gradient_norm"] > most).mean()
+        title += f" before clipping to {most:g} (line): above it in {100 * share:.0f} % of the logged steps"
+    drawn = log["gradient_norm"][lambda it: (it > 0) & (it < np.inf)]
+    axes.set(title=title, ylabel="norm", yscale="log", yticks=drawn.agg(["min", "max"]).dropna())
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:.2g}")
 
 
 @plt.style.context(STYLE)
 def story_figure(story: pd.DataFrame) -> Figure:
     """Validation loss and accuracy over all stages, with their learning rates (race.score.runs.learning_story)."""
+    story = story.rename(columns={"val_loss": "val_loss_epoch"})
     stages = dict(list(story.groupby("stage", sort=False)))
     labels = [wrapped(f"{stage}, {rate(part['learning_rate'].iloc[0])}", 1.6) for stage, part in stages.items()]
-    strip, start, before = row_height(labels, 0.3) * len(stages), 0, None
-    shape = {"figsize": (WIDTH, 5.6 + strip), "sharex": True, "height_ratios": (strip, 2, 2)}
-    figure, (spans, loss, accuracy) = plt.subplots(3, 1, **shape)
+    figure, spans, loss, accuracy = panels(row_height(labels, 0.3) * len(stages), 2, 2)
+    start, before = 0, None
     for place, part in enumerate(stages.values()):
-        end, first, best = part["questions"].max(), part.iloc[0], _chosen(part, part["monitor"].iloc[0], "val_loss")
+        end, first, best = part["questions"].max(), part.iloc[0], _chosen(part, part["monitor"].iloc[0])
         spans.barh(place, end - start, 0.5, start, color=GREY)
-        for axes, name, color in ((loss, "val_loss", ORANGE), (accuracy, "val_acc", BLUE)):
-            axes.plot(part["questions"], part[name], "o-", color=color, markersize=4)
+        for axes, name, color in ((loss, "val_loss_epoch", ORANGE), (accuracy, "val_acc", BLUE)):
+            _validation(axes, part, best, ["questions", name], color)
             axes.axvline(end, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
-            _ring(axes, best["questions"], best[name], color)
             if before is not None:  # the weights from which the next stage starts
                 ends = [before["questions"], first["questions"]], [before[name], first[name]]
                 axes.plot(*ends, color=color, linewidth=1, linestyle=":")
         start, before = end, best
     reach = whiskers(*(story[name].astype(float) for name in ("val_acc", "val_low", "val_high")))
     accuracy.errorbar(story["questions"], story["val_acc"], yerr=reach, fmt="none", ecolor=BLUE, capsize=3)
-    lowest, highest = story.loc[story["val_loss"].idxmin()], story.loc[story["val_acc"].idxmax()]
-    when = [f"({row['stage']}, epoch {row['epoch']})" for row in (lowest, highest)]
-    loss.set_title(wrapped(f"Lowest validation loss: {lowest['val_loss']:.3f} {when[0]}", 6, 10))
-    accuracy.set_title(wrapped(f"Highest validation accuracy: {percent(highest['val_acc'])} {when[1]}", 6, 10))
-    spans.set_title("Stages and their learning rates")
+    _best(loss, accuracy, story)
     label_rows(spans, labels)
+    spans.set_title("Stages and their learning rates")
     loss.set(ylabel="cross-entropy (nats)", ymargin=0.12)
     known = ", 95 % interval" if story["val_low"].notna().any() else ""
-    accuracy.set(ylabel=f"accuracy{known}\n(axis cut)", ymargin=0.12, xlim=(0, max(start, 1) * 1.03))
+    percent_axis(accuracy.yaxis, f"accuracy{known}\n(axis cut)")
+    accuracy.set(ymargin=0.12, xlim=(0, max(start, 1) * 1.03))
     accuracy.set_xlabel("questions trained on, all stages (epochs count from 0)")
-    percent_axis(accuracy.yaxis)
     accuracy.xaxis.set_major_formatter(EngFormatter(sep=""))
     keys = key("ring: chosen epoch of its stage", marker="o", fill=False, size=10), key("end of a stage", line="--")
-    figure.align_ylabels()
     return finish(figure, *keys, key("from the ring to the next stage's first epoch", line=":"))
 
 
 @plt.style.context(STYLE)
 def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
-    """Validation loss, accuracy and learning rate of each recipe over the questions trained on (runs.courses)."""
-    shape = {"figsize": (WIDTH, 7.2), "sharex": True, "height_ratios": (2.2, 2.2, 1.2)}
-    figure, (loss, accuracy, schedule) = plt.subplots(3, 1, **shape)
+    """Validation loss, accuracy and learning rate of each recipe over the questions (runs.training_curves)."""
+    figure, loss, accuracy, schedule = panels(2.2, 2.2, 1.2)
     keys, seeds = [], max(1, validated["seed"].nunique())
     for number, (recipe, part) in enumerate(validated.groupby("recipe", sort=False)):
         color, marker, _ = LOOKS[number % len(LOOKS)]
@@ -301,18 +295,14 @@ def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
             over = over[over["size"] == part["seed"].nunique(dropna=False)]  # where all seeds have been
             axes.plot(over.index, over["mean"], color=color, marker=marker, linestyle=line, markersize=4.5)
             axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.13, linewidth=0)
-        own = rates[rates["recipe"] == recipe]
-        own = own[own["seed"].isna() | (own["seed"] == own["seed"].min())]
-        for _, stage in own.groupby("stage"):
+        for _, stage in rates[rates["recipe"] == recipe].drop_duplicates(["stage", "questions"]).groupby("stage"):
             schedule.plot(stage["questions"], stage["learning_rate"], color=color, linestyle=line)
         keys.append(key(recipe, color, marker, line))
     _chance(loss, accuracy)
     band = f"mean of {seeds} seeds, band from the lowest to the highest" if seeds > 1 else "one seed"
     loss.set(title=f"Validation after each epoch: {band}", ylabel="cross-entropy (nats)\n(axis cut)")
-    accuracy.set(ylabel="accuracy (axis cut)")
-    percent_axis(accuracy.yaxis)
+    percent_axis(accuracy.yaxis, "accuracy (axis cut)")
     schedule.set(ylabel="learning rate", xlabel="questions trained on", ylim=(0, 1.15 * rates["learning_rate"].max()))
-    schedule.yaxis.set_major_formatter(_rate_label)
+    schedule.yaxis.set_major_formatter(lambda value, _: rate(value))
     schedule.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.align_ylabels()
     return finish(figure, *keys, key(CHANCE_LINES, line=":"), columns=4)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 SIGNIFICANT = 0.05  # a p-value below is called significant
+RULES = {"val_loss_epoch": "lowest validation loss", "val_acc": "highest validation accuracy"}  # of MONITORS
 
 
 def percent(value: float) -> str:
@@ -45,7 +46,7 @@ def p_value(p: float) -> str:
 
 def rate(learning_rate: float) -> str:
     """A learning rate as "2.5e-5"."""
-    return np.format_float_scientific(learning_rate, precision=2, trim="-", exp_digits=1)
+    return np.format_float_scientific(learning_rate, precision=2, trim="-", exp_digits=1) if learning_rate else "0"
 
 
 def schedule(recipe: dict) -> str:

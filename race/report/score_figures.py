@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from race import CHANCE, LETTERS
 from race.report import figures
 from race.report.figures import BLUE, CHANCE_WORDS, GREY, LOOKS, MARKS, STYLE, WIDTH, key, wrapped
-from race.report.formats import SIGNIFICANT, listed, percent, points
+from race.report.formats import SIGNIFICANT, percent, points
 from race.score.calibration import BINS, coverage_groups
 from race.score.statistics import quoted_interval
 
@@ -83,13 +83,12 @@ def confusion_figure(counts: np.ndarray) -> Figure:
         for place, value in zip(places + side, values, strict=True):
             figures.beside(bars, place, percent(value))
     gaps = chosen - correct
-    widest = np.flatnonzero(np.isclose(abs(gaps), abs(gaps).max()))
-    named = listed(f"{LETTERS[place]} {points(gaps[place])}" for place in widest)
-    title = f"Largest difference, chosen − correct (points): {named}"
+    widest = abs(gaps).argmax()
+    title = f"Largest difference, chosen − correct (points): {LETTERS[widest]} {points(gaps[widest])}"
     bars.set_title(wrapped(title if gaps.any() else "Chosen as often as correct, for every letter", 4.2, 10))
     figures.label_rows(bars, LETTERS)
-    bars.set(xlabel="fraction of the questions", ylabel="letter")
-    figures.percent_axis(bars.xaxis)
+    bars.set_ylabel("letter")
+    figures.percent_axis(bars.xaxis, "fraction of the questions")
     keys = Patch(facecolor="white", edgecolor=GREY, label="correct"), Patch(color=BLUE, label="chosen")
     return figures.finish(figure, *keys)
 
@@ -105,20 +104,20 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
     diagram, counts, coverage = (axes[name] for name in ("diagram", "counts", "coverage"))
     diagram.plot([0, 1], [0, 1], color=GREY, linestyle="-.", linewidth=1)
     keys, width = [], 0.8 / BINS / len(versions)
-    for place, ((name, table), look) in enumerate(zip(versions.items(), LOOKS, strict=False)):
-        color, marker, line = look
+    for place, (name, table) in enumerate(versions.items()):
+        color, marker, line = LOOKS[place]
         reach = figures.whiskers(table["accuracy"], table["ci_low"], table["ci_high"])
         bars = {"yerr": reach, "capsize": 2, "linewidth": 1, "markersize": 4}
         diagram.errorbar(table["confidence"], table["accuracy"], fmt=marker + line, color=color, **bars)
         middle = (table["low"] + table["high"]) / 2 + (place - (len(versions) - 1) / 2) * width
         counts.bar(middle, table["questions"], width, facecolor="white" if place else color, edgecolor=color)
-        keys.append(key(name, *look, size=4))
+        keys.append(key(name, color, marker, line, size=4))
     row, half = calibration.iloc[0], coverage_groups(curve, (0.5,)).iloc[0]
     error, low, high = (f"{100 * row[name]:.1f}" for name in ("calibration_error", "floor_low", "floor_high"))
     title = f"Calibration error {error} points (perfectly calibrated: {low} to {high})"
-    diagram.set(title=wrapped(title, 3.2, 10), ylabel="accuracy, 95 % interval")
+    diagram.set_title(wrapped(title, 3.2, 10))
     diagram.tick_params(labelbottom=False)
-    counts.set(xlabel=f"confidence in the chosen option ({BINS} bins)", ylabel="questions")
+    counts.set_ylabel("questions")
     counts.yaxis.set_major_formatter("{x:,.0f}")
     counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     band = {"facecolor": (BLUE, 0.15), "edgecolor": BLUE, "linewidth": 0.5}
@@ -126,15 +125,14 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
     coverage.plot(curve["coverage"], curve["accuracy"], color=BLUE)
     coverage.plot(half["questions"] / curve["questions"].iloc[-1], half["accuracy"], "o", color=BLUE)
     coverage.axhline(CHANCE, color=GREY, linestyle=":", linewidth=1)
-    title = wrapped(f"{half['group'].capitalize()}: {percent(half['accuracy'])} correct", 3.2, 10)
-    label = "coverage (fraction answered, most confident first)"
-    coverage.set(title=title, xlabel=label, ylabel="accuracy on the answered questions")
-    for panel in (diagram, counts, coverage):
-        panel.set_xlim(-0.02, 1.02)
-        figures.percent_axis(panel.xaxis)
-    for panel in (diagram, coverage):
-        panel.set_ylim(-0.03, 1.03)
-        figures.percent_axis(panel.yaxis)
+    coverage.set_title(wrapped(f"{half['group'].capitalize()}: {percent(half['accuracy'])} correct", 3.2, 10))
+    figures.percent_axis(diagram.xaxis, "")
+    figures.percent_axis(diagram.yaxis, "accuracy, 95 % interval")
+    figures.percent_axis(counts.xaxis, f"confidence in the chosen option ({BINS} bins)")
+    figures.percent_axis(coverage.xaxis, "coverage (fraction answered, most confident first)")
+    figures.percent_axis(coverage.yaxis, "accuracy on the answered questions")
+    plt.setp(axes.values(), xlim=(-0.02, 1.02))
+    plt.setp([diagram, coverage], ylim=(-0.03, 1.03))
     keys += [key("perfectly calibrated", line="-."), key(CHANCE_WORDS, line=":")]
     return figures.finish(figure, *keys, Patch(label="95 % interval of each point by itself", **band), columns=3)
 
@@ -149,9 +147,7 @@ def options_figure(answers: pd.DataFrame) -> Figure:
     axes.barh(range(len(answers)), answers["probability"], 0.7, color=fills, edgecolor=edges)
     for place, value in enumerate(answers["probability"]):
         figures.beside(axes, place, percent(value))
-    letters, top = list(answers.loc[highest, "letter"]), percent(answers["probability"].max())
-    title = f"The model chooses {letters[0]}, with a probability of {top}"
-    if len(letters) > 1:
-        title = f"{listed(letters)} have the same highest probability: {top}"
+    best = answers.loc[answers["probability"].idxmax()]
+    title = f"The model chooses {best['letter']}, with a probability of {percent(best['probability'])}"
     figures.accuracy_axis(axes, "probability", 0)
     return figures.finish(figure, key(CHANCE_WORDS, line=":"), title=title)

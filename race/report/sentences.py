@@ -5,13 +5,12 @@ from collections.abc import Callable
 import pandas as pd
 
 from race import CHANCE
-from race.report.formats import SIGNIFICANT, interval, listed, p_value, percent, points, signed
+from race.report.formats import RULES, SIGNIFICANT, interval, listed, p_value, percent, points, signed
 from race.score import comparison, statistics
 from race.score.comparison import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power, seeds_needed
 from race.score.statistics import quoted_interval
 
 SHOWN = 3  # so many others are named one by one
-RULES = {"val_loss_epoch": "validation loss", "val_acc": "validation accuracy"}
 BUDGET = {"questions": "questions trained on", "fewest_epochs": "epochs of the shortest run"}
 BUDGET |= {"checkpoints": "checkpoints to choose from", "monitor": "chosen by"}
 BUDGET |= {"learning_rates_tried": "learning rates tried"}
@@ -52,46 +51,38 @@ def other_rule(checkpoint, other) -> str:
     if other is None or None in (checkpoint.val_acc, other.val_acc):
         return ""
     own, instead = (f"loss {it.val_loss:.3f}, accuracy {percent(it.val_acc)}" for it in (checkpoint, other))
-    same, rule = other.sha256 == checkpoint.sha256, "val_loss_epoch" if checkpoint.monitor == "val_acc" else "val_acc"
+    rule = RULES["val_loss_epoch" if checkpoint.monitor == "val_acc" else "val_acc"]
+    same = other.sha256 == checkpoint.sha256
     picked = "is the same checkpoint" if same else f"would be epoch {other.epoch} ({instead})"
-    return f"\nvalidation: {own}; by {RULES[rule]} the best {picked}"
+    return f"\nvalidation: {own}; the one with the {rule} {picked}"
 
 
 def headline(table: pd.DataFrame) -> str:
-    """The result of one checkpoint: accuracy with interval, against chance, macro accuracy, and what it has seen."""
+    """The result of one checkpoint: accuracy with interval, against chance, macro accuracy, and what it has seen.
+
+    Where more than half of the articles trained the checkpoint, chance is no comparison.
+    """
     row = table.iloc[0]
     which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
-    text = f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly: "
-    text += f"{accuracy(row)}{against_chance(row)}. "
-    if pd.notna(row.get("macro_accuracy")):
-        ends = interval(row["macro_low"], row["macro_high"])
-        text += f"Macro accuracy over the two levels: {percent(row['macro_accuracy'])} ({ends}). "
-    return text + seen([table], [row["stage"]])
-
-
-def accuracy(row: pd.Series) -> str:
-    """An accuracy with the interval that is to be quoted."""
     low, high, how = quoted_interval(row)
     how = ", by passage" if how == "by passage" else ""
-    return f"accuracy {percent(row['accuracy'])} (95 % interval {interval(low, high)}{how})"
-
-
-def against_chance(row: pd.Series) -> str:
-    """Where chance lies; "" where more than half of the articles trained the checkpoint."""
-    if pd.notna(row["trained_on"]) and row["trained_on"] > row["questions"] / 2:
-        return ""
-    low, high, _ = quoted_interval(row)
-    where = "inside it" if low <= CHANCE <= high else "below it" if low > CHANCE else "above it"
-    return f"; chance, {100 * CHANCE:.0f} %, is {where}"
+    text = f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly: "
+    text += f"accuracy {percent(row['accuracy'])} (95 % interval {interval(low, high)}{how})"
+    if pd.isna(row["trained_on"]) or row["trained_on"] <= row["questions"] / 2:
+        where = "inside" if low <= CHANCE <= high else "below" if low > CHANCE else "above"
+        text += f"; chance, {100 * CHANCE:.0f} %, is {where} it"
+    if pd.notna(row.get("macro_accuracy")):
+        ends = interval(row["macro_low"], row["macro_high"])
+        text += f". Macro accuracy over the two levels: {percent(row['macro_accuracy'])} ({ends})"
+    return f"{text}. {seen([table], [row['stage']])}"
 
 
 def seen(tables: list[pd.DataFrame], names: list[str]) -> str:
     """Which checkpoints were trained, or chosen, on the questions of these results (accuracy_table)."""
-    alike: dict[tuple, list[str]] = {}
-    for table, name in zip(tables, names, strict=True):
-        counts = table[["questions", "trained_on", "selected_on", "not_known"]].iloc[0].fillna(0).astype(int)
-        alike.setdefault(tuple(counts), []).append(name)
-    return " ".join(_seen(listed(who), "were" if len(who) > 1 else "was", *counts) for counts, who in alike.items())
+    columns = ["questions", "trained_on", "selected_on", "not_known"]
+    counts = pd.concat([table[columns].head(1) for table in tables]).fillna(0).astype(int).assign(name=names)
+    alike = counts.groupby(columns, sort=False)["name"]
+    return " ".join(_seen(listed(who), "were" if len(who) > 1 else "was", *numbers) for numbers, who in alike)
 
 
 def _seen(who: str, was: str, questions: int, trained: int, chosen: int, unknown: int) -> str:
@@ -111,18 +102,6 @@ def _seen(who: str, was: str, questions: int, trained: int, chosen: int, unknown
     return " ".join(text) or f"No article of these questions was used to train or to choose {who}."
 
 
-def overlap(predictions: pd.DataFrame) -> str:
-    """How many questions have a truncated sequence, and the accuracy without those whose article trained it."""
-    text = f"Questions with a truncated sequence: {int(predictions['truncated'].sum()):,} of {len(predictions):,}."
-    trained = predictions["article_in_train"].fillna(False).to_numpy(bool)
-    if not trained.any() or trained.all():
-        return text
-    correct = statistics.is_correct(predictions[~trained])
-    row = dict(zip(("ci_low", "ci_high"), statistics.wilson(correct.sum(), len(correct)), strict=True))
-    row |= {"accuracy": correct.mean()} | statistics.by_passage(predictions[~trained])
-    return f"{text} Without the {trained.sum():,} whose article trained the checkpoint: {accuracy(row)}."
-
-
 def groups(table: pd.DataFrame) -> str:
     """Which groups of statistics.group_accuracies are harder or easier than the rest of their level, largest first."""
     if table["p"].isna().all():
@@ -140,8 +119,6 @@ def groups(table: pd.DataFrame) -> str:
 def letters(predictions: pd.DataFrame) -> str:
     """Position bias: whether letters are chosen as often as they are correct."""
     statistic, freedom, p = statistics.letter_test(predictions)
-    if not freedom:
-        return "Every answer is correct, so there is no preference for a letter to test."
     test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, degrees of freedom: {freedom}, {p_value(p)}"
     found = "significant" if p < SIGNIFICANT else "not significant"
     return f"How often each letter is chosen and how often it is correct: the difference is {found} ({test})."
@@ -159,14 +136,13 @@ def calibration(table: pd.DataFrame, temperature: float | None = None, change: t
         f"calibration error, {error:.1f} points, is {'above' if error > high else 'not above'} what a perfectly "
         f"calibrated model with these confidences would read ({low:.1f} to {high:.1f})."
     )
-    return text if temperature is None or change is None else f"{text} {temperature_effect(temperature, *change)}"
-
-
-def temperature_effect(temperature: float, mean: float, low: float, high: float) -> str:
-    """What a fitted temperature does to the log loss: its mean change, with an interval."""
+    if change is None:
+        return text
+    mean, low, high = change
     found = "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else "not significant"
     ends = "not tested" if pd.isna(low) else f"95 % interval {signed(low, 3)} to {signed(high, 3)}: {found}"
-    return f"At temperature {temperature:.2f}, fitted on validation, log loss changes by {signed(mean, 3)} ({ends})."
+    text += f" At temperature {temperature:.2f}, fitted on validation, log loss changes by "
+    return f"{text}{signed(mean, 3)} ({ends})."
 
 
 # ----------------------------------------------------------------------------------------------- several checkpoints
@@ -188,8 +164,6 @@ def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
 def paired(row: pd.Series) -> str:
     """One row of compare_pairs: who is correct where, the difference, and whether it is significant."""
     first, second, found = row["first"], row["second"], finding(row)
-    if row["gained"] == row["lost"] == 0:
-        return f"{second} and {first} are correct on the same questions: there is no difference to test."
     told = f"{points(row['difference'])} points"
     if found == "not tested":
         told += "; not tested: most of these questions trained one of the two"
@@ -205,10 +179,8 @@ def scope(lineage: pd.DataFrame) -> str:
     """What a comparison of single checkpoints (tables.lineage_table) cannot say."""
     if len(lineage) < 2:
         return ""
-    text = (
-        "Each checkpoint is one training run: this compares these checkpoints, not their recipes, which takes several "
-    )
-    text += "seeds. Not significant does not mean equal: the interval shows which differences remain possible."
+    text = "Each checkpoint is one training run: this compares these checkpoints, not their recipes, which takes "
+    text += "several seeds. Not significant does not mean equal: the interval shows which differences remain possible."
     for row in lineage[lineage["parent"].notna()].itertuples():
         text += f" {row.name} continues from {row.parent}, so it has also trained longer."
     return text
@@ -261,10 +233,9 @@ def budget(table: pd.DataFrame) -> str:
     row, settings = table.iloc[0], pd.DataFrame(list(table["also"]))
     had = table[[*BUDGET]].rename(columns=BUDGET).join(settings.rename(columns=lambda name: name.replace("_", " ")))
     differ = [name for name, values in had.items() if values.nunique(dropna=False) > 1]
-    text = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."
-    return (text if BUDGET["questions"] not in differ else "") + (
-        f" **They differ in {listed(differ)}**." if differ else ""
-    )
+    same = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."
+    text = "" if BUDGET["questions"] in differ else same
+    return f"{text} **They differ in {listed(differ)}**.".strip() if differ else text
 
 
 def recipes_scope(source: str, split: str) -> str:
@@ -280,7 +251,7 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
     many = f"{wanted} seeds a recipe" if wanted else "no number of seeds up to 100"
     text = f"A true difference of {_points(difference)} on {questions:,} questions is found in at least "
     text += f"{100 * POWER:.0f} of 100 comparisons with {many} (after Holm's adjustment for {contrasts}). "
-    if seeds > 1:
+    if seeds > 2:  # fewer give no verdict
         found = power(difference / 100, seeds, questions, contrasts)
         text += f"With {seeds} seeds it is found in {100 * found['power_holm']:.0f} of 100, and an interval reaches "
         text += f"about {100 * found['half_width']:.1f} points to either side. "

@@ -1,50 +1,46 @@
-"""Tables for reading: scores, comparisons, where checkpoints come from, and other people's numbers."""
+"""Tables for reading: scores, comparisons, recipes, and other people's numbers."""
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from race import CHAIN, LEVELS, RACE_QUESTIONS
-from race.report.formats import interval, p_number, percent, points, rate, schedule
-from race.report.sentences import BUDGET, RULES
+from race import CHAIN, RACE_QUESTIONS
+from race.report.formats import RULES, interval, p_number, percent, points, rate, schedule
 from race.score.comparison import power
 from race.score.statistics import quoted_interval
 
 PUBLISHED = Path(__file__).with_name("published.csv")  # other people's accuracies on RACE, and what each of them is
+# What `styled` shows of each table: columns, a heading where the name does not do; x_low is the interval up to x_high.
+SCORES = "stage, checkpoint, split, level, questions, correct, accuracy, passage_low: 95 % by passage, "
+SCORES += "ci_low: 95 % Wilson, passages, trained_on: seen in training, selected_on: used for choosing, not_known"
+CALIBRATION = ": probabilities, log_loss, calibration_error, error_low: 95 % of the error, "
+CALIBRATION += "floor_low: if perfectly calibrated, confidence, accuracy"
+CHECKPOINTS = "name, base, learning_rate, recipe: schedule, epochs: epochs trained, chosen_epoch: chosen epoch (from 0)"
+CHECKPOINTS += ", val_loss: validation loss, accuracy, accuracy_low: 95 % to quote, middle, high"
+PAIRS = "second: name, first: against, gained, lost, both, neither, difference: points, ci_low: 95 % interval, p, "
+PAIRS += "p_holm: Holm p"
+TOTALS = "recipe, stages, learning_rate: highest rate of each stage, epochs, questions: questions trained on, "
+TOTALS += "checkpoints: checkpoints to choose from, seeds, monitor: chosen by, learning_rates_tried"
+ACCURACIES = "recipe, accuracy, each: of each seed, sd: standard deviation, last_epoch"
+PLANNING = "seeds, questions, half_width: 95 % interval ±, power: found, power_holm: found after Holm"
+FORMATS = dict.fromkeys(["points", "95 % interval"], points) | {"p": p_number, "Holm p": p_number, "schedule": schedule}
+FORMATS |= dict.fromkeys(["epochs trained", "chosen epoch (from 0)"], "{:.0f}".format) | {"chosen by": RULES.get}
+FORMATS |= {"log loss": "{:.4f}".format, "validation loss": "{:.3f}".format}
+FORMATS |= dict.fromkeys(["learning rate", "highest rate of each stage"], rate)
+FORMATS |= dict.fromkeys(["standard deviation", "95 % interval ±"], lambda value: f"{100 * value:.2f} points")
 
-NOT_SCORED = {"accuracy": np.nan, "ci_low": np.nan, "ci_high": np.nan}
 
-
-def _decimals(digits: int):
-    return lambda value: f"{value:.{digits}f}".replace("-", "−")
-
-
-FORMATS = dict.fromkeys(["difference", "95 % interval"], points)
-FORMATS |= dict.fromkeys(["epochs", "chosen_epoch"], _decimals(0)) | {"log_loss": _decimals(4)}
-FORMATS |= {"val_loss": _decimals(3), "icc": _decimals(2), "design_effect": _decimals(2), "monitor": RULES.get}
-FORMATS |= {"p": p_number, "p_holm": p_number, "learning_rate": rate, "schedule": schedule}
-FORMATS |= dict.fromkeys(["sd", "half_width"], lambda value: f"{100 * value:.2f} points")
-HEADINGS = {"passage": "95 % by passage", "ci": "95 % Wilson", "difference": "points", "p_holm": "Holm p"}
-HEADINGS |= {"icc": "intraclass correlation", "val_loss": "validation loss"}
-HEADINGS |= {"trained_on": "seen in training", "selected_on": "used for choosing"}
-
-
-def styled(table: pd.DataFrame, columns: str | None = None, **headings: str):
-    """A table as a notebook shows it: plain headings, numbers in their format, what is not known as a dash.
-
-    columns: those to show, if they are there (None: all); "x" without such a column is the interval x_low to x_high.
-    headings: beside HEADINGS. A format goes by the heading, or by the column.
-    """
+def styled(table: pd.DataFrame, columns: str):
+    """A table as a notebook shows it: those of `columns` that it has; what is not known is a dash."""
     shown = {}
-    for name in table if columns is None else columns.split():
-        heading = (HEADINGS | headings).get(name, name.replace("_", " "))
-        form = FORMATS.get(heading) or FORMATS.get(name, _plain)
-        if name in table:
-            shown[heading] = [_cell(value, form) for value in table[name]]
-        elif f"{name}_low" in table:
-            ends = zip(table[f"{name}_low"], table[f"{name}_high"], strict=True)
+    for name, _, heading in (column.partition(": ") for column in columns.split(", ")):
+        heading = heading or name.replace("_", " ")
+        form = FORMATS.get(heading, _plain)
+        if name in table and name.endswith("_low"):
+            ends = zip(table[name], table[name.replace("_low", "_high")], strict=True)
             shown[heading] = [interval(low, high, form) for low, high in ends]
+        elif name in table:
+            shown[heading] = [_cell(value, form) for value in table[name]]
     return pd.DataFrame(shown).style.hide(axis="index")
 
 
@@ -59,46 +55,18 @@ def _plain(value) -> str:
     return value if isinstance(value, str) else percent(value) if isinstance(value, float) else f"{value:,}"
 
 
-def score_style(table: pd.DataFrame):
-    """Accuracies for reading, with both intervals where they are known."""
-    columns = "stage checkpoint split level questions correct accuracy passage ci passages icc design_effect"
-    return styled(table, f"{columns} trained_on selected_on not_known")
-
-
-def calibration_style(table: pd.DataFrame):
-    """calibration.calibration_table for reading."""
-    shown = table.rename(columns={"": "probabilities", "floor": "mean_floor"})
-    columns = "probabilities log_loss calibration_error error floor confidence accuracy"
-    return styled(shown, columns, error="95 % of the error", floor="if perfectly calibrated")
-
-
 def comparison_table(tables: list[pd.DataFrame], lineage: pd.DataFrame) -> pd.DataFrame:
     """One row a checkpoint: what it remembers (stages.lineage_table), its accuracy and that of each level.
 
-    The ends of the intervals to quote: accuracy_low, accuracy_high, middle_low, middle_high, high_low, high_high.
+    The ends of the intervals to quote: accuracy_low, accuracy_high, middle_low and so on.
     """
     scores = []
     for table in tables:
-        rows, score = {"accuracy": table.iloc[0]} | {row["level"]: row for _, row in table.iterrows()}, {}
-        for name in ("accuracy", *LEVELS):
-            row = rows.get(name, NOT_SCORED)
+        scores.append({})
+        for name, (_, row) in zip(["accuracy", *table["level"][1:]], table.iterrows(), strict=True):
             low, high, _ = quoted_interval(row)
-            score |= {name: row["accuracy"], f"{name}_low": low, f"{name}_high": high}
-        scores.append(score)
+            scores[-1] |= {name: row["accuracy"], f"{name}_low": low, f"{name}_high": high}
     return lineage.join(pd.DataFrame(scores))
-
-
-def comparison_style(table: pd.DataFrame):
-    """The comparison for reading."""
-    shown = table.rename(columns={"accuracy_low": "ci_low", "accuracy_high": "ci_high", "recipe": "schedule"})
-    columns = "name base learning_rate schedule epochs chosen_epoch val_loss accuracy ci middle high"
-    return styled(shown, columns, epochs="epochs trained", chosen_epoch="chosen epoch (from 0)", ci="95 % to quote")
-
-
-def pairs_style(pairs: pd.DataFrame):
-    """Differences for reading, in points: of checkpoints (compare_pairs) or of recipes (against_baseline)."""
-    columns = "second first gained lost both neither difference ci p p_holm"
-    return styled(pairs, columns, ci="95 % interval", second="name", first="against")
 
 
 def reported_accuracy(tables: list[pd.DataFrame]) -> dict[str, float]:
@@ -118,18 +86,6 @@ def published_table(table: pd.DataFrame) -> pd.DataFrame:
     return published.sort_values("accuracy", ignore_index=True)
 
 
-def planning_table(difference: float, questions: int, contrasts: int):
+def planning_table(difference: float, questions: int, contrasts: int) -> pd.DataFrame:
     """What several numbers of seeds see of a true difference (in points)."""
-    table = pd.DataFrame([power(difference / 100, seeds, questions, contrasts) for seeds in (2, 3, 5, 10, 20, 40)])
-    return styled(table, half_width="95 % interval, ±", power="found", power_holm="found, after Holm")
-
-
-def budgets_style(table: pd.DataFrame):
-    """What each recipe had, for reading."""
-    columns = "recipe stages learning_rate epochs questions checkpoints seeds monitor learning_rates_tried"
-    return styled(table, columns, learning_rate="highest rate of each stage", **BUDGET)
-
-
-def accuracies_style(table: pd.DataFrame):
-    """runs.accuracies for reading."""
-    return styled(table, "recipe accuracy each sd last_epoch", sd="standard deviation", each="of each seed")
+    return pd.DataFrame([power(difference / 100, seeds, questions, contrasts) for seeds in (3, 5, 10, 20, 40)])

@@ -2,6 +2,10 @@
 
 import sys
 
+from race.score.comparison import recipe_difference
+
+__all__ = ["recipe_difference"]
+
 GONE = {
     "race.score.answers": "set QUESTIONS in eval_test_dataset_race.ipynb, which answers them",
     "race.score.seeds": "run python -m race.chain NAME --seeds 1 2 3, which compares the stages over seeds at its end",
@@ -10,11 +14,3 @@ GONE = {
 for module, instead in GONE.items():
     if sys.orig_argv[1:3] == ["-m", module]:
         sys.exit(f"{module} is gone: {instead}")
-
-
-def __getattr__(name: str):
-    if name != "recipe_difference":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from race.score.comparison import recipe_difference  # when it is asked for: it needs SciPy
-
-    return recipe_difference

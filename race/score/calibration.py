@@ -91,8 +91,7 @@ def fit_temperature(predictions: pd.DataFrame) -> float | None:
     found = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-8}).x
     if np.abs(found - ends).min() > 1e-3:
         return float(np.exp(found))
-    lowest, highest = TEMPERATURES
-    print(f"no temperature is fitted: none from {lowest:g} to {highest:g} is best, as where all answers are correct")
+    print(f"no temperature is fitted: none within {TEMPERATURES} is best, as where all answers are correct")
     return None
 
 

@@ -79,21 +79,11 @@ def ensemble(predictions: list[pd.DataFrame]) -> pd.DataFrame:
     """
     check_same_questions(predictions)
     mean = np.mean([table[PROBABILITIES].to_numpy(float) for table in predictions], axis=0)
-    combined = predictions[0].assign(prediction=most_probable(mean))
+    combined = predictions[0].assign(prediction=np.take(LETTERS, mean.argmax(1)))
     combined[PROBABILITIES] = mean
     for column in SEEN_COLUMNS.values():
         combined[column] = functools.reduce(operator.or_, [table[column] for table in predictions])
     return combined
-
-
-def most_probable(probabilities: np.ndarray) -> np.ndarray:
-    """[N] the letter of the highest of [N, 4] probabilities; among equal ones (to 1e-12) a fixed draw decides.
-
-    For ensembles, whose means tie; the first of equals would favour A.
-    """
-    highest = probabilities >= probabilities.max(1, keepdims=True) - 1e-12
-    drawn = np.random.default_rng(0).random(probabilities.shape)
-    return np.take(LETTERS, np.where(highest, drawn, -1).argmax(1))
 
 
 def check_same_questions(predictions: list[pd.DataFrame]) -> None:
@@ -167,23 +157,23 @@ def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.
 def power(difference: float, seeds: int, questions: int, contrasts: int = 1) -> dict:
     """What a comparison of so many seeds a recipe will see of a true difference (a fraction, as accuracy is).
 
-    Keys: seeds, questions, half_width (of the 95 % interval), power (share of comparisons that find it), power_holm
-    (the same in the strictest step of Holm's adjustment for `contrasts`). Not by statsmodels' TTestPower: SciPy's
-    noncentral t, on which it rests, is NaN for a large difference on few degrees of freedom.
+    Keys: seeds, questions, half_width (of the 95 % interval, median), power (share of comparisons that find it),
+    power_holm (the same in the strictest step of Holm's adjustment for `contrasts`).
     """
     of_questions = (RECIPES_DIFFER - RUNS_DIFFER + RUNS_DIFFER / seeds) / questions
-    of_runs, clusters = (2 * SD**2 + RUNS_DIFFER / questions) / seeds, max(1.0, questions / QUESTIONS_A_PASSAGE - 1)
-    variance = of_questions + 2 * SD**2 / seeds
-    freedom, error = variance**2 / (of_questions**2 / clusters + of_runs**2 / (seeds - 1)), variance**0.5
-    found = {"seeds": seeds, "questions": questions, "half_width": float(t.ppf(0.975, freedom) * error)}
-    place, spreads = abs(difference) / error, np.sqrt(chi2.ppf((np.arange(2000) + 0.5) / 2000, freedom) / freedom)
+    of_runs, noise = (2 * SD**2 + RUNS_DIFFER / questions) / seeds, RUNS_DIFFER / questions / seeds
+    drawn = of_runs * chi2.ppf((np.arange(2000) + 0.5) / 2000, seeds - 1) / (seeds - 1)  # as its estimate spreads
+    variance, clusters = of_questions + np.maximum(0.0, drawn - noise), max(1.0, questions / QUESTIONS_A_PASSAGE - 1)
+    freedom = variance**2 / (of_questions**2 / clusters + drawn**2 / (seeds - 1))
+    found, error = {"seeds": seeds, "questions": questions}, (of_questions + of_runs - noise) ** 0.5
     for name, alpha in (("power", 0.05), ("power_holm", 0.05 / contrasts)):
-        limits = t.ppf(1 - alpha / 2, freedom) * spreads  # as the estimated error spreads
-        found[name] = float((norm.sf(limits - place) + norm.cdf(-limits - place)).mean())
+        reach = t.ppf(1 - alpha / 2, freedom) * variance**0.5
+        found.setdefault("half_width", float(np.median(reach)))
+        found[name] = float((norm.sf((reach - difference) / error) + norm.cdf((-reach - difference) / error)).mean())
     return found
 
 
 def seeds_needed(difference: float, questions: int, contrasts: int = 1) -> int | None:
     """The fewest seeds a recipe, up to 100, with which POWER is reached after Holm; None if there are none."""
-    enough = (n for n in range(2, 101) if power(difference, n, questions, contrasts)["power_holm"] >= POWER)
+    enough = (n for n in range(LEAST_SEEDS, 101) if power(difference, n, questions, contrasts)["power_holm"] >= POWER)
     return next(enough, None)

@@ -291,8 +291,7 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, pd.DataFrame):
-        return _plain(value.to_dict("records"))
+    value = value.to_dict("records") if isinstance(value, pd.DataFrame) else value
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -71,11 +71,10 @@ def wilson(correct, questions, alpha: float = 0.05):
 def by_passage(predictions: pd.DataFrame) -> dict:
     """The accuracy's 95 % interval with passages as clusters within levels, and what it follows from.
 
-    Questions of one passage are alike, so that they count for less than as many single ones. passages; icc: intraclass
-    correlation within passages (analysis of variance); design_effect: variance of the accuracy with whole passages
-    drawn (Cochran 1977, ch. 9 to 11) over that with single questions drawn, at least 1; passage_low and passage_high:
-    Wilson's interval for questions / design_effect, with the t quantile for passages − levels. NaN where there are too
-    few passages, and where all answers are correct, or all wrong.
+    Questions of one passage are alike, so that they count for less than as many single ones. passages;
+    design_effect: variance of the accuracy with whole passages drawn (Cochran 1977, ch. 9 to 11) over that with single
+    questions drawn, at least 1; passage_low and passage_high: Wilson's interval for questions / design_effect, with the
+    t quantile for passages − levels. NaN where there are too few passages, and where all answers are right, or wrong.
     """
     correct, count = is_correct(predictions), len(predictions)
     rate, (passage, level) = correct.mean(), passages_within_levels(predictions["level"], predictions["example_id"])
@@ -83,17 +82,12 @@ def by_passage(predictions: pd.DataFrame) -> dict:
     clusters, asked = np.bincount(level), np.bincount(level, sizes)
     found, freedom = {"passages": len(sizes)}, len(sizes) - len(clusters)
     if freedom < 1 or rate in (0, 1):
-        return found | dict.fromkeys(["icc", "design_effect", "passage_low", "passage_high"], np.nan)
+        return found | dict.fromkeys(["design_effect", "passage_low", "passage_high"], np.nan)
     mean = (np.bincount(level, rights) / asked)[level]  # the accuracy of each passage's level
     spread = np.bincount(level, (rights - sizes * mean) ** 2) * clusters / (clusters - 1)
     effect = max(1.0, float(spread.sum() / (count * rate * (1 - rate))))
-    between = (sizes * (rights / sizes - mean) ** 2).sum() / freedom
-    within = (rights * (1 - rights / sizes)).sum() / (count - len(sizes)) if count > len(sizes) else np.nan
-    size = (count - (np.bincount(level, sizes**2) / asked).sum()) / freedom
-    total = between + (size - 1) * within
     low, high = wilson(correct.sum() / effect, count / effect, 2 * norm.sf(t.ppf(0.975, freedom)))
-    found |= {"icc": float((between - within) / total) if total else np.nan, "design_effect": effect}
-    return found | {"passage_low": float(low), "passage_high": float(high)}
+    return found | {"design_effect": effect, "passage_low": float(low), "passage_high": float(high)}
 
 
 def passages_within_levels(levels, example_ids) -> tuple[np.ndarray, np.ndarray]:
@@ -199,13 +193,6 @@ def confusion(predictions: pd.DataFrame) -> np.ndarray:
     from sklearn.metrics import confusion_matrix
 
     return confusion_matrix(predictions["answer"], predictions["prediction"], labels=LETTERS)
-
-
-def letter_counts(predictions: pd.DataFrame) -> pd.DataFrame:
-    """How often each letter is the correct one, and how often it is chosen: counts and fractions of all questions."""
-    counts = confusion(predictions)
-    table = pd.DataFrame({"letter": LETTERS, "right": counts.sum(1), "chosen": counts.sum(0)})
-    return table.assign(**{f"{name}_share": table[name] / counts.sum() for name in ("right", "chosen")})
 
 
 def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
 
 from race import CHANCE, MONITORS
 from race.train.checkpoints import Checkpoint
@@ -109,3 +110,11 @@ class StageReport(pl.Callback):
         loss, accuracy = (trainer.callback_metrics[name] for name in MONITORS)
         epoch = f"epoch {trainer.current_epoch}: validation loss {loss:.4f}, accuracy {100 * accuracy:.1f} %"
         trainer.progress_bar_callback.print(epoch)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's, without the number of the log."""
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict:
+        """What stands at the end of the bar."""
+        return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}

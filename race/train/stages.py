@@ -127,22 +127,20 @@ def lineage_table(checkpoints: list[Checkpoint], names: list[str]) -> pd.DataFra
     recipe: dict, None if unknown; epochs: trained in its stage; chosen_epoch: its own, from 0; parent: which of the
     others its base is, by hash.
     """
-    name_of, rows = dict(zip([it.sha256 for it in checkpoints], names, strict=True)), []
+    rows, own = [], {it.sha256: name for it, name in zip(checkpoints, names, strict=True)}
     for it, name in zip(checkpoints, names, strict=True):
         row = {"name": name, "stage": it.stage or it.label, "base": it.base, "learning_rate": it.learning_rate}
         row |= {"recipe": it.lineage.get("recipe"), "epochs": epochs_trained(it), "chosen_epoch": it.epoch}
-        rows.append(row | {"val_loss": it.val_loss, "parent": name_of.get(it.base_sha256)})
+        rows.append(row | {"val_loss": it.val_loss, "parent": own.get(it.base_sha256)})
     return pd.DataFrame(rows)
 
 
 def stages_behind(checkpoints: list[Checkpoint]) -> dict[str, str]:
     """The stages that these checkpoints have gone through, as they remember them, each with its rule of selection."""
     named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
-    rules = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}
-    last = checkpoints[-1]  # beside it lie those that are not named
-    for name in named & CHAIN.keys() - rules.keys():
-        rules[name] = Stage(name, last.path.parent, found=last.beside).rule
-    return {name: rules[name] for name in CHAIN if name in rules}
+    rules, last = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}, checkpoints[-1]
+    stages = [Stage(name, last.path.parent, found=last.beside) for name in CHAIN if name in named]
+    return {stage.name: rules.get(stage.name) or stage.rule for stage in stages}
 
 
 def best_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:

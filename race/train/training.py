@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
@@ -25,7 +25,7 @@ from race.encoder import attention_kernel, compile_layers
 from race.files import locked, remove_unfinished
 from race.models import load_config
 from race.parameters import ROOT, check
-from race.train.callbacks import LossWatch, NewestOfEpoch, StageReport
+from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoints, weights_hash
 from race.train.stages import Stage
 from race.train.state import KeepState, check_identity, ended_by_signals, read_state, say, stage_identity
@@ -35,13 +35,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def decoded_question(dataset, index: int = 0) -> pd.DataFrame:
-    """One cached question decoded back to text: a row for each option, with its two parts (long ones cut in two)."""
-    item, rows = dataset[index], []
-    for option, (ids, parts) in enumerate(zip(item["input_ids"], dataset.parts(index), strict=True)):
-        texts = [dataset.cache.tokenizer.decode(part) for part in parts]
-        texts = [text if len(text) <= 240 else f"{text[:120]} … {text[-120:]}" for text in texts]
-        rows.append(["correct" if option == item["label"] else "", len(ids), *texts])
-    return pd.DataFrame(rows, LETTERS, ["answer", "tokens", "article", "question and option"])
+    """One cached question decoded back to text: a row for each option, a long sequence without its middle."""
+    item = dataset[index]
+    texts = [dataset.cache.tokenizer.decode(ids) for ids in item["input_ids"]]
+    texts = [text if len(text) <= 400 else f"{text[:160]} … {text[-240:]}" for text in texts]
+    answers = ["correct" if option == item["label"] else "" for option in range(len(texts))]
+    return pd.DataFrame({"answer": answers, "tokens": map(len, item["input_ids"]), "sequence": texts}, LETTERS)
 
 
 def start_stage(
@@ -215,7 +214,7 @@ def _trainer(
             save_weights_only=True,
             enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
         ),
-        TQDMProgressBar(refresh_rate=10),  # a refresh reads numbers from the GPU
+        ProgressBar(refresh_rate=10),  # a refresh reads numbers from the GPU
     ]
     further, logs = further_loggers(loggers, stage.run_dir, stage.name), Path(stage.run_dir) / "logs"
     csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row

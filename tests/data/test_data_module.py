@@ -62,7 +62,6 @@ def test_items_match_their_text(cache):
     item, text = dataset[3], dataset.text(3)
     assert set(item) == {"input_ids", "token_type_ids", "label", "example_id"}
     assert (item["label"], item["example_id"]) == (text["label"], text["example_id"])
-    assert [ids[0] for ids in item["input_ids"]] == [2] * 4 and [ids[-1] for ids in item["input_ids"]] == [3] * 4
     columns = dataset.columns()
     for i in (0, 3, len(dataset) - 1):
         text = dataset.text(i)
@@ -88,8 +87,7 @@ def test_order_is_a_function_of_seed_and_epoch():
         return list(ShuffledBatches(70, 32, seed, epoch))
 
     first = batches(0, 0)
-    assert first == batches(0, 0) != batches(0, 1)
-    assert batches(1, 0) != first and batches(0, 1) != batches(1, 0)
+    assert first == batches(0, 0) and first not in (batches(0, 1), batches(1, 0)) and batches(0, 1) != batches(1, 0)
     assert [len(batch) for batch in first] == [32, 32, 6]
     assert sorted(itertools.chain(*first)) == list(range(70))
 
@@ -99,7 +97,7 @@ def test_every_question_once_an_epoch(cache, workers):
     data = RaceDataModule(cache, batch_size=8, num_workers=workers)
     loader = data.train_dataloader()
     loader.batch_sampler.epoch = 3
-    expected = [data.train_dataset[i]["label"] for i in loader.batch_sampler.order()]
+    expected = [data.train_dataset[i]["label"] for i in itertools.chain(*loader.batch_sampler)]
     batches = list(loader)
     assert torch.cat([batch.labels for batch in batches]).tolist() == expected
     assert len(batches) == len(loader) and len(expected) == len(data.train_dataset)
@@ -115,8 +113,7 @@ def test_a_batch_without_questions_is_empty():
 
 def test_evaluation_order_is_longest_first_and_complete(cache):
     data = RaceDataModule(cache, batch_size=4)
-    totals = [np.reshape(batch.lengths, (-1, 4)).sum(1) for batch in data.test_dataloader()]
-    totals = np.concatenate(totals)
+    totals = np.concatenate([np.reshape(batch.lengths, (-1, 4)).sum(1) for batch in data.test_dataloader()])
     assert (np.diff(totals) <= 0).all()
     assert sorted(data.test_dataset.length_order()) == list(range(len(data.test_dataset)))
 
@@ -141,10 +138,8 @@ def test_facts_by_hand(tmp_path):
     assert len(set(dataset.article_hashes()[1:])) == 1 != len(set(dataset.article_hashes()))
     assert dataset.article_hashes()[0] == RaceDataset(tmp_path / "cache", "train").article_hashes()[0]
     sample = RaceDataset(tmp_path / "cache", "test", max_len=40, rows=np.array([0, 2])).facts()
-    assert sample["question"].tolist() == ["Why?", "Which is NOT true?"] and sample["truncated"].tolist() == [
-        True,
-        False,
-    ]
+    assert sample["question"].tolist() == ["Why?", "Which is NOT true?"]
+    assert sample["truncated"].tolist() == [True, False]
 
 
 def test_limit_is_a_seeded_sample(cache):
@@ -166,11 +161,8 @@ def test_a_dataset_can_be_sent_to_a_worker(cache):
 
 def test_missing_split_and_bad_parameters(corpus, tmp_path):
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "train").symlink_to(corpus / "train")
-    (tmp_path / "flat" / "train").mkdir(parents=True)
-    for path in (corpus / "train" / "high").iterdir():
-        (tmp_path / "flat" / "train" / path.name).write_bytes(path.read_bytes())
-    build_cache(str(tmp_path / "flat"), "demo", tmp_path / "cache")
+    (tmp_path / "source" / "train").symlink_to(corpus / "train" / "high")
+    build_cache(str(tmp_path / "source"), "demo", tmp_path / "cache")
     data = RaceDataModule(tmp_path / "cache")
     data.setup()
     assert data.train_dataset is not None and data.val_dataset is None and data.test_dataset is None

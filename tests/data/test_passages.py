@@ -19,7 +19,6 @@ FIRST, SECOND = RECORD["options"]
 BAD = [  # a file, what it holds, and a key word of what is said
     ("1.txt", b"{", "JSON"),
     ("1.txt", b"[" * 100_000, "RecursionError"),
-    ("1.txt", json.dumps(RECORD).encode()[:50], "JSON"),
     ("1.json", json.dumps([RECORD] * 2, indent=1).encode()[:-3], "JSON"),
     ("1.jsonl", b"", "JSON"),
     ("1.txt", b'{"article": "\xff"}', "position 13"),
@@ -27,9 +26,7 @@ BAD = [  # a file, what it holds, and a key word of what is said
     ("1.csv", table(row())[:-3], "cannot be read"),
     ("1.csv", table(row(article="A caf\u00e9.")).decode().encode("latin-1"), "position 59"),
     ("1.parquet", b"PAR1 and then nothing of the kind", "cannot be read"),
-    ("1.parquet", b"version https://git-lfs.github.com/spec/v1\n", "cannot be read"),
     ("1.txt", [], "found list"),
-    ("1.txt", [1], "found int"),
     ("1.txt", without(RECORD, "article"), "article: "),
     ("1.txt", RECORD | {"article": 3}, "article: "),
     ("1.txt", RECORD | {"article": "a\ud800b"}, "article: "),
@@ -38,16 +35,13 @@ BAD = [  # a file, what it holds, and a key word of what is said
     ("1.txt", RECORD | {"answers": ["A"]}, "'answers' of 1"),
     ("1.txt", RECORD | {"answer": ["B"]}, "'answer' of 1"),
     ("1.txt", without(RECORD, "options"), "options"),
-    ("1.txt", without(RECORD, "questions"), "question"),
 ]
 BAD_QUESTION = [  # what a record holds, the number of the bad question, and a key word
     ({"answers": ["B", "E"]}, 1, "'E'"),
     ({"answers": ["B", ["A"]]}, 1, "['A']"),
-    ({"answers": ["AB", "C"]}, 0, "'AB'"),
     ({"answers": [None, "C"]}, 0, "None"),
     ({"options": [FIRST, ["a", "b", "c"]]}, 1, "4 options"),
     ({"options": [[*FIRST, "e"], SECOND]}, 0, "4 options"),
-    ({"options": [None, SECOND]}, 0, "4 options"),
     ({"options": [FIRST, ["a", " ", "c", "d"]]}, 1, "option B"),
     ({"questions": ["", "Tom has _ ."]}, 0, "question: "),
 ]

@@ -139,17 +139,6 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     assert "PermissionError" in refusal(tmp_path / "race")
 
 
-def test_paths_with_odd_characters(tmp_path):
-    source = tmp_path / "a [1] größe" / "100% *?" / "{x}"
-    parquet(source / "tables" / "test.parquet", row())
-    write(source, "records/test/high/1.txt", RECORD)
-    write(source, "test [a].csv", table(row()))
-    datasets.DatasetDict(test=datasets.Dataset.from_list([row()])).save_to_disk(source / "saved")
-    archives = [packed(source / "records", form) for form in ("tar", "zip")]
-    for path in (*archives, *(source / name for name in ("tables", "records", "test [a].csv", "saved"))):
-        assert len(found(path, "test")) == 1
-
-
 @pytest.mark.parametrize("name", ["test.csv", "my-test_2.csv", "TEST (1).csv", "test-00000-of-00001.csv"])
 def test_a_name_says_the_split(tmp_path, name):
     write(tmp_path, name, table(row()))
@@ -263,13 +252,8 @@ def test_problems_of_rows_come_together(tmp_path):
     write(tmp_path, "train.csv", rows + b"high5.txt,Ann\r\n\r\n,,,,\r\n")
     said = refusal(tmp_path)
     assert "4 problem(s)" in said
-    for line in (
-        "row 3: the answer is 'E'",
-        "row 4: expected a list of 4",
-        "row 5: article: ",
-        "row 6: expected as many",
-    ):
-        assert f"  train.csv, {line}" in said
+    for number, word in ((3, "the answer is 'E'"), (4, "expected a list of 4"), (5, "article: "), (6, "as many")):
+        assert any(f"  train.csv, row {number}: " in line and word in line for line in said.splitlines())
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.parquet"])

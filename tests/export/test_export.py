@@ -21,7 +21,7 @@ from race.data import collate
 from race.data.cache import build_cache
 from race.data.module import RaceDataset
 from race.export.__main__ import main
-from race.export.folder import ancestry, export_checkpoint, hub_id, is_race, model_card, public_name
+from race.export.folder import ancestry, export_checkpoint, is_race, model_card, public_name
 from race.files import file_hash
 from race.score.statistics import PROBABILITIES
 from race_module import RaceModule
@@ -30,10 +30,7 @@ FAMILIES = ("albert", "bert", "deberta-v2")
 LONG = {
     "article": "Nora Hill lives in a small town. " * 90,
     "questions": ["Who lives in the town ?", "In the morning _ ."],
-    "options": [
-        ["Nora Hill", "a cat", "nobody", "Tom"],
-        ["she reads " * 80, "it rains", "Nora sings", "it snows"],
-    ],
+    "options": [["Nora Hill", "a cat", "nobody", "Tom"], ["she reads " * 80, "it rains", "Nora sings", "it snows"]],
     "answers": ["A", "C"],
     "id": "long.txt",
 }
@@ -43,9 +40,8 @@ def trained(family: str) -> SimpleNamespace:
     """What an earlier version trained and scored: cache, checkpoint, results, saved predictions."""
     folder = ROOT / "tests" / "before_1_5" / family
     (checkpoint,), (scored,) = folder.glob("checkpoints/*.ckpt"), folder.glob("runs/predictions/*.parquet")
-    predictions = pd.read_parquet(scored)
-    results = folder / "runs" / "results.csv"
-    return SimpleNamespace(cache=folder / "cache", checkpoint=checkpoint, results=results, predictions=predictions)
+    files = {"cache": folder / "cache", "results": folder / "runs" / "results.csv"}
+    return SimpleNamespace(checkpoint=checkpoint, predictions=pd.read_parquet(scored), **files)
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +78,8 @@ def two_stages(albert, tmp_path) -> list[Path]:
     return [first, tmp_path / "e2.ckpt"]
 
 
-def run_alone(code: str, folder: Path) -> str:
-    """What a fresh process without this repository and without a network prints."""
-    refuse = (
-        "import socket\n"
-        "def refuse(*a, **k): raise OSError('no network')\n"
-        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
-    )
-    environment = {"PATH": "/nowhere", "HF_HOME": str(folder / "empty"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", refuse + code]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
 def test_the_cards_own_example_gives_the_scored_probabilities(exports, tmp_path):
-    """The example of the card, word for word, on questions of the cache and on text that is cut at both ends."""
+    """The example of the card, word for word, in a process without this repository and without a network."""
     runs, expected = [], []
     for made in exports.values():
         example = re.search(r"```python\n(.*?)```", (made.folder / "README.md").read_text(), re.DOTALL)[1]
@@ -112,7 +94,8 @@ def test_the_cards_own_example_gives_the_scored_probabilities(exports, tmp_path)
         expected.append(torch.stack([*torch.tensor(made.predictions[PROBABILITIES].to_numpy("float32")), *cut]))
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     code = (
-        "import json, sys, torch\n"
+        "import json, socket, sys, torch\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = None\n"
         "for example, asked in json.load(open('runs.json')):\n"
         "    exec(example, names := {})\n"
         "    with torch.no_grad():\n"
@@ -120,7 +103,9 @@ def test_the_cards_own_example_gives_the_scored_probabilities(exports, tmp_path)
         "    print(json.dumps([it.softmax(0).tolist() for it in logits]))\n"
         "assert not [name for name in sys.modules if name.split('.')[0] in ('race', 'race_module')]\n"
     )
-    lines = run_alone(code, tmp_path).splitlines()
+    environment = {"PATH": "/nowhere", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = run.stdout.splitlines()
     assert [bool(re.fullmatch(r"\d+\.\d %  \w.*", line)) for line in lines] == [True, True, True, True, False] * 3
     for line, probabilities in zip(lines[4::5], expected, strict=True):
         found = torch.tensor(json.loads(line))
@@ -156,7 +141,6 @@ def test_card_with_results(exported):
     assert found == [(row.level, row.split, round(row.accuracy, 4)) for row in rows.itertuples()]
     ends = f"{100 * rows['passage_low'][0]:.1f} % to {100 * rows['passage_high'][0]:.1f} %"
     assert card.data.eval_results[0].metric_name == f"accuracy on 14 questions, 95 % interval {ends}"
-    assert card.data.eval_results[0].source_url.endswith("/ada/race-e1/resolve/main/results.csv")
     assert f"| test | all | 14 | {100 * rows['accuracy'][0]:.1f} % | {ends} |" in card.text
     assert card.data.get("datasets") is None and card.data.get("license") is None and "not RACE" in card.text
     assert pd.read_csv(exported.folder / "results.csv")["correct"].tolist() == rows["correct"].tolist()
@@ -176,30 +160,26 @@ def test_card_of_a_model_of_race(exports):
     facts |= {"base_model": "albert-base-v2", "data": {"name": "ehovy/race", "sha256": None, "is_race": True}}
     facts |= {"questions": {"train": 87866, "validation": 4887, "test": 4934}}
     row = {"split": "test", "level": "all", "questions": 500, "accuracy": 0.67, "ci_low": 0.6276, "ci_high": 0.7098}
+    row |= {"trained_on": 0, "selected_on": 0, "not_known": 0, "precision": "bf16-mixed"}
     card = model_card(facts, pd.DataFrame([row]), "race-e1")
     assert card.data.base_model == "albert-base-v2" and card.data.datasets == ["ehovy/race"]
     assert card.data.license_name == "race-non-commercial-research" and "non-commercial research only" in card.text
     (result,) = card.data.eval_results
     assert (result.dataset_type, result.dataset_name, result.metric_value) == ("ehovy/race", "RACE", 0.67)
     assert result.metric_name == "accuracy on 500 of 4,934 questions, 95 % interval 62.8 % to 71.0 %"
-    assert result.source_url is None  # the repository is not known
 
 
 def test_race_is_told_by_its_name_or_by_its_numbers():
     source, race = {"name": "/data/RACE.tar.gz", "sha256": "1"}, {"train": 87866, "test": 4934}
     assert is_race({"name": "ehovy/race", "sha256": "2"}, source, {"test": 10}) and is_race(source, source, race)
-    assert not is_race(source, source, race | {"test": 4933})
-    assert not is_race(source | {"sha256": "2"}, source, race)  # the cache is not what it was trained on
+    assert not is_race(source, source, race | {"test": 4933}) and not is_race({"name": "x"}, source, race)
 
 
 def test_paths_of_this_machine_stay_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    names = ("albert-base-v2", "albert/albert-base-v2", "/home/ada/RACE.tar.gz", "models/mine", "./mine")
-    assert [public_name(name) for name in names] == [*names[:2], "RACE.tar.gz", "mine", "mine"]
-    oldest = [SimpleNamespace(base=base, chain=[]) for base in ("albert-base-v2", "demo", "models/mine", None)]
-    oldest.append(SimpleNamespace(base="e1.ckpt", chain=["e1"]))  # the chain's beginning is not known
-    assert [hub_id(it) for it in oldest] == ["albert-base-v2", None, None, None, None]
+    names = ("albert-base-v2", "albert/albert-base-v2", "/home/ada/RACE.tar.gz", "models/mine")
+    assert [public_name(name) for name in names] == [*names[:2], "RACE.tar.gz", "mine"]
 
 
 def test_lineage_ends_where_a_base_is_missing_or_another(two_stages, tmp_path):
@@ -217,11 +197,9 @@ def test_an_export_is_replaced_only_when_told_and_nothing_else_ever(albert, two_
     export_checkpoint(two_stages[1], folder, albert.cache, force=True)
     assert json.loads((folder / "export.json").read_text())["checkpoint"] == "e2.ckpt"
     mine.mkdir()
-    (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(RaceError, match="is no export"):
         export_checkpoint(two_stages[1], mine, albert.cache, force=True)
-    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "e1.ckpt", "e2.ckpt", "mine"]
+    assert list(mine.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -230,30 +208,14 @@ def test_an_export_is_replaced_only_when_told_and_nothing_else_ever(albert, two_
         ({"checkpoint": "missing.ckpt"}, "missing.ckpt: no such checkpoint"),
         ({"cache_dir": trained("bert").cache}, "another tokenizer"),
         ({"results": trained("bert").results}, "has no row of this e1-albert-race"),
-        (
-            {"results": ROOT / "tests" / "before_1_5" / "albert" / "runs" / "logs/e1/version_0/metrics.csv"},
-            "results.csv",
-        ),
-        ({"repo": "no name"}, "expected USER/NAME"),
+        ({"results": ROOT / "race" / "report" / "published.csv"}, "no results.csv"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_left(given, said, albert, tmp_path):
+    fitting = {"checkpoint": albert.checkpoint, "cache_dir": albert.cache, "out_dir": tmp_path / "e"}
     with pytest.raises(RaceError, match=said):
-        export_checkpoint(
-            **{"checkpoint": albert.checkpoint, "cache_dir": albert.cache, "out_dir": tmp_path / "e"} | given
-        )
+        export_checkpoint(**fitting | given)
     assert not list(tmp_path.iterdir())
-
-
-def test_scores_of_another_file_of_that_name_are_refused(albert, tmp_path):
-    """Where results tell a checkpoint's hash, the name alone does not do; a stage that is run again repeats names."""
-    results = pd.read_csv(albert.results)
-    results.assign(checkpoint_sha256="0" * 64).to_csv(tmp_path / "results.csv", index=False)
-    with pytest.raises(RaceError, match="has no row of this e1-albert-race"):
-        export_checkpoint(albert.checkpoint, tmp_path / "e", albert.cache, tmp_path / "results.csv")
-    results.iloc[:, :9].to_csv(tmp_path / "results.csv", index=False)  # as version 1.0 wrote them
-    folder = export_checkpoint(albert.checkpoint, tmp_path / "e", albert.cache, tmp_path / "results.csv")
-    assert len(ModelCard.load(folder / "README.md").data.eval_results) == len(results)
 
 
 def test_an_export_that_would_answer_otherwise_is_not_made(albert, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.colors import to_hex, to_rgba
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 from predictions import made, random_predictions
@@ -21,17 +21,15 @@ TITLE = "e3: 72.0 % of 4,934 questions correct; significantly better than e1 (+4
 LONG_TITLE = f"{LONG} is significantly better than " + ", ".join(f"{LONG} {n}" for n in range(9))
 
 
-def with_ends(table: pd.DataFrame, width: float, *columns: str) -> pd.DataFrame:
-    ends = {f"{name}_low": table[name] - width for name in columns}
-    return table.assign(**ends | {f"{name}_high": table[name] + width for name in columns})
-
-
 def comparison(count: int, long: bool = False) -> pd.DataFrame:
     """A made-up tables.comparison_table of so many checkpoints."""
-    accuracy = 0.66 + 0.02 * np.arange(count)
-    names = [f"{LONG[:56]} {n:03}" if long else f"e{n + 1}" for n in range(count)]
-    table = pd.DataFrame({"name": names, "stage": [f"e{n + 1}" for n in range(count)], "accuracy": accuracy})
-    return with_ends(table.assign(middle=accuracy + 0.04, high=accuracy - 0.02), 0.018, "accuracy", "middle", "high")
+    stages = [f"e{n + 1}" for n in range(count)]
+    names = [f"{LONG[:56]} {n:03}" for n in range(count)] if long else stages
+    table = pd.DataFrame({"name": names, "stage": stages, "accuracy": 0.66 + 0.02 * np.arange(count)})
+    for name, more in {"accuracy": 0, "middle": 0.04, "high": -0.02}.items():
+        value = table["accuracy"] + more
+        table = table.assign(**{f"{name}_low": value - 0.018, f"{name}_high": value + 0.018, name: value})
+    return table
 
 
 def groups(levels=("middle", "high"), names=("why", "how", "main idea or title"), p_holm=0.2) -> pd.DataFrame:
@@ -61,10 +59,9 @@ def story(lengths, name: str = "e", **columns) -> pd.DataFrame:
 
 def log(losses, accuracies, steps: int = 200) -> pd.DataFrame:
     """A made-up logs.read_log with these validations."""
-    step = np.arange(steps * max(1, len(losses)))
-    noise = np.random.default_rng(0).normal(0, 0.1, len(step))
+    step = np.arange(steps * len(losses))
     table = pd.DataFrame({"step": step, "epoch": step // steps, "learning_rate": 2e-5})
-    table["train_loss_step"] = 0.8 + 0.6 * np.exp(-step / steps) + noise
+    table["train_loss_step"] = 0.8 + 0.6 * np.exp(-step / steps) + np.random.default_rng(0).normal(0, 0.1, len(step))
     ends = [{"epoch": n, "step": steps * (n + 1) - 1} for n in range(len(losses))]
     found = pd.DataFrame(ends).assign(val_loss_epoch=losses, val_acc=accuracies, train_acc=np.array(accuracies) - 0.05)
     return pd.concat([table, found], ignore_index=True)
@@ -110,7 +107,6 @@ def clipped():
     return figures.training_curves(table.assign(gradient_norm=norm), "e1", "val_acc", 1.0)
 
 
-NONE = {"high": np.nan, "high_low": np.nan, "high_high": np.nan}
 ONE = {"accuracy": 1.0, "accuracy_low": 0.9, "accuracy_high": 1.0}
 DRAWN = {
     "training": lambda: figures.training_curves(log([1.0, 0.8, 0.9], [0.55, 0.66, 0.67]), "e1"),
@@ -118,7 +114,7 @@ DRAWN = {
     "training, one step": lambda: figures.training_curves(log([9.0], [0.0], 1), LONG),
     "training, clipped": clipped,
     "comparison": lambda: figures.comparison_figure(comparison(3), {"e1": 0.671, "e3": 0.72}, TITLE),
-    "comparison of 1": lambda: figures.comparison_figure(comparison(1).assign(**ONE, **NONE), {}, "e1: 66.0 %"),
+    "comparison of 1": lambda: figures.comparison_figure(comparison(1)[["name", "stage"]].assign(**ONE), {}, "e1"),
     "comparison of 10": lambda: figures.comparison_figure(comparison(10, True), {"e1": 0.671}, LONG_TITLE),
     "differences": lambda: figures.differences_figure(pairs(3), TITLE),
     "differences of 1": lambda: figures.differences_figure(pairs(1, 0.0, width=0), "as accurate"),
@@ -129,10 +125,8 @@ DRAWN = {
     "recipes": lambda: figures.courses_figure(*courses(["chain", "constant", "step"], [1, 2])),
     "recipes, one seed": lambda: figures.courses_figure(*courses([LONG, *map(str, range(9))], [None])),
     "accuracy": lambda: score_figures.accuracy_figure(accuracies()),
-    "accuracy, one level at 0": lambda: score_figures.accuracy_figure(accuracies(["high"], 0.0)),
-    "accuracy at 1": lambda: score_figures.accuracy_figure(accuracies(accuracy=1.0, stage=LONG)),
+    "accuracy at 0": lambda: score_figures.accuracy_figure(accuracies(["high"], 0.0, LONG)),
     "groups": lambda: score_figures.groups_figure(groups(), TITLE),
-    "groups, all": lambda: score_figures.groups_figure(groups(["all"], p_holm=0.01), LONG_TITLE),
     "groups, long": lambda: score_figures.groups_figure(groups(names=[LONG, "why", *"abcdefg"], p_holm=np.nan), TITLE),
     "confusion": lambda: score_figures.confusion_figure(confusion(random_predictions(4934))),
     "confusion of 1": lambda: score_figures.confusion_figure(confusion(made("A", "A"))),
@@ -148,17 +142,6 @@ def closed():
     """No figure stays open in pyplot."""
     yield
     plt.close("all")
-
-
-def contrast(one, other) -> float:
-    """WCAG 2's contrast, from the relative luminance of both."""
-
-    def luminance(color) -> float:
-        channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
-        return float(np.dot(channels, [0.2126, 0.7152, 0.0722]))
-
-    darker, lighter = sorted([luminance(one), luminance(other)])
-    return (lighter + 0.05) / (darker + 0.05)
 
 
 def shown(figure) -> list:
@@ -184,7 +167,7 @@ def test_text_is_readable_and_stands_apart_within_the_figure(name):
     places = shown(figure)
     for text, place in places:
         assert text.get_fontsize() >= 8 and text.get_alpha() in (None, 1), text
-        assert contrast(text.get_color(), "white") >= 4.5, text
+        assert to_hex(text.get_color()) == figures.INK, text
         inside = (place.x0, place.y0, figure.bbox.width - place.x1, figure.bbox.height - place.y1)
         assert min(inside) >= 0, f"{text} stands {-min(inside):.1f} pixels outside"
     for (one, place), (other, there) in itertools.combinations(places, 2):
@@ -202,40 +185,32 @@ def test_text_is_readable_and_stands_apart_within_the_figure(name):
             assert axes.get_xlim()[0] <= 0 and axes.get_xlim()[1] >= 1
 
 
-def test_marks_can_be_seen_on_white():
-    """WCAG asks for a contrast of 3 for marks."""
-    for color, _, _ in figures.LOOKS:
-        assert contrast(color, "white") >= 3
-
-
 def words(figure) -> str:
     """Every text of a drawn figure, without line breaks."""
     figure.canvas.draw()
     return "\n".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text) if text.get_text())
 
 
-SAID = [  # a figure, and what must be among its words
-    (
-        "training",
-        ["lowest validation loss 0.800, at epoch 1", "at epoch 1: 66.0 %; highest, at epoch 2: 67.0 %", "2e-5"],
-    ),
-    ("training, no epoch", ["e1: not validated yet"]),
-    ("training, clipped", ["highest validation accuracy, at epoch 2: 67.0 %", "above it in 83 %"]),
-    ("comparison", ["reported by the original authors", "66.0 %", "middle", "high"]),
-    ("differences", ["+2.4, gained 1,410, lost 398", "e1 − e0", "filled", "hollow"]),
-    ("story", ["e1, 2e-5", "0.980 (e3, epoch 2)", "66.0 % (e3, epoch 2)", "95 % interval", "axis cut"]),
-    ("recipes", ["mean of 2 seeds"]),
-    ("recipes, one seed", ["one seed"]),
-    ("accuracy", ["e3: 75.0 % of the test questions correct", "middle (1,436)"]),
-    ("accuracy, one level at 0", ["e3: 0.0 % of the high test questions correct"]),
-    ("groups", ["why (1,234 + 1,234)", "questions, middle + high"]),
-    ("confusion of 1", ["Chosen as often as correct"]),
-    ("confidence of 1", ["Calibration error 0.0 points", "Most confident 100 %: 100.0 % correct"]),
-    ("options", ["The model chooses B, with a probability of 60.0 %"]),
-]
+SAID = {  # a figure: what must be among its words
+    "training": ["validation loss: 0.800 (e1, epoch 1)", "validation accuracy: 67.0 % (e1, epoch 2)", "rate 2e-5"],
+    "training, no epoch": ["e1: not validated yet"],
+    "training, clipped": ["above it in 83 %"],
+    "comparison": ["reported by the original authors", "66.0 %", "middle", "high"],
+    "differences": ["+2.4, gained 1,410, lost 398", "e1 − e0", "filled", "hollow"],
+    "story": ["e1, 2e-5", "0.980 (e3, epoch 2)", "66.0 % (e3, epoch 2)", "95 % interval", "axis cut"],
+    "recipes": ["mean of 2 seeds"],
+    "recipes, one seed": ["one seed"],
+    "accuracy": ["e3: 75.0 % of the test questions correct", "middle (1,436)"],
+    "accuracy at 0": [": 0.0 % of the high test questions correct"],
+    "groups": ["why (1,234 + 1,234)", "questions, middle + high"],
+    "confusion of 1": ["Chosen as often as correct"],
+    "confidence of 1": ["Calibration error 0.0 points", "Most confident 100 %: 100.0 % correct"],
+    "confusion": ["chosen − correct (points)"],
+    "options": ["The model chooses B, with a probability of 60.0 %"],
+}
 
 
-@pytest.mark.parametrize(("name", "said"), SAID, ids=[name for name, _ in SAID])
+@pytest.mark.parametrize(("name", "said"), SAID.items(), ids=SAID)
 def test_figures_say_what_is_found(name, said):
     text = words(DRAWN[name]())
     assert not [it for it in said if it not in text]
@@ -244,10 +219,6 @@ def test_figures_say_what_is_found(name, said):
 def test_what_is_not_known_is_not_said():
     assert "reported" not in words(DRAWN["comparison of 1"]()) and "interval" not in words(DRAWN["story, one epoch"]())
     assert "article" not in words(DRAWN["groups"]())  # a grouping with one group
-    tied = words(options([0.4, 0.1, 0.4, 0.1]))
-    assert "A and C have the same highest probability: 40.0 %" in tied and "chooses" not in tied
-    unevenly = words(score_figures.confusion_figure(confusion(made("AABB", "AAAA"))))
-    assert "(points): A +50.0 and B −50.0" in unevenly
 
 
 def test_the_ring_is_around_what_the_rule_picks():
@@ -256,25 +227,15 @@ def test_the_ring_is_around_what_the_rule_picks():
         assert [line.get_xydata().tolist() for line in lines if line.get_markersize() == 11] == [[chosen]]
 
 
-def test_intervals_are_those_of_the_table():
-    drawn = figures.comparison_figure(comparison(1), {}, "").axes[0].containers[0]
-    assert drawn.lines[2][0].get_segments()[0][:, 0] == pytest.approx([0.642, 0.678])
-
-
 def test_filled_marks_are_significant_differences():
     first, second, third = (made("A" * 60, "A" * n + "B" * (60 - n)) for n in (20, 50, 49))
     axes = figures.differences_figure(compare_pairs({"one": first, "two": second, "three": third}), "").axes[0]
     marks = [container.lines[0] for container in axes.containers]
     assert [mark.get_markerfacecolor() for mark in marks] == [figures.BLUE, "white"]
     assert [mark.get_ydata().tolist() for mark in marks] == [[0, 1], [2]]
-    assert axes.get_xlim()[0] == -axes.get_xlim()[1]
-    table = groups().assign(p_holm=[0.01] * 3 + [np.nan] * 11)
-    panels = score_figures.groups_figure(table, "").axes
-    fills = {mark.lines[0].get_marker(): mark.lines[0].get_markerfacecolor() for mark in panels[0].containers}
+    panel = score_figures.groups_figure(groups().assign(p_holm=[0.01] * 3 + [np.nan] * 11), "").axes[0]
+    fills = {mark.lines[0].get_marker(): mark.lines[0].get_markerfacecolor() for mark in panel.containers}
     assert fills == {"^": figures.GREEN, "v": "white"}
-    own = table[(table["grouping"] == "sequence") & (table["level"] == "high")]
-    lines = [line.get_xdata()[0] for line in panels[1].get_lines() if line.get_linestyle() == "--"]
-    assert lines == [pytest.approx(own["correct"].sum() / own["questions"].sum())]  # the line of the whole level
 
 
 def test_recipes_have_a_line_each_and_a_band_over_seeds():

@@ -63,7 +63,7 @@ def test_a_loss_that_stays_at_chance_is_said_once(cache, tmp_path, capsys, monke
 
 
 def test_the_estimate_is_given_once(cache, capsys):
-    report = StageReport(after_seconds=0.0)
+    report = StageReport("CPU", after_seconds=0.0)
     off = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
     module = start_stage(Stage("e1"), cache)
     pl.Trainer(max_epochs=2, callbacks=report, **off).fit(module, RaceDataModule(cache, 16, limit_questions=48))

@@ -156,7 +156,8 @@ def test_decoded_question_shows_text_options_and_segments(cache):
     table, text = decoded_question(data.dataset("train"), 0), data.train_dataset.text(0)
     assert list(table.index) == ["A", "B", "C", "D"] and list(table["answer"]).index("correct") == text["label"]
     for option, row in zip(text["options"], table.itertuples(), strict=True):
-        assert option.lower() in row[4].lower() and row[4].endswith("[SEP]") and row[3].startswith("[CLS]")
+        assert option.lower() in row.sequence.lower()
+        assert row.sequence.startswith("[CLS]") and row.sequence.endswith("[SEP]")
 
 
 def test_checkpoints_are_named_after_their_model(cache, tmp_path):
