@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, padded
 
-from bench import carried, common, evaluate, families, gpu_day, memory, part, tables, train_step
+from bench import carried, common, evaluate, families, gpu_day, memory, tables, train_step
 
 
 @pytest.fixture
@@ -134,14 +134,6 @@ def test_memory_runs_each_case_once(results, monkeypatch):
     for _ in range(2):
         assert memory.main(["--cards", "8"]) == 3 and len(memory.kept()) == 6
     assert f"| ALBERT base, 32-true | out / 3 / 3; 6.0, 7.0 | {tables.YET} |" in tables.memory()
-
-
-def test_a_part_of_a_source_is_short_and_in_three_splits(corpus, tmp_path):
-    part.main([str(corpus), str(tmp_path / "part"), "--longest", "60", "--questions", "20", "8", "12"])
-    passages, _ = common.read_source(str(tmp_path / "part"))
-    asked = [sum(len(it.questions) for it in found) for found in passages.values()]
-    assert all(count >= least for count, least in zip(asked, (20, 8, 12), strict=True))
-    assert max(len(it.article.split()) for found in passages.values() for it in found) <= 60
 
 
 SMALL = ["--device", "cpu", "--small"]
