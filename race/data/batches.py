@@ -121,6 +121,15 @@ class ShuffledBatches(Sampler[list[int]]):
     world: int = 1
     sizes: np.ndarray | None = None
 
+    @property
+    def sampler(self) -> "ShuffledBatches":  # where Lightning looks for set_epoch
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.first = epoch, 0
+
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.questions)
         for start in range(self.first * self.batch_size, self.questions, self.batch_size):
