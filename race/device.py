@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import psutil
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -60,6 +59,8 @@ def hardware(device: torch.device) -> str:
 
 def environment():
     """Versions and hardware of this run, a row each; also what keeps torch from using a GPU."""
+    import pandas as pd
+
     problem, rows = gpu_problem(), {"python": platform.python_version()} | versions()
     device = (
         {"problem": problem} if problem else {"device": hardware(default_device()), "precision": default_precision()}
