@@ -55,7 +55,7 @@ class RaceModule(pl.LightningModule):
         self.automatic_optimization = False  # one optimizer step over several micro-batches
         self.sums: dict[str, torch.Tensor] = {}  # of the epoch so far, by split: loss, correct answers, questions
         self.tokens: torch.Tensor | None = None  # of the last training step, of all processes
-        self.stop: Callable[[], None] | None = None  # called before each micro-batch of a training step; may raise
+        self.stop: Callable[[], None] | None = None  # called before each micro-batch; may raise
         self.step_start: dict | None = None  # within a training step: the random states before it
         self.lineage: dict = {}  # where these weights come from; saved in checkpoints
         self.save_hyperparameters({"config": self.model.config.to_dict()} | recipe)
@@ -90,10 +90,6 @@ class RaceModule(pl.LightningModule):
     def validation_step(self, batch, batch_idx: int) -> torch.Tensor:
         """Loss and accuracy on the validation split."""
         return self.model_step(batch, "val")
-
-    def test_step(self, batch, batch_idx: int) -> torch.Tensor:
-        """Loss and accuracy on the test split."""
-        return self.model_step(batch, "test")
 
     def model_step(self, batch, split: str, all_questions: int | None = None) -> torch.Tensor:
         """This process's part of the mean loss of a batch, which has all_questions in all processes."""
@@ -168,10 +164,6 @@ class RaceModule(pl.LightningModule):
         """Log the validation loss and accuracy, one of which picks the best checkpoint."""
         self.log_means("val", "val_loss_epoch")
 
-    def on_test_epoch_end(self) -> None:
-        """Log the test loss and accuracy."""
-        self.log_means("test", "test_loss")
-
     def setup(self, stage: str) -> None:
         """Choose the token budget for the trainer's device, unless one was given."""
         fit_memory(self, self.trainer.strategy.root_device, half="mixed" in self.trainer.precision)
@@ -192,6 +184,8 @@ class RaceModule(pl.LightningModule):
         try:
             module = cls(**(saved | settings))
             module.load_state_dict(content["state_dict"])
+        except RaceError as error:  # a setting that does not fit it
+            raise RaceError(f"{checkpoint_path}: {error}") from error
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RaceError(f"{checkpoint_path}: holds no RaceModule that can be loaded ({error})") from error
         return module.to(map_location)

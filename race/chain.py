@@ -20,30 +20,24 @@ from generate_race_cache import main as generate_race_cache
 from race import CHAIN, RaceError
 from race.data import Cache, RaceDataModule
 from race.files import atomic_write
-from race.parameters import ROOT, Settings, check, parse_set, read, table
+from race.parameters import GONE, ROOT, Settings, check, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.sentences import over_seeds
 from race.score.predictions import RESULT_COLUMNS, write_json
 from race.score.runs import Run, stages_over_seeds
+from race.train.state import SIGNALS
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
 COMPARISON = "compare_recipes"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MADE_FROM = {"race": {"source": "ehovy/race", "model": "albert-base-v2"}, "demo": {"source": "demo", "model": "demo"}}
 OF_A_RUN = {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"}  # of several runs each has its own
-GONE = {
-    "--fresh": "to train a stage again, --set CHECKPOINT_DIR=… RUN_DIR=…, or move its files away (docs/resuming.md)",
-    "--base-checkpoint": "give --set e2.BASE_CHECKPOINT=…, or that of e3",
-    "--difference": "the first cells of compare_recipes.ipynb say how many seeds it takes",
-    "--jobs": "start the command once for each seed, as --seeds 1 and --seeds 2, then with all of them",
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipes of "demo" or "race", once or with each seed; returns the exit status. Raises RaceError."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    folder = ROOT / parse_set(options.pairs).get("CACHE_DIR", f"cache/{options.name}")
+    folder = ROOT / read(parse_set(options.pairs)).get("CACHE_DIR", f"cache/{options.name}")
     if status := prepare_cache(folder, options):
         return status
     split = "test" if "test" in Cache(folder).splits else "validation"
@@ -82,7 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--set", nargs="+", action="extend", default=[], dest="pairs", metavar="NAME=VALUE", help=given)
     for argument in arguments:
         if gone := GONE.get(argument.partition("=")[0]):
-            raise RaceError(f"{argument} is gone: {gone}")
+            raise RaceError(gone)
     options = parser.parse_args(arguments)
     check(limit_questions=options.limit_questions, seeds=options.seeds)
     for stage in CHAIN:
@@ -160,9 +154,8 @@ def finished(notebook: tuple[str, dict]) -> bool:
 def report(options: argparse.Namespace, evaluated: list[dict]) -> None:
     """Print the results of one recipe, from the parameters of its runs' last notebook; raises RaceError."""
     if evaluated and not options.seeds:
-        folder = evaluated[0]["RUN_DIR"]
-        print(pd.read_csv(ROOT / folder / "results.csv")[RESULT_COLUMNS].to_string(index=False))
-        print(f"notebooks, figures and predictions: {folder}; checkpoints: {evaluated[0]['CHECKPOINT_DIR']}")
+        print(pd.read_csv(ROOT / evaluated[0]["RUN_DIR"] / "results.csv")[RESULT_COLUMNS].to_string(index=False))
+        print("notebooks, figures and predictions: {RUN_DIR}; checkpoints: {CHECKPOINT_DIR}".format(**evaluated[0]))
     elif evaluated:
         name = options.recipes[0].name
         runs = [Run(name, it["SEED"], str(ROOT / it["CHECKPOINT_DIR"]), str(ROOT / it["RUN_DIR"])) for it in evaluated]
@@ -217,8 +210,7 @@ def run_notebook(notebook: str, parameters: dict) -> None:
     executed.parent.mkdir(parents=True, exist_ok=True)
     what = f"── {parameters['RUN_DIR']}: {notebook}"
     print(f"\n{what}", flush=True)
-    shown = {"progress_bar": False, "stdout_file": sys.stdout}
-    shown |= {"extra_arguments": ["--log-level=40"]}  # errors only: a kernel warns of its own local connection
+    shown = {"progress_bar": False, "stdout_file": sys.stdout, "extra_arguments": ["--log-level=40"]}  # errors only
     try:
         done = papermill.execute_notebook(ROOT / f"{notebook}.ipynb", executed, parameters, cwd=ROOT, **shown)
     except papermill.exceptions.PapermillExecutionError as error:

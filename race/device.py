@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
@@ -61,20 +60,17 @@ def environment():
     """Versions and hardware of this run, a row each; also what keeps torch from using a GPU."""
     import pandas as pd
 
-    problem, rows = gpu_problem(), {"python": platform.python_version()} | versions()
-    device = (
-        {"problem": problem} if problem else {"device": hardware(default_device()), "precision": default_precision()}
-    )
-    return pd.DataFrame({"": rows | device}).style.set_properties(**{"text-align": "left", "white-space": "normal"})
+    rows, problem = {"python": platform.python_version()} | versions(), gpu_problem()
+    rows |= {"problem": problem} if problem else {"device": hardware(default_device())}
+    rows |= {} if problem else {"precision": default_precision()}
+    return pd.DataFrame({"": rows}).style.set_properties(**{"text-align": "left", "white-space": "normal"})
 
 
 def gpu_problem() -> str | None:
     """Why torch cannot use the GPU of this node; None if it can, if there is none, or if all are hidden on purpose."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "NoDevFiles").strip()  # Slurm's word for a job without a GPU
-    given = (
-        visible != "NoDevFiles" or "SLURM_JOB_GPUS" in os.environ or any(path.exists() for path in (DRIVER, *DEVICES))
-    )
-    none = visible in ("", "-1") or not given
+    given = visible != "NoDevFiles" or "SLURM_JOB_GPUS" in os.environ
+    none = visible in ("", "-1") or not (given or any(path.exists() for path in (DRIVER, *DEVICES)))
     if none and not torch.cuda.is_available():
         return None
     try:
@@ -139,6 +135,8 @@ def processes() -> tuple[int, int, list]:
 
 def _in_interactive_step() -> bool:
     """Whether a shell of `srun --pty` started this process, and not srun itself."""
+    import psutil
+
     task = int(os.environ.get("SLURM_TASK_PID", 0))
     # steps started from such a shell inherit the variable, but their tasks have no terminal
     of_another_step = psutil.pid_exists(task) and psutil.Process(task).terminal() is None

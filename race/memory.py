@@ -35,7 +35,7 @@ def in_parts(module, batch, run: Callable, undo: Callable | None = None, stop: C
                     f"BATCH_SIZE or TOKEN_BUDGET (now {module.token_budget}); other programs may use this GPU ({error})"
                 ) from error
         module.token_budget = tokens // 2
-        print(f"the GPU's memory was full: the step is taken again with TOKEN_BUDGET = {tokens // 2:,}", flush=True)
+        print(f"the GPU's memory was full: the batch is run again with TOKEN_BUDGET = {tokens // 2:,}", flush=True)
         if undo is not None:  # out of the except clause, which still holds what did not fit
             undo()
         torch.cuda.empty_cache()

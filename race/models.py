@@ -95,7 +95,7 @@ def _first_sentence(error: Exception) -> str:
 
 def load_tokenizer(model: str | Path):
     """The tokenizer of a hub name or folder; raises RaceError if there is none, or its files do not suffice."""
-    from transformers import AlbertTokenizer, AutoTokenizer, DebertaV2Tokenizer
+    from transformers import AutoTokenizer, DebertaV2Tokenizer
 
     folder = local_copy(model)
     spiece, file = spiece_file(folder), folder / "tokenizer.json"
@@ -107,8 +107,6 @@ def load_tokenizer(model: str | Path):
             ids = tokenizer(LINE, add_special_tokens=False)["input_ids"]
             if backend.encode(LINE, add_special_tokens=False).ids != ids:
                 tokenizer = _with_backend(tokenizer, backend)
-        elif spiece and isinstance(tokenizer, AlbertTokenizer):
-            tokenizer = _albert_tokenizer(tokenizer, spiece)
         elif spiece and isinstance(tokenizer, DebertaV2Tokenizer):
             tokenizer = _deberta_tokenizer(tokenizer, spiece)
     except Exception as error:  # damaged files make the libraries raise anything
@@ -122,19 +120,6 @@ def load_tokenizer(model: str | Path):
         raise RaceError(f"{model}: its tokenizer lower-cases, its vocabulary does not; add its tokenizer_config.json")
     tokenizer.name_or_path = str(model)
     return tokenizer
-
-
-def _albert_tokenizer(loaded, spiece: Path):
-    """From spiece.model alone: transformers takes quotes and full stops in it for special tokens."""
-    proto = spiece_proto(spiece, "albert")
-    pieces = {piece.piece: piece.score for piece in proto.pieces}
-    built = type(loaded)(
-        vocab=[*pieces.items()],
-        _spm_precompiled_charsmap=proto.normalizer_spec.precompiled_charsmap or None,
-        **{name: getattr(loaded, name) for name in ("do_lower_case", "keep_accents", "model_max_length", *SPECIAL)},
-    )
-    built.add_tokens([token for _, token in sorted(loaded.added_tokens_decoder.items()) if str(token) not in pieces])
-    return built
 
 
 def _deberta_tokenizer(loaded, spiece: Path):

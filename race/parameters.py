@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import yaml
 
-from race import LEVELS, MONITORS, ROOT, SPLITS, RaceError
+from race import CHAIN, LEVELS, MONITORS, ROOT, SPLITS, RaceError
 from race.schedule import NAMES, is_schedule
 
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -18,7 +18,9 @@ OF_SCORING = ("RUN_DIR", "SPLIT", "PRECISION", "ACCELERATOR")
 OF_MODULE = ("LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "ATTENTION_DROPOUT", "TOKEN_BUDGET")
 OF_TRAINING = ("MAX_EPOCHS", "EARLY_STOPPING", "SAVE_MINUTES", "PRECISION", "ACCELERATOR")
 OF_TRAINING += ("DETERMINISTIC", "COMPILE", "LOGGERS")
-GONE = {"FRESH": "FRESH is gone: set another CHECKPOINT_DIR and RUN_DIR, or move its files away (docs/resuming.md)"}
+FRESH = "set another CHECKPOINT_DIR and RUN_DIR, or move its files away (docs/resuming.md)"
+GONE = {"FRESH": f"FRESH is gone: {FRESH}", "--fresh": f"--fresh is gone: {FRESH}"}
+GONE["--jobs"] = "--jobs is gone: start the command once for each seed (--seeds 1), then with all of them"
 
 
 def _integer(value) -> int:
@@ -94,7 +96,7 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "EXPORT_DIR": ("a new folder for transformers to load", FOLDER.or_none()),
     "RECIPES": ("the first is what the others are compared with", NAME_LIST),
     "SEEDS": ("seeds of the runs to compare", FROM_0.listed("a list of whole numbers from 0").or_none()),
-    "DIFFERENCE": ("points of accuracy that would matter", POSITIVE.or_none()),
+    "DIFFERENCE": ("points of accuracy that would matter", POSITIVE),
     "LEARNING_RATE": ("the highest of the stage", FINITE),
     "SCHEDULE": ("of the learning rate over a stage", Kind(NAMES, str, is_schedule)),
     "WARMUP": ("steps over which the rate grows from 0", WARMUP),
@@ -105,7 +107,6 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "BATCH_SIZE": ("questions of a step, four sequences each", FROM_1),
     "MAX_LEN": ("tokens of a sequence", FROM_1),
     "max_qa_len": ("tokens of question+option", FROM_1),
-    "workers": ("threads of the tokenizer", FROM_1),
     "SEED": ("of order, dropout and samples", FROM_0),
     "LIMIT_QUESTIONS": ("a random sample of each split; None: all", FROM_1.or_none()),
     "LEVEL": ("only these questions", _one_of(*LEVELS).or_none()),
@@ -160,8 +161,8 @@ def parse_set(pairs: list[str], stage: str | None = None) -> dict[str, str]:
     general, own, problems = {}, {}, []
     for pair in pairs:
         whose, dot, name = pair.partition("=")[0].rpartition(".")
-        if "=" not in pair or name not in OF_NOTEBOOKS:
-            expected = f"expected NAME=VALUE, with NAME one of {', '.join(OF_NOTEBOOKS)}"
+        if "=" not in pair or name not in OF_NOTEBOOKS or (dot and whose not in CHAIN):
+            expected = f"expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of {', '.join(OF_NOTEBOOKS)}"
             problems.append(f"--set {pair}: {GONE.get(name, expected)}")
         elif not dot or whose == stage:
             (own if dot else general)[name] = pair.partition("=")[2]

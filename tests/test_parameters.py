@@ -44,7 +44,7 @@ def test_what_is_meant_is_taken():
         *[("MAX_GRAD_NORM", 0), ("ATTENTION_DROPOUT", 1), ("SCHEDULE", "step 3/2"), ("SEED", -1), ("SEEDS", [1.5])],
         *[("RUN_DIR", None), ("RUN_DIR", " "), ("PRECISION", "bf16-true"), ("ACCELERATOR", "cuda"), ("COMPILE", "max")],
         *[("LOGGERS", "{A: 3}"), ("LOGGERS", "{A: "), ("DIFFERENCE", 0), ("TOKEN_BUDGET", 0), ("DETERMINISTIC", 2)],
-        *[("weight_decay", -0.1), ("max_qa_len", 0), ("workers", 0)],
+        *[("weight_decay", -0.1), ("max_qa_len", 0)],
     ],
 )
 def test_the_rest_is_refused_by_name(name, wrong):
@@ -104,8 +104,11 @@ def test_a_script_takes_parameters_from_its_command_line(monkeypatch):
     script = Settings(variables | {"__file__": "ex03.py"})
     assert (script.LEARNING_RATE, script.MAX_EPOCHS, script.SEED) == (1e-5, 2, 0)
     assert Settings(variables).LEARNING_RATE == 2e-6
-    for wrong in ("LERNRATE=1", "SEED", "e3.workers=1"):
-        with pytest.raises(RaceError, match=f"--set {wrong}: expected NAME=VALUE, with NAME one of CACHE_DIR"):
+    for wrong in ("LERNRATE=1", "SEED", "e3.workers=1", "e4.SEED=1", "ex03.SEED=1"):
+        with pytest.raises(
+            RaceError,
+            match=f"--set {wrong}: expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of CACHE_DIR",
+        ):
             parse_set([wrong])
     assert parse_set(["CHECKPOINT=a/e1-epoch=00.ckpt"]) == {"CHECKPOINT": "a/e1-epoch=00.ckpt"}
 

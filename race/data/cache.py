@@ -88,7 +88,6 @@ class Cache:
 
         Not by its description, which differs between versions of transformers.
         """
-        kept = self.tokenizer
         try:
             own = load_tokenizer(model)
         except RaceError:

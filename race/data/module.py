@@ -186,10 +186,6 @@ class RaceDataModule(pl.LightningDataModule):
         """The validation questions, longest first."""
         return self.ordered_loader("validation")
 
-    def test_dataloader(self) -> DataLoader:
-        """The test questions, longest first."""
-        return self.ordered_loader("test")
-
     def ordered_loader(self, split: str) -> DataLoader:
         """The questions of a split, longest first, each on exactly one process."""
         dataset, (rank, world) = self.dataset(split), self._process()

@@ -171,15 +171,9 @@ def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
 
 
 @plt.style.context(STYLE)
-def training_curves(
-    log: pd.DataFrame, stage: str, monitor: str = MONITORS[0], max_grad_norm: float | None = None
-) -> Figure:
-    """Loss, accuracy and learning rate over the optimizer steps of one stage (race.train.stages.read_log).
-
-    monitor: which number picks the best checkpoint. The gradient's norm is drawn if it was logged, with max_grad_norm.
-    """
-    strips = [0.8, 0.8] if "gradient_norm" in log else [0.8]
-    figure, loss, accuracy, *norm, schedule = panels(2.2, 2.2, *strips)
+def training_curves(log: pd.DataFrame, stage: str, monitor: str = MONITORS[0]) -> Figure:
+    """Loss, accuracy and rate over the optimizer steps of a stage (stages.read_log); monitor: what picks the best."""
+    figure, loss, accuracy, schedule = panels(2.2, 2.2, 0.8)
     wanted = ["train_loss_step", "train_acc", "val_loss_epoch", "learning_rate", "val_acc"]
     log = log.reindex(columns=log.columns.union(wanted))  # before the first validation, some are not there yet
     train, epochs, validated, rates = (log.dropna(subset=name) for name in wanted[:4])
@@ -194,8 +188,6 @@ def training_curves(
         for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
             _validation(axes, validated, _chosen(validated, monitor), ["step", name], ORANGE)
         _best(loss, accuracy, validated.assign(stage=stage))
-    if norm:
-        _gradient_norm(*norm, log.dropna(subset="gradient_norm"), max_grad_norm)
     top, end = rates["learning_rate"].max(), max(log["step"].max(), 1)
     upto = "" if (rates["learning_rate"] == top).all() else "up to "
     schedule.plot(rates["step"], rates["learning_rate"], color=GREEN)
@@ -233,20 +225,6 @@ def _best(loss, accuracy, validated: pd.DataFrame) -> None:
         best = _chosen(validated, name)
         text = f"{RULES[name].capitalize()}: {form(best[name])} ({best['stage']}, epoch {best['epoch']:.0f})"
         axes.set_title(wrapped(text, 6, 10))
-
-
-def _gradient_norm(axes, log: pd.DataFrame, most: float | None) -> None:
-    """The norm of each logged step's gradient, before it is clipped to `most`."""
-    axes.plot(log["step"], log["gradient_norm"], color=GREY, linewidth=0.8)
-    title = "gradient norm"
-    if np.isfinite(most or np.inf):
-        axes.axhline(most, color=ORANGE, linewidth=1)
-        share = (log["gradient_norm"] > most).mean()
-        title += f" before clipping to {most:g} (line): above it in {100 * share:.0f} % of the logged steps"
-    drawn = log["gradient_norm"][lambda it: (it > 0) & (it < np.inf)]
-    axes.set(title=title, ylabel="norm", yscale="log", yticks=drawn.agg(["min", "max"]).dropna())
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:.2g}")
 
 
 @plt.style.context(STYLE)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from race import CHANCE
-from race.report.formats import RULES, SIGNIFICANT, interval, listed, p_value, percent, points, signed
+from race.report.formats import SIGNIFICANT, interval, listed, p_value, percent, points, signed
 from race.score import comparison, statistics
 from race.score.comparison import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power, seeds_needed
 from race.score.statistics import quoted_interval
@@ -44,17 +44,6 @@ def origin(checkpoint) -> str:
     epoch = None if checkpoint.epoch is None else f"{checkpoint.epoch} (from 0)"
     facts = {"stage": checkpoint.stage, "epoch": epoch, "trained from": checkpoint.base}
     return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in facts.items())
-
-
-def other_rule(checkpoint, other) -> str:
-    """What the other rule of selection would have picked in the stage of a checkpoint; "" if that is not known."""
-    if other is None or None in (checkpoint.val_acc, other.val_acc):
-        return ""
-    own, instead = (f"loss {it.val_loss:.3f}, accuracy {percent(it.val_acc)}" for it in (checkpoint, other))
-    rule = RULES["val_loss_epoch" if checkpoint.monitor == "val_acc" else "val_acc"]
-    same = other.sha256 == checkpoint.sha256
-    picked = "is the same checkpoint" if same else f"would be epoch {other.epoch} ({instead})"
-    return f"\nvalidation: {own}; the one with the {rule} {picked}"
 
 
 def headline(table: pd.DataFrame) -> str:
@@ -119,6 +108,8 @@ def groups(table: pd.DataFrame) -> str:
 def letters(predictions: pd.DataFrame) -> str:
     """Position bias: whether letters are chosen as often as they are correct."""
     statistic, freedom, p = statistics.letter_test(predictions)
+    if pd.isna(p):
+        return "Whether letters are chosen as often as they are correct is not tested: too few wrong answers."
     test = f"Stuart–Maxwell test, χ² = {statistic:.1f}, degrees of freedom: {freedom}, {p_value(p)}"
     found = "significant" if p < SIGNIFICANT else "not significant"
     return f"How often each letter is chosen and how often it is correct: the difference is {found} ({test})."

@@ -11,6 +11,5 @@ GONE = {
     "race.score.seeds": "run python -m race.chain NAME --seeds 1 2 3, which compares the stages over seeds at its end",
 }
 
-for module, instead in GONE.items():
-    if sys.orig_argv[1:3] == ["-m", module]:
-        sys.exit(f"{module} is gone: {instead}")
+if instead := GONE.get(module := "".join(sys.orig_argv[2:3])):  # as `python -m race.score.seeds` names it
+    sys.exit(f"{module} is gone: {instead}")

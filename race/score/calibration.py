@@ -40,9 +40,9 @@ def calibration_error(predictions: pd.DataFrame) -> float:
 def calibration_spread(predictions: pd.DataFrame, seed: int = 0) -> dict:
     """What sampling does to the calibration error: its 95 % interval, and what a calibrated model would read.
 
-    floor, floor_low, floor_high: mean and central 95 % of the errors of a model whose answers are correct with exactly
-    its confidences. error_low, error_high: bootstrap over the questions. Resampling adds to the error, as sampling
-    does: both ends allow for that, and the lower one is 0 for an error that a calibrated model may have.
+    floor_low, floor_high: central 95 % of the errors of a model whose answers are correct with exactly its confidences.
+    error_low, error_high: bootstrap over the questions. Resampling adds to the error, as sampling does: both ends allow
+    for that, and the lower one is 0 for an error that a calibrated model may have.
     """
     sure, correct, rng = confidence(predictions), is_correct(predictions), np.random.default_rng(seed)
     count, member = len(sure), np.eye(BINS)[_bins(predictions)]  # [N, BINS]
@@ -53,8 +53,8 @@ def calibration_spread(predictions: pd.DataFrame, seed: int = 0) -> dict:
     floor_low, floor_high = np.quantile(floor, (0.025, 0.975))
     error, upper = calibration_error(predictions), np.quantile(errors, 0.975)
     low = 0.0 if error <= floor_high else max(0.0, 2 * error - upper)
-    found = {"error_low": low, "error_high": np.clip(upper - (errors.mean() - error), error, 1.0)}
-    return found | {"floor": floor.mean(), "floor_low": floor_low, "floor_high": floor_high}
+    high = np.clip(upper - (errors.mean() - error), error, 1.0)
+    return {"error_low": low, "error_high": high, "floor_low": floor_low, "floor_high": floor_high}
 
 
 def losses(predictions: pd.DataFrame) -> np.ndarray:

@@ -12,7 +12,7 @@ PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 SEEN_COLUMNS = {"trained_on": "article_in_train", "selected_on": "article_in_validation"}  # of results: of predictions
 OF_PASSAGES = ("article length (tokens)", "sequence", "article")  # groupings that hold a passage's questions together
-FEW_ERRORS = 50  # with fewer, χ² is not a good approximation
+FEW_ERRORS = 50  # wrong answers from which letters are tested
 
 
 def _first(word: str) -> str:
@@ -198,7 +198,7 @@ def confusion(predictions: pd.DataFrame) -> np.ndarray:
 def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     """Are letters chosen as often as they are correct? Stuart and Maxwell's χ², its degrees of freedom, and p.
 
-    With fewer than FEW_ERRORS, p is the share of 20,000 random swaps of choice and correct answer with a χ² as large.
+    p is NaN with fewer than FEW_ERRORS wrong answers: χ² is then no good approximation.
     The choice and the correct answer belong to the same question: the test is paired (Maxwell 1970, British Journal of
     Psychiatry 116:651). Not statsmodels' SquareTable.homogeneity: it gives NaN if the covariance is singular, as it is
     where a letter is in no wrong answer, and a p of 0 for every χ² beyond 80 or so.
@@ -209,12 +209,6 @@ def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     freedom = int(np.linalg.matrix_rank(covariance))
     if freedom == 0:  # every answer is correct
         return 0.0, 0, 1.0
-    inverse = np.linalg.pinv(covariance, hermitian=True)  # the same after every swap
-    statistic = float(difference @ inverse @ difference)
-    wrong = predictions[~is_correct(predictions)]
-    if len(wrong) >= FEW_ERRORS:
-        return statistic, freedom, float(chi2.sf(statistic, freedom))
-    steps = [np.array([wrong[it] == letter for letter in LETTERS[:-1]], float) for it in ("prediction", "answer")]
-    drawn = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, len(wrong))) @ (steps[0] - steps[1]).T
-    as_large = ((drawn @ inverse) * drawn).sum(1) >= statistic * (1 - 1e-9)
-    return statistic, freedom, float((as_large.sum() + 1) / (len(as_large) + 1))
+    statistic = float(difference @ np.linalg.pinv(covariance, hermitian=True) @ difference)
+    few = (~is_correct(predictions)).sum() < FEW_ERRORS
+    return statistic, freedom, np.nan if few else float(chi2.sf(statistic, freedom))

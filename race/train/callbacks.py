@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import TQDMProgressBar
 
 from race import CHANCE, MONITORS
 from race.train.checkpoints import Checkpoint
@@ -86,7 +85,7 @@ class StageReport(pl.Callback):
         say(f"training on {self.device}; TOKEN_BUDGET {module.token_budget:,}")
         self._batches = trainer.datamodule.batches_per_epoch()
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self._batches // 20))
-        self._started, self._first_step = time.perf_counter(), trainer.global_step
+        self._seconds, self._steps = 0.0, 0  # of training
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Time between epochs (validation, saving) does not count as training."""
@@ -96,11 +95,12 @@ class StageReport(pl.Callback):
         """Log the speed; print the estimate, once."""
         now, before = time.perf_counter(), self._step_ended
         self._step_ended = now
-        if before is not None:
-            module.log("tokens_per_second", module.tokens / (now - before), on_step=True)
-        seconds = now - self._started
-        if not self.estimated and seconds >= self.after_seconds:
-            self.estimated, per_step = True, seconds / (trainer.global_step - self._first_step)
+        if before is None:
+            return
+        module.log("tokens_per_second", module.tokens / (now - before), on_step=True)
+        self._seconds, self._steps = self._seconds + now - before, self._steps + 1
+        if not self.estimated and self._seconds >= self.after_seconds:
+            self.estimated, per_step = True, self._seconds / self._steps
             total = timedelta(seconds=round(per_step * self._batches * trainer.max_epochs))
             steps = f"{trainer.max_epochs} epochs of {self._batches:,} steps at {per_step:.2f} s a step"
             trainer.progress_bar_callback.print(f"about {total} for {steps}, without validation")
@@ -110,11 +110,3 @@ class StageReport(pl.Callback):
         loss, accuracy = (trainer.callback_metrics[name] for name in MONITORS)
         epoch = f"epoch {trainer.current_epoch}: validation loss {loss:.4f}, accuracy {100 * accuracy:.1f} %"
         trainer.progress_bar_callback.print(epoch)
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's, without the number of the log."""
-
-    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict:
-        """What stands at the end of the bar."""
-        return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}

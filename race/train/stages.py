@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -29,8 +30,6 @@ class Stage:
     def __post_init__(self):
         if self.name not in CHAIN:
             raise RaceError(f"stage {self.name!r}: expected one of {', '.join(CHAIN)}")
-        if self.monitor not in (None, *MONITORS):
-            raise RaceError(f"MONITOR is {self.monitor!r}, expected one of {', '.join(MONITORS)}")
 
     @property
     def before(self) -> "Stage | None":
@@ -50,11 +49,12 @@ class Stage:
         return folders | {"monitor": self.monitor or MONITORS[0]}
 
     @property
-    def trained_again(self) -> str:
+    def how_to_train_again(self) -> str:
         """What to do to train it again from its start: a sentence."""
-        aside = f"{self.checkpoint_dir}/earlier/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        files = f"{self.checkpoint_dir}/{self.name}-*.ckpt"
-        files += f" {self.state_path}" if self.state_path.exists() else ""
+        folder = shlex.quote(str(self.checkpoint_dir))
+        aside = f"{folder}/earlier/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        files = f"{folder}/{self.name}-*.ckpt"
+        files += f" {folder}/resume/{self.name}.ckpt" if self.state_path.exists() else ""
         move = f"mkdir -p {aside} && mv {files} {aside}"
         return f"To train it again, set another CHECKPOINT_DIR and RUN_DIR, or move its files away: {move}"
 
@@ -73,16 +73,10 @@ class Stage:
     def best(self) -> Checkpoint:
         """The checkpoint with the lowest validation loss, or highest accuracy (`rule`); raises RaceError if none is."""
         if not self.saved:
-            where = f"{self.checkpoint_dir} has no checkpoint of stage {self.name}"
-            raise RaceError(f"{where}: run {CHAIN[self.name]}.ipynb first")
+            raise RaceError(f"{self.checkpoint_dir} has no {self.name} checkpoint: run {CHAIN[self.name]}.ipynb first")
         if math.isinf(_cost(self.saved[0], MONITORS[0])[0]):
             raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no checkpoint has a finite validation loss")
         return self.saved[0]
-
-    def other_best(self) -> Checkpoint:
-        """What the other one of MONITORS would have picked."""
-        other = MONITORS[1 - MONITORS.index(self.rule)]
-        return min(self.saved, key=lambda checkpoint: _cost(checkpoint, other))
 
     def checkpoints(self) -> pd.DataFrame:
         """Its checkpoints as they are on disk now, best first: path, epoch, val_loss_epoch (exact), val_acc."""
@@ -141,16 +135,6 @@ def stages_behind(checkpoints: list[Checkpoint]) -> dict[str, str]:
     rules, last = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}, checkpoints[-1]
     stages = [Stage(name, last.path.parent, found=last.beside) for name in CHAIN if name in named]
     return {stage.name: rules.get(stage.name) or stage.rule for stage in stages}
-
-
-def best_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
-    """The best checkpoint of each stage that has any, in the order of the chain."""
-    return [stage.best() for stage in stages_of(checkpoint_dir)]
-
-
-def latest_checkpoint(checkpoint_dir: str | Path) -> Checkpoint:
-    """The best checkpoint of the latest stage that has any."""
-    return stages_of(checkpoint_dir)[-1].best()
 
 
 def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:

@@ -190,7 +190,7 @@ def check_identity(state: dict, identity: dict, stage) -> None:
     changed = [f"{name} was {old.get(name)!r}, is {new!r}" for name, new in identity.items() if old.get(name) != new]
     if changed:
         begun = f"{stage.name} was begun with other settings: {'; '.join(changed)}. Set them back to resume"
-        raise RaceError(f"{begun}. {stage.trained_again}")
+        raise RaceError(f"{begun}. {stage.how_to_train_again}")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
@@ -25,7 +25,7 @@ from race.encoder import attention_kernel, compile_layers
 from race.files import locked, remove_unfinished
 from race.models import load_config
 from race.parameters import ROOT, check
-from race.train.callbacks import LossWatch, NewestOfEpoch, ProgressBar, StageReport
+from race.train.callbacks import LossWatch, NewestOfEpoch, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoints, weights_hash
 from race.train.stages import Stage
 from race.train.state import KeepState, check_identity, ended_by_signals, read_state, say, stage_identity
@@ -138,15 +138,14 @@ def train_stage(
     if early_stopping is not None:
         mode = "max" if monitor == "val_acc" else "min"
         watching.append(EarlyStopping(monitor, mode=mode, patience=early_stopping))
-    of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "callbacks": watching}
-    of_run |= {"deterministic": deterministic or None}  # None: as it is set
-    trainer = _trainer(stage, module, state, precision, device, loggers, of_run)
+    of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "deterministic": deterministic or None}
+    trainer = _trainer(stage, module, state, precision, device, loggers, watching, **of_run)
     if state is None:
         _begin(stage, module, data, trainer)
     else:
         check_identity(state, keeper.identity, stage)
         if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):
-            say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train. {stage.trained_again}")
+            say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train. {stage.how_to_train_again}")
             return trainer
         say(f"{stage.name} resumes from epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}")
     if compile:
@@ -158,8 +157,8 @@ def train_stage(
 def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule, trainer: pl.Trainer) -> None:
     """Check that a stage starts as its checkpoints will say, and note what these are to remember of its training."""
     if names := [it.name for it in read_checkpoints(stage.checkpoint_dir) if it.stage == stage.name]:
-        lying = f"{stage.checkpoint_dir} has checkpoints of {stage.name}, but no state to resume from"
-        raise RaceError(f"{lying}: {', '.join(names)}. {stage.trained_again}")
+        found = f"{stage.checkpoint_dir} has checkpoints of {stage.name}, but no state to resume from"
+        raise RaceError(f"{found}: {', '.join(names)}. {stage.how_to_train_again}")
     if module.lineage.get("weights_start") not in (None, weights_hash(module.model)):
         raise RaceError("the weights have been trained since the model was made: run the model's cell again first")
     recipe = {name: value for name, value in data.made_with.items() if name != "cache_dir"}
@@ -198,24 +197,21 @@ class MixedPrecision(plugins.MixedPrecision):
 
 
 def _trainer(
-    stage: Stage, module: RaceModule, state: dict | None, precision: str, device: torch.device, loggers, of_run: dict
+    stage: Stage, module: RaceModule, state: dict | None, precision: str, device, loggers, callbacks, **of_run
 ) -> pl.Trainer:
     """A checkpoint after each epoch, CSV and TensorBoard logs (of a resumed stage, those from before), progress bar."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Lightning's hints do not fit: the loader needs few workers, and processes() says in its own words what runs where
     for hint in ("many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist", "srun"):
         warnings.filterwarnings("ignore", message=f".*{hint}.*")
-    of_run["callbacks"] += [
-        ModelCheckpoint(
-            stage.checkpoint_dir,
-            filename=f"{stage.name}-{module.model.config.model_type}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
-            monitor="val_loss_epoch",  # in the file name; Stage.best() chooses
-            save_top_k=-1,
-            save_weights_only=True,
-            enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
-        ),
-        ProgressBar(refresh_rate=10),  # a refresh reads numbers from the GPU
-    ]
+    saving = ModelCheckpoint(
+        stage.checkpoint_dir,
+        filename=f"{stage.name}-{module.model.config.model_type}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
+        monitor="val_loss_epoch",  # in the file name; Stage.best() chooses
+        save_top_k=-1,
+        save_weights_only=True,
+        enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
+    )
     further, logs = further_loggers(loggers, stage.run_dir, stage.name), Path(stage.run_dir) / "logs"
     csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
     purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
@@ -230,6 +226,7 @@ def _trainer(
         strategy="auto" if devices * nodes == 1 else DDPStrategy(broadcast_buffers=False),
         plugins=[AtomicCheckpointIO(), *half, *environment],
         logger=[csv, board, *further],
+        callbacks=[*callbacks, saving, TQDMProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
         num_sanity_val_steps=0,  # a cache is checked when it is made, and a batch that does not fit is divided
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,  # the epoch in which a stage resumes has fewer batches than the others

@@ -113,7 +113,7 @@ def test_a_batch_without_questions_is_empty():
 
 def test_evaluation_order_is_longest_first_and_complete(cache):
     data = RaceDataModule(cache, batch_size=4)
-    totals = np.concatenate([np.reshape(batch.lengths, (-1, 4)).sum(1) for batch in data.test_dataloader()])
+    totals = np.concatenate([np.reshape(batch.lengths, (-1, 4)).sum(1) for batch in data.ordered_loader("test")])
     assert (np.diff(totals) <= 0).all()
     assert sorted(data.test_dataset.length_order()) == list(range(len(data.test_dataset)))
 

@@ -34,7 +34,7 @@ def test_headline():
     text = sentences.headline(table.assign(macro_accuracy=0.26, macro_low=0.2, macro_high=0.3))
     assert "25 of 100 test questions" in text and "accuracy 25.0 % (95 % interval 17.5 % to 34.3 %)" in text
     assert "chance, 25 %, is inside it" in text and "26.0 % (20.0 % to 30.0 %)" in text
-    text = sentences.headline(accuracy_table(on_passages(0, 0.1), "e1", "x.ckpt", "test"))
+    text = sentences.headline(accuracy_table(known(on_passages(0, 0.1), False, False), "e1", "x.ckpt", "test"))
     assert ", by passage); chance, 25 %, is below it" in text and "Macro" not in text
 
 
@@ -75,7 +75,8 @@ def test_groups_are_named_only_where_they_differ_from_the_rest_of_their_level():
 def test_letters():
     text = sentences.letters(made("ABCD" * 100, "A" * 400))
     assert "is significant (" in text and "χ² = 300.0" in text and "freedom: 3, p < 0.001" in text
-    assert "not significant" in sentences.letters(made("ABAB", "ACAC"))
+    assert "not significant" in sentences.letters(made("ABCD" * 100, "BCDA" * 100))
+    assert "not tested" in sentences.letters(made("ABAB", "ACAC"))
 
 
 def test_calibration_and_a_temperature_that_helps_only_where_log_loss_does():

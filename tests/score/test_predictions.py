@@ -36,7 +36,7 @@ from race.score.predictions import (
 )
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
 from race.train.checkpoints import Checkpoint
-from race.train.stages import latest_checkpoint
+from race.train.stages import stages_of
 from race_module import RaceModule
 
 
@@ -245,7 +245,7 @@ def test_predictions_of_version_1_5_are_taken(before, calls):
     """And the rows of results.csv that follow from them are the same."""
     results, data = before / "runs" / "results.csv", RaceDataModule(before / "cache", 8, max_len=160)
     old = pd.read_csv(results, dtype=str)
-    score(latest_checkpoint(before / "checkpoints"), data, "test", before / "runs", accelerator="cpu")
+    score(stages_of(before / "checkpoints")[-1].best(), data, "test", before / "runs", accelerator="cpu")
     old = old.drop(columns="icc")  # which is not computed any more
     assert not calls and pd.read_csv(results, dtype=str)[list(old)].equals(old)
 
@@ -289,7 +289,8 @@ def test_a_cache_is_opened_and_a_folder_of_checkpoints_listed_once(before, tmp_p
     )
     with contextlib.ExitStack() as stack:
         stack.callback(watching.clear)
-        checkpoint, data = latest_checkpoint(before / "checkpoints"), RaceDataModule(before / "cache", 8, max_len=160)
+        data = RaceDataModule(before / "cache", 8, max_len=160)
+        checkpoint = stages_of(before / "checkpoints")[-1].best()
         score(checkpoint, data, "test", tmp_path / "run", accelerator="cpu")
         validation_predictions(checkpoint, data, "test", tmp_path / "run", accelerator="cpu")
         answer_question(checkpoint, data, "Tom has a dog.", "What has Tom?", list("abcd"), "cpu")

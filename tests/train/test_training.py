@@ -94,7 +94,7 @@ def test_checkpoints_without_their_state_are_refused_by_name(cache, tmp_path):
     (name,) = [checkpoint.name for checkpoint in e1(tmp_path).saved]
     with pytest.raises(RaceError, match=f"no state to resume from: {name}.*mkdir -p"):
         stage(tmp_path, cache, **FEW)
-    assert os.system(e1(tmp_path).trained_again.partition("away: ")[2]) == 0
+    assert os.system(e1(tmp_path).how_to_train_again.partition("away: ")[2]) == 0
     stage(tmp_path, cache, **FEW)
     assert len(e1(tmp_path).saved) == 1 and (tmp_path / "run" / "logs" / "e1" / "version_1").exists()
 
