@@ -27,7 +27,7 @@ from race.schedule import Schedule
 
 
 class RaceModule(pl.LightningModule):
-    """Multiple choice on packed sequences: loss, optimizer and metrics of every stage. One of model and config."""
+    """Multiple choice: loss, optimizer and metrics of every stage. Give model or config."""
 
     def __init__(
         self,

@@ -374,7 +374,8 @@ def comparison(
 def result_name(name: str, options: argparse.Namespace) -> str:
     """The name of a result, with what differs from the usual: shape and precision."""
     shape = [] if options.shape == "base" else [options.shape]
-    return "-".join([name, *shape, *([] if options.precision == PRECISION[options.device] else ["bf16"])])
+    precision = [] if options.precision == PRECISION[options.device] else [options.precision.partition("-")[0]]
+    return "-".join([name, *shape, *precision])
 
 
 def report(name: str, result: dict, device: str = "cpu") -> dict:

@@ -106,8 +106,8 @@ def families(kept: dict) -> str:
     head = ["family", "way", "questions a second", *(f"times {side}" for side in common.SIDES[1:])]
     shape = kept["shape"]
     return table(head, rows) + machine(kept) + (
-        f"{shape['num_hidden_layers']} layers of {shape['hidden_size']} places, {kept['questions']} questions, "
-        f"groups of {kept['group']}, {kept['rounds']} round(s) after one for nothing.\n"
+        f"{shape['num_hidden_layers']} layers of size {shape['hidden_size']}, {kept['questions']} questions, "
+        f"groups of {kept['group']}, {kept['rounds']} round(s) after one to warm up.\n"
     )  # fmt: skip
 
 

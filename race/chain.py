@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m race.chain", description=__doc__, epilog=table())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("name", choices=MADE_FROM, help="the embedded corpus, or RACE with albert-base-v2")
+    add("name", choices=MADE_FROM, help="RACE with albert-base-v2, or the embedded corpus")
     add("--source", help="source of the cache (of 'race': ehovy/race)")
     add("--model", help="base model (of 'race': albert-base-v2)")
     add("--limit-questions", type=int, metavar="N", help="trial run on N random questions of each split")
@@ -158,10 +158,11 @@ def report(options: argparse.Namespace, evaluated: list[dict]) -> None:
         print("notebooks, figures and predictions: {RUN_DIR}; checkpoints: {CHECKPOINT_DIR}".format(**evaluated[0]))
     elif evaluated:
         name = options.recipes[0].name
-        runs = [Run(name, it["SEED"], str(ROOT / it["CHECKPOINT_DIR"]), str(ROOT / it["RUN_DIR"])) for it in evaluated]
         settings = Settings(evaluated[0] | {"SEED": 0, "RUN_DIR": f"runs/{run_name(options.run, name)}-over-seeds"})
         how, data = settings.scoring(), RaceDataModule(**settings.data())  # one sample of questions for all seeds
         split, out = how.pop("split"), ROOT / how.pop("run_dir")
+        places = [(it["SEED"], str(ROOT / it["CHECKPOINT_DIR"]), str(ROOT / it["RUN_DIR"])) for it in evaluated]
+        runs = [Run(name, *it, str(out) if settings.LIMIT_QUESTIONS else run_dir) for *it, run_dir in places]
         means, compared = stages_over_seeds(runs, data, split, **how)
         print(text := over_seeds(means, compared))
         found = {"verdict": text.splitlines(), "accuracies": means, "differences": compared}

@@ -38,7 +38,7 @@ def default_device(accelerator: str | None = None) -> torch.device:
 
 
 def default_precision(accelerator: str | None = None) -> str:
-    """bf16 on GPUs that have it (Ampere, 8.0, and newer), fp16 with loss scaling on Turing (7.5), fp32 on CPU."""
+    """bf16 on GPUs that have it (Ampere, 8.0, and newer), fp16 with loss scaling on others, fp32 on CPU."""
     if default_device(accelerator).type == "cpu":
         return "32-true"
     return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
@@ -75,11 +75,11 @@ def gpu_problem() -> str | None:
         return None
     try:
         torch.cuda.init()
-        built = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))), default=0)
-        major, minor = torch.cuda.get_device_capability()
-        if 10 * major + minor >= built:
+        (major, minor), built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+        kernels = [(kind, int(it)) for kind, it in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
+        if not kernels or any(it <= 10 * major + minor and (kind != "sm" or it // 10 == major) for kind, it in kernels):
             return None
-        why = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, this build begins at sm_{built}"
+        why = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, this build {' '.join(built)}"
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
     return (

@@ -83,8 +83,6 @@ def _prepared(model: nn.Module) -> nn.Module:
             model.base_model.mask_emb.requires_grad_(False)
         return model
     model.set_attn_implementation("packed")
-    if model.config._attn_implementation != "packed":
-        raise RaceError("this transformers cannot run packed sequences; install requirements.txt")
     model.run_layer = LayerRunner()
     for module in model.modules():
         for name, child in module.named_children():
@@ -99,7 +97,7 @@ def option_logits(model: nn.Module, batch) -> torch.Tensor:
         return sum(parameter.sum() for parameter in model.parameters()) * torch.zeros(0, 1, device=batch.labels.device)
     longest = longest_input(model)
     if longest and batch.max_seqlen > longest:
-        raise RaceError(f"a sequence of {batch.max_seqlen} tokens; the model takes {longest}: set MAX_LEN")
+        raise RaceError(f"a sequence of {batch.max_seqlen} tokens; the model takes {longest}: set MAX_LEN = {longest}")
     if not is_packed(model.config):
         return at_least_float32(model(**padded_inputs(model, batch)).logits).view(-1, 1)
     states = encode(model, batch)

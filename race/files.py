@@ -204,7 +204,7 @@ def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = 
     except FileNotFoundError as error:
         raise RaceError(f"{path}: no such checkpoint") from error
     except pickle.UnpicklingError as error:
-        raise RaceError(f"{path}: holds more than weights and plain values, and could run code; refused") from error
+        raise RaceError(f"{path}: could run code (more than weights and plain values); save a state dict") from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         problem = f"not a checkpoint, or cut off or damaged ({str(error).partition(chr(10))[0]})"
     raise RaceError(f"{path}: {problem}; put a good copy in its place, or move it away")

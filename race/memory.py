@@ -30,9 +30,10 @@ def in_parts(module, batch, run: Callable, undo: Callable | None = None, stop: C
             tokens, single = part.tokens(module.padded), len(part) == 1
             if single or (undo is not None and module.processes > 1 and part is parts[-1]):
                 what = "one question" if single else "a micro-batch, while processes exchange their gradients,"
+                mend = "MAX_LEN" if single else f"TOKEN_BUDGET (now {module.token_budget})"
                 raise RaceError(
-                    f"the GPU's memory is full: {what} of {tokens:,} tokens does not fit. Set a smaller MAX_LEN, or "
-                    f"BATCH_SIZE or TOKEN_BUDGET (now {module.token_budget}); other programs may use this GPU ({error})"
+                    f"the GPU's memory is full: {what} of {tokens:,} tokens does not fit. Set a smaller {mend}; other "
+                    f"programs may use this GPU ({error})"
                 ) from error
         module.token_budget = tokens // 2
         print(f"the GPU's memory was full: the batch is run again with TOKEN_BUDGET = {tokens // 2:,}", flush=True)

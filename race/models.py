@@ -204,6 +204,6 @@ def check_family(config, model: str | Path = "this model") -> None:
 
     family, known = config.model_type, sorted(HEADS.keys() - REFUSED)
     if family not in known:
-        raise RaceError(f"{model}: the type {family!r} is not run here (docs/models.md); those are {', '.join(known)}")
+        raise RaceError(f"{model}: the type {family!r} is not run here (docs/models.md), but {', '.join(known)}")
     if getattr(config, "is_decoder", False) or getattr(config, "attn_type", "bi") == "uni":
         raise RaceError(f"{model}: its config.json makes a decoder of it (is_decoder, attn_type), expected an encoder")

@@ -18,7 +18,7 @@ OF_SCORING = ("RUN_DIR", "SPLIT", "PRECISION", "ACCELERATOR")
 OF_MODULE = ("LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "ATTENTION_DROPOUT", "TOKEN_BUDGET")
 OF_TRAINING = ("MAX_EPOCHS", "EARLY_STOPPING", "SAVE_MINUTES", "PRECISION", "ACCELERATOR")
 OF_TRAINING += ("DETERMINISTIC", "COMPILE", "LOGGERS")
-FRESH = "set another CHECKPOINT_DIR and RUN_DIR, or move its files away (docs/resuming.md)"
+FRESH = "set another CHECKPOINT_DIR and RUN_DIR, or move its files and those of later stages away (docs/resuming.md)"
 GONE = {"FRESH": f"FRESH is gone: {FRESH}", "--fresh": f"--fresh is gone: {FRESH}"}
 GONE["--jobs"] = "--jobs is gone: start the command once for each seed (--seeds 1), then with all of them"
 
@@ -107,7 +107,7 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "BATCH_SIZE": ("questions of a step, four sequences each", FROM_1),
     "MAX_LEN": ("tokens of a sequence", FROM_1),
     "max_qa_len": ("tokens of question+option", FROM_1),
-    "SEED": ("of order, dropout and samples", FROM_0),
+    "SEED": ("of the new head, order, dropout and samples", FROM_0),
     "LIMIT_QUESTIONS": ("a random sample of each split; None: all", FROM_1.or_none()),
     "LEVEL": ("only these questions", _one_of(*LEVELS).or_none()),
     "MONITOR": ("what picks the best checkpoint", _one_of(*MONITORS)),

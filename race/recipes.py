@@ -67,7 +67,7 @@ def _wrong(name: str, table) -> list[str]:
     """What is wrong with one recipe."""
     if not isinstance(table, dict):
         return [f"expected a table, [{name}]"]
-    problems = [] if re.fullmatch(NAME, name) else ["a name has small letters, digits and _, as its folders do"]
+    problems = [] if re.fullmatch(NAME, name) else ["a name is small letters, digits and _; not trial, recipes, seedN"]
     stages = sorted(table.keys() - set(ABOUT))
     if stages != list(CHAIN)[: len(stages)] or not stages:
         problems.append(f"its stages are {', '.join(stages) or 'none'}: expected e1, or e1 and e2, or all three")

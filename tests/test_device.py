@@ -140,12 +140,14 @@ def test_without_a_gpu_or_with_all_hidden_on_purpose_the_cpu_is_meant(node, give
         ((9, 0), ["sm_75", "sm_90a"], "bf16-mixed"),
         ((9, 0), ["gfx90a"], "bf16-mixed"),  # AMD
         ((7, 0), ["sm_75", "sm_90a"], None),
+        ((12, 0), ["sm_50", "sm_90"], None),
+        ((12, 0), ["sm_50", "compute_90"], "bf16-mixed"),
     ],
 )
-def test_a_gpu_is_used_unless_it_is_older_than_the_kernels(node, capability, built, precision):
+def test_a_gpu_is_used_if_the_build_has_kernels_for_it(node, capability, built, precision):
     node(OPEN, capability, built)
     if precision is None:
-        with pytest.raises(RaceError, match="H100 has compute capability 7.0, this build begins at sm_75"):
+        with pytest.raises(RaceError, match=rf"H100 has compute capability {capability[0]}.0, this build sm_"):
             default_device()
         return
     assert default_device() == default_device("gpu") == torch.device("cuda") != default_device("cpu")

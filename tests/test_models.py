@@ -10,7 +10,6 @@ import huggingface_hub
 import pytest
 import sentencepiece
 import torch
-import transformers
 from safetensors.torch import load_file
 from tiny_models import TOKENIZERS, tiny_config, write_tiny_model
 from transformers import AutoTokenizer, BertTokenizer
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer, BertTokenizer
 from race import RaceError
 from race.data import RaceDataModule
 from race.data.cache import Cache, build_cache
-from race.data.encoding import question_option
+from race.data.encoding import question_option, tokenize
 from race.models import LINE, check_tokenizer_of_source, load_tokenizer, local_copy, plain, tokenizer_hash
 from race_module import RaceModule
 
@@ -194,6 +193,25 @@ def articles(corpus) -> list[str]:
     return [json.loads(path.read_text())["article"] for path in sorted(corpus.rglob("*.txt"))]
 
 
+ODD = [
+    "two  \t spaces\r\n ",
+    "\x0b a\x0cb\x1cc",
+    "a \u0301b \u200dc",
+    "<s>a</s>b <mask>, <cls> [MASK] New York",
+    "a~b^c _ {d",
+    "",
+]
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_texts_are_tokenised_word_by_word_or_whole_with_the_same_ids(family, corpus, tmp_path):
+    tokenizer, texts = TOKENIZERS[family](articles(corpus)), [*ODD, *articles(corpus)[:20]]
+    for added in ([], ["New York"]):
+        tokenizer.add_tokens(added)
+        expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        assert tokenize(tokenizer, texts).to_pylist() == expected
+
+
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_sequences_are_those_of_the_tokenizer(family, corpus, tmp_path):
     model = write_tiny_model(family, tmp_path / "model", articles(corpus))
@@ -302,10 +320,3 @@ def test_weights_of_the_hub_are_fetched_in_one_format_and_once(there, fetched, t
     for _ in range(2):
         assert local_copy(f"some/model-{fetched}") == tmp_path
     assert len(calls) == fetched and {path.name for path in tmp_path.iterdir()} == {there[0], "config.json"}
-
-
-def test_attention_that_cannot_be_chosen_is_told(albert_config, monkeypatch):
-    """transformers 4.5x only warns of it."""
-    monkeypatch.setattr(transformers.PreTrainedModel, "set_attn_implementation", lambda *args: None)
-    with pytest.raises(RaceError, match="packed sequences"):
-        RaceModule(config=albert_config)

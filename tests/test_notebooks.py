@@ -15,9 +15,6 @@ from race import LETTERS, RaceError
 from race.chain import run_notebook
 from race.data import RaceDataModule
 from race.data.cache import build_cache
-from race.train.checkpoints import weights_hash
-from race.train.stages import Stage
-from race_module import RaceModule
 
 SHARED = {"CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR", "SEED", "LIMIT_QUESTIONS"}
 OWN = {  # the recipe is the default
@@ -83,14 +80,6 @@ def test_an_executed_notebook_runs_again_where_it_lies(chain):
     papermill.execute_notebook(chain / "run" / "again.ipynb", chain / "run" / "again.ipynb", cwd=chain / "run")
     assert "saved predictions are used" in (chain / "run" / "again.ipynb").read_text()
     assert not (chain / "run" / "run").exists()
-
-
-def test_stages_hand_on_their_best_checkpoint(chain):
-    for stage, before in (("e2", "e1"), ("e3", "e2")):
-        base = Stage(before, chain / "checkpoints").best()
-        lineage = Stage(stage, chain / "checkpoints").best().lineage
-        assert lineage["base"] == base.name
-        assert lineage["weights_start"] == weights_hash(RaceModule.load_from_checkpoint(base.path).model)
 
 
 def test_a_failing_notebook_says_where_and_keeps_what_ran(tmp_path):

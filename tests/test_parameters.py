@@ -72,7 +72,7 @@ def test_every_parameter_is_in_a_notebook_and_each_default_is_allowed():
 
 def test_what_is_gone_says_what_to_do_now():
     for call in (lambda: Settings({"FRESH": True}), lambda: parse_set(["e3.FRESH=1"])):
-        with pytest.raises(RaceError, match="FRESH is gone: .*CHECKPOINT_DIR.*move its files away"):
+        with pytest.raises(RaceError, match="FRESH is gone: .*CHECKPOINT_DIR.*move its files and"):
             call()
 
 

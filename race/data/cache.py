@@ -20,7 +20,7 @@ from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
 from race.data.passages import Passage, read_source, record_problems
 from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
-from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, tokenizer_hash
+from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, local_copy, tokenizer_hash
 from race.parameters import check
 
 FORMAT = 2
@@ -78,7 +78,7 @@ class Cache:
             path = self.folder / name
             try:
                 if known_hash(file_identity(path)) != files[name]["sha256"]:
-                    problems.append(f"{path}: damaged, {path.stat().st_size} of {files[name]['bytes']} bytes")
+                    problems.append(f"{path}: damaged, its hash is another than the manifest's")
             except OSError as error:
                 problems.append(f"{path}: missing, or cannot be read ({error.strerror})")
         return problems
@@ -88,11 +88,10 @@ class Cache:
 
         Not by its description, which differs between versions of transformers.
         """
-        try:
-            own = load_tokenizer(model)
-        except RaceError:
-            return  # a model without a tokenizer
-        kept = self.tokenizer
+        files = [file for name in ("tokenizer.json", "vocab.*", "*.model") for file in local_copy(model).glob(name)]
+        if not files:  # a model without a tokenizer
+            return
+        own, kept = load_tokenizer(model), self.tokenizer
         if own.get_vocab() != kept.get_vocab() or own(LINE)["input_ids"] != kept(LINE)["input_ids"]:
             raise RaceError(f"{model} has another tokenizer than {self}: make a cache with --model {model}")
 
@@ -292,4 +291,6 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     if there["files"] == manifest["files"]:
         return there | {"kept": True}
     parts = [key for key in ("source", "max_qa_len", "tokenizer") if there[key] != manifest[key]]
-    raise RaceError(f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); --force replaces it")
+    raise RaceError(
+        f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); move it away, or --force"
+    )

@@ -28,7 +28,7 @@ class RaceDataset(Dataset):
         self.cache, self.split, self.max_len, self.rows = open_cache(cache), split, max_len, rows
         self._template = self.cache.template
         if max_len < (least := self._template.specials + 2):
-            raise RaceError(f"max_len is {max_len}, expected {least} or more")
+            raise RaceError(f"MAX_LEN is {max_len}, expected {least} or more")
         self._passages, self._questions = self.cache.tables(split)
         # from_dlpack shares the memory map; to_numpy() would load pandas
         self._passage, self._label = (np.from_dlpack(self._questions[name]) for name in ("passage", "label"))

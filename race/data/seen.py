@@ -1,4 +1,4 @@
-"""Which articles a checkpoint was trained on, and which chose it: their hashes travel in its lineage."""
+"""Which articles a checkpoint was trained or selected on: their hashes travel in its lineage."""
 
 import base64
 

@@ -119,7 +119,7 @@ def _tables(source: str) -> Files:
     except ValueError:
         names = get_dataset_config_names(source)
         if len(names) > 1:
-            raise RaceError(f"no configuration is named all ({', '.join(names)}): name a folder with one") from None
+            raise RaceError(f"no configuration all, but {', '.join(names)}: download one, name its folder") from None
         return list(load_dataset(source, *names).items())
 
 
@@ -137,7 +137,7 @@ def _one_data_set(files: Files, answers: bool) -> tuple[list[tuple[str, str, str
         listed = ", ".join(data_set or "the top folder" for data_set in data_sets)
         data_sets = [data_set for data_set in data_sets if data_set.rpartition("/")[2] == "all"]
         if len(data_sets) != 1:
-            raise RaceError(f"several data sets lie side by side ({listed}): name the folder of one as --source")
+            raise RaceError(f"several data sets lie side by side ({listed}): name the folder of one")
     kept = [file[1:] for file in marked if file[1] and file[0] == data_sets[0]]
     others = [file[3] for file in marked if not (file[1] and file[0] == data_sets[0])]
     note = f"{len(others)} file(s) of no split or of another data set are left out: {', '.join(others[:3])}"

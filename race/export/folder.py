@@ -1,5 +1,6 @@
 """A checkpoint as a folder that transformers loads by itself: weights, tokenizer, configuration, model card."""
 
+import contextlib
 import dataclasses
 import json
 from importlib.metadata import version
@@ -147,7 +148,8 @@ def _write_model(module: RaceModule, cache: Cache, folder: Path) -> None:
     settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes files that others cannot read
+        with contextlib.suppress(PermissionError):  # of a file system that has no permissions
+            path.chmod(0o644)  # safetensors writes files that others cannot read
 
 
 def _logits(folder: Path, items: list[dict]) -> torch.Tensor:

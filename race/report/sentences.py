@@ -11,9 +11,8 @@ from race.score.comparison import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power,
 from race.score.statistics import quoted_interval
 
 SHOWN = 3  # so many others are named one by one
-BUDGET = {"questions": "questions trained on", "fewest_epochs": "epochs of the shortest run"}
-BUDGET |= {"checkpoints": "checkpoints to choose from", "monitor": "chosen by"}
-BUDGET |= {"learning_rates_tried": "learning rates tried"}
+BUDGET = {"questions": "questions trained on", "fewest_epochs": "epochs of the shortest run", "monitor": "chosen by"}
+BUDGET |= {"checkpoints": "checkpoints to choose from", "learning_rates_tried": "learning rates tried"}
 
 
 def finding(row: pd.Series) -> str:
@@ -36,9 +35,6 @@ def by_finding(rows: pd.DataFrame, name: Callable[[pd.Series], str], words: dict
     return "; ".join(text.format(listed(named[found], SHOWN)) for found, text in words.items() if found in named)
 
 
-# ---------------------------------------------------------------------------------------------------- one checkpoint
-
-
 def origin(checkpoint) -> str:
     """What a checkpoint remembers: "stage e3, epoch 1 (from 0), trained from e2-….ckpt"; or that it is not known."""
     epoch = None if checkpoint.epoch is None else f"{checkpoint.epoch} (from 0)"
@@ -49,7 +45,7 @@ def origin(checkpoint) -> str:
 def headline(table: pd.DataFrame) -> str:
     """The result of one checkpoint: accuracy with interval, against chance, macro accuracy, and what it has seen.
 
-    Where more than half of the articles trained the checkpoint, chance is no comparison.
+    If it was trained on more than half of the articles, chance is no comparison.
     """
     row = table.iloc[0]
     which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
@@ -67,7 +63,7 @@ def headline(table: pd.DataFrame) -> str:
 
 
 def seen(tables: list[pd.DataFrame], names: list[str]) -> str:
-    """Which checkpoints were trained, or chosen, on the questions of these results (accuracy_table)."""
+    """Which checkpoints were trained, or selected, on the questions of these results (accuracy_table)."""
     columns = ["questions", "trained_on", "selected_on", "not_known"]
     counts = pd.concat([table[columns].head(1) for table in tables]).fillna(0).astype(int).assign(name=names)
     alike = counts.groupby(columns, sort=False)["name"]
@@ -75,20 +71,18 @@ def seen(tables: list[pd.DataFrame], names: list[str]) -> str:
 
 
 def _seen(who: str, was: str, questions: int, trained: int, chosen: int, unknown: int) -> str:
-    if unknown == questions and not trained and not chosen:
-        return f"Whether articles of these questions were used to train or to choose {who} is not known."
     text = []
     if trained == questions:
         text += [f"{who} {was} trained on the articles of all these questions: nothing here is about new questions."]
     elif trained:
         text += [f"{who} {was} trained on the articles of {trained:,} of these {questions:,} questions."]
     if chosen == questions:
-        text += [f"Validation on the articles of these questions chose {who}: the accuracy is optimistic."]
+        text += [f"{who} {was} selected on the articles of these questions: the accuracy is optimistic."]
     elif chosen:
-        text += [f"{chosen:,} of these {questions:,} questions have an article that helped to choose {who}."]
+        text += [f"{who} {was} selected on the articles of {chosen:,} of these {questions:,} questions."]
     if unknown:
-        text += [f"Of {unknown:,} questions it is not known whether their article trained or chose {who}."]
-    return " ".join(text) or f"No article of these questions was used to train or to choose {who}."
+        text += [f"Of {unknown:,} questions it is not known whether {who} {was} trained or selected on their article."]
+    return " ".join(text) or f"{who} {was} neither trained nor selected on the articles of these questions."
 
 
 def groups(table: pd.DataFrame) -> str:
@@ -136,9 +130,6 @@ def calibration(table: pd.DataFrame, temperature: float | None = None, change: t
     return f"{text}{signed(mean, 3)} ({ends})."
 
 
-# ----------------------------------------------------------------------------------------------- several checkpoints
-
-
 def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
     """Which checkpoint has the highest accuracy, and what was found of its lead over the others; also a title."""
     best, found = comparison.leads(predictions, pairs)
@@ -157,7 +148,7 @@ def paired(row: pd.Series) -> str:
     first, second, found = row["first"], row["second"], finding(row)
     told = f"{points(row['difference'])} points"
     if found == "not tested":
-        told += "; not tested: most of these questions trained one of the two"
+        told += "; not tested: one of the two was trained on most of these questions"
     else:
         holm = f"; Holm {p_value(row['p_holm'])}" if row["pairs"] > 1 else ""
         ends = interval(row["ci_low"], row["ci_high"], points)
@@ -175,9 +166,6 @@ def scope(lineage: pd.DataFrame) -> str:
     for row in lineage[lineage["parent"].notna()].itertuples():
         text += f" {row.name} continues from {row.parent}, so it has also trained longer."
     return text
-
-
-# ----------------------------------------------------------------------------------------------------------- recipes
 
 
 def recipes_verdict(table: pd.DataFrame) -> str:

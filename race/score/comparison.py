@@ -29,7 +29,7 @@ QUESTIONS_A_PASSAGE = 3.5
 def paired_comparison(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0) -> dict:
     """`second` against `first` on the same questions: counts, McNemar's p, and a 95 % bootstrap interval.
 
-    p and interval are NaN where most of the articles trained one of the two: they would not be about new questions.
+    p and interval are NaN where one of the two was trained on most of the articles.
     difference = accuracy of second − of first. Questions are resampled in pairs. As only four outcomes exist, drawing
     their counts is the same, and a thousand times faster than scipy.stats.bootstrap, which draws every question.
     """

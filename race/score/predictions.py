@@ -110,7 +110,6 @@ def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, r
         "folder": from_root(checkpoint.path.parent),
         "stage": checkpoint.stage or checkpoint.label,
         "source": data.cache.manifest["source"],
-        "questions": len(table),
         "seconds": round(time.perf_counter() - started, 2),
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": {"python": platform.python_version()} | versions(),
@@ -184,8 +183,8 @@ def save_results(run_dir: str | Path, scored: list[Predictions]) -> None:
 def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split: str) -> pd.DataFrame:
     """RESULT_COLUMNS (Wilson intervals), columns of by_passage, SEEN_COLUMNS: a row for all questions and each level.
 
-    trained_on, selected_on: the number of questions whose article trained the checkpoint, or is in the validation split
-    that chose it, as far as known; missing where that is known of none. not_known: of how many it is not.
+    trained_on, selected_on: the number of questions whose article was in its training or validation split, as far as
+    known; missing where that is known of none. not_known: of how many it is not.
     """
     rows = []
     for level in ("all", *LEVELS):

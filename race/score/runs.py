@@ -60,7 +60,7 @@ class Run:
 
     def problem(self) -> str | None:
         """Why it cannot be compared."""
-        again = f"run python -m race.chain with --recipe {self.recipe}"
+        again = f"run python -m race.chain race (or demo) --recipe {self.recipe}"
         again += "" if self.seed is None else f" --seeds {self.seed}"
         try:
             begun = [stage.name for stage in self.stages]
@@ -219,7 +219,7 @@ def correct_answers(
 ) -> tuple[Correct, Correct, pd.DataFrame]:
     """(answers of the chosen checkpoints, of those of the last epoch, predictions of the first run for their facts).
 
-    how: precision and accelerator. Raises RaceError if most of the questions trained one of the checkpoints.
+    how: precision and accelerator. Raises RaceError if a checkpoint was trained on most of the questions.
     """
     scored = {}
     for run in itertools.chain(*found.values()):
@@ -236,7 +236,7 @@ def correct_answers(
 def _on_new_questions(checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
     predictions = kept_predictions(checkpoint, data, split, run_dir, **how)
     if mostly_trained_on(predictions.table):
-        raise RaceError(f"most of these questions trained {checkpoint}: choose another SPLIT")
+        raise RaceError(f"{checkpoint} was trained on most of these questions: choose another SPLIT")
     return predictions
 
 

@@ -107,7 +107,7 @@ def quoted_interval(row: pd.Series) -> tuple[float, float, str]:
 
 
 def mostly_trained_on(predictions: pd.DataFrame) -> bool:
-    """Whether more than half of the questions have an article that trained the checkpoint, as far as that is known."""
+    """Whether the checkpoint was trained on the articles of more than half of the questions, as far as is known."""
     return predictions["article_in_train"].fillna(False).mean() > 0.5
 
 

@@ -35,8 +35,8 @@ class Checkpoint:
         self.path, self.name = Path(source), Path(source).name
         if not self.path.exists() and HUB_ID.fullmatch(str(source)) and self.path.suffix not in SUFFIXES:
             self.path, self.name = local_copy(str(source)), str(source)
-        if not self.path.exists():
-            raise RaceError(f"{self.path}: no such checkpoint")
+        if not (self.path / "config.json" if self.path.is_dir() else self.path).exists():
+            raise RaceError(f"{self.path}: no such checkpoint (a file, or a folder with config.json)")
         self.lineage, self.own = _of_folder(self.path) if self.path.is_dir() else _of_file(file_identity(self.path))
         self.stage: str | None = self.lineage.get("stage")
         self.epoch: int | None = self.lineage.get("epoch")  # from 0

@@ -53,10 +53,10 @@ class Stage:
         """What to do to train it again from its start: a sentence."""
         folder = shlex.quote(str(self.checkpoint_dir))
         aside = f"{folder}/earlier/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        files = f"{folder}/{self.name}-*.ckpt"
-        files += f" {folder}/resume/{self.name}.ckpt" if self.state_path.exists() else ""
-        move = f"mkdir -p {aside} && mv {files} {aside}"
-        return f"To train it again, set another CHECKPOINT_DIR and RUN_DIR, or move its files away: {move}"
+        names = [it for name in list(CHAIN)[list(CHAIN).index(self.name) :] for it in (f"{name}-*", f"resume/{name}")]
+        files = " ".join(f"{folder}/{it}.ckpt" for it in names if any(Path(self.checkpoint_dir).glob(f"{it}.ckpt")))
+        other = "To train it again, set another CHECKPOINT_DIR and RUN_DIR"
+        return f"{other}, or move its files and those of later stages away: mkdir -p {aside} && mv {files} {aside}"
 
     @functools.cached_property
     def saved(self) -> list[Checkpoint]:
@@ -75,7 +75,7 @@ class Stage:
         if not self.saved:
             raise RaceError(f"{self.checkpoint_dir} has no {self.name} checkpoint: run {CHAIN[self.name]}.ipynb first")
         if math.isinf(_cost(self.saved[0], MONITORS[0])[0]):
-            raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no checkpoint has a finite validation loss")
+            raise RaceError(f"{self.checkpoint_dir}: {self.name} diverged, no finite loss; try a lower LEARNING_RATE")
         return self.saved[0]
 
     def checkpoints(self) -> pd.DataFrame:

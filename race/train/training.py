@@ -67,7 +67,7 @@ def start_stage(
         origin["articles"] = checkpoint.lineage.get("articles")
     known, used = module.model.config.vocab_size, cache.manifest["tokenizer"]["vocabulary"]
     if known < used:
-        raise RaceError(f"the model has {known} tokens, the cache {used}: make a cache with the model's own tokenizer")
+        raise RaceError(f"a vocabulary of {known} tokens, the cache's has {used}: make one with the model's tokenizer")
     module.lineage = {"stage": stage.name, "cache": cache.identity, "tokenizer": cache.identity["tokenizer"], **origin}
     module.lineage |= {"recipe": settings, "weights_start": weights_hash(module.model)}
     module.lineage |= {"versions": versions(), "commit": git_commit()}
@@ -136,9 +136,8 @@ def train_stage(
     report = StageReport(f"{hardware(device)}, {precision}, {kernel}")
     watching = [keeper, NewestOfEpoch(stage), LossWatch(), report, *callbacks]
     if early_stopping is not None:
-        mode = "max" if monitor == "val_acc" else "min"
-        watching.append(EarlyStopping(monitor, mode=mode, patience=early_stopping))
-    of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "deterministic": deterministic or None}
+        watching.append(EarlyStopping(monitor, mode="max" if monitor == "val_acc" else "min", patience=early_stopping))
+    of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "deterministic": deterministic}
     trainer = _trainer(stage, module, state, precision, device, loggers, watching, **of_run)
     if state is None:
         _begin(stage, module, data, trainer)
@@ -215,7 +214,7 @@ def _trainer(
     further, logs = further_loggers(loggers, stage.run_dir, stage.name), Path(stage.run_dir) / "logs"
     csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
     purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
-    board = TensorBoardLogger(logs, stage.name, version=f"version_{csv.version}", **purge)
+    board = TensorBoardLogger(logs, stage.name, version=csv.version, **purge)
     half = [MixedPrecision(precision, device.type)] if AUTOCAST.get(precision) else []
     devices, nodes, environment = processes()
     return pl.Trainer(

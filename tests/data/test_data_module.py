@@ -68,20 +68,6 @@ def test_items_match_their_text(cache):
         assert all(columns[name][i] == text[name] for name in ("example_id", "level", "question_index", "label"))
 
 
-@pytest.mark.parametrize("max_len", [5, 12, 40, 512])
-def test_max_len_cuts_the_article_first(cache, max_len):
-    whole, cut = RaceDataset(cache, "train"), RaceDataset(cache, "train", max_len)
-    for i in range(0, len(whole), 17):
-        for long, short, segments in zip(
-            whole[i]["input_ids"], cut[i]["input_ids"], cut[i]["token_type_ids"], strict=True
-        ):
-            assert len(short) == len(segments) == min(len(long), max_len)
-            sep = long.tolist().index(3)
-            qa = long[sep + 1 : -1][-(max_len - 3) :]
-            assert short.tolist() == [2, *long[1:sep][: max_len - 3 - len(qa)], 3, *qa, 3]
-    assert np.array_equal(cut.lengths()[0], [len(ids) for ids in cut[0]["input_ids"]])
-
-
 def test_order_is_a_function_of_seed_and_epoch():
     def batches(seed: int, epoch: int) -> list[list[int]]:
         return list(ShuffledBatches(70, 32, seed, epoch))
@@ -101,14 +87,6 @@ def test_every_question_once_an_epoch(cache, workers):
     batches = list(loader)
     assert torch.cat([batch.labels for batch in batches]).tolist() == expected
     assert len(batches) == len(loader) and len(expected) == len(data.train_dataset)
-
-
-def test_a_batch_without_questions_is_empty():
-    """A process gets none of a batch that has fewer questions than there are processes."""
-    batch = collate([])
-    assert len(batch) == 0 and batch.cu_seqlens.tolist() == [0] and batch.lengths == []
-    assert batch.input_ids.shape == batch.labels.shape == (0,)
-    assert (batch.input_ids.dtype, batch.labels.dtype) == (torch.int32, torch.int64)
 
 
 def test_evaluation_order_is_longest_first_and_complete(cache):
@@ -172,7 +150,7 @@ def test_missing_split_and_bad_parameters(corpus, tmp_path):
         RaceDataModule(tmp_path / "nothing")
     with pytest.raises(RaceError, match="BATCH_SIZE is 0.*LIMIT_QUESTIONS is -2.*SEED is -1"):
         RaceDataModule(tmp_path / "cache", batch_size=0, limit_questions=-2, seed=-1)
-    with pytest.raises(RaceError, match="max_len is 4, expected 5 or more"):
+    with pytest.raises(RaceError, match="MAX_LEN is 4, expected 5 or more"):
         RaceDataModule(tmp_path / "cache", max_len=4).setup()
 
 

@@ -225,7 +225,9 @@ def test_an_export_that_would_answer_otherwise_is_not_made(albert, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_line(albert, tmp_path, capsys):
+def test_command_line(albert, tmp_path, capsys, monkeypatch):
+    """Also on a file system that has no permissions."""
+    monkeypatch.setattr(Path, "chmod", lambda *_: exec("raise PermissionError"))
     arguments = [str(albert.checkpoint), str(tmp_path / "e"), "--cache", str(albert.cache), "--repo", "ada/race"]
     assert main(arguments) == 0 and f"hf upload ada/race {tmp_path / 'e'} ." in capsys.readouterr().out
     assert main(arguments) == 1 and "--force" in capsys.readouterr().err

@@ -42,8 +42,8 @@ def test_headline():
     ("train", "validation", "said"),
     [
         (True, False, "e1 was trained on the articles of all these questions"),
-        (False, True, "chose e1: the accuracy is optimistic"),
-        (False, False, "No article of these questions"),
+        (False, True, "e1 was selected on the articles of these questions"),
+        (False, False, "e1 was neither trained nor selected"),
         (None, None, "is not known"),
     ],
 )
@@ -56,8 +56,8 @@ def test_headline_says_what_the_checkpoint_has_seen(train, validation, said):
 def test_some_articles_seen():
     counts = pd.DataFrame({"questions": 4, "trained_on": [1, 1, 0], "selected_on": [3, 3, 0], "not_known": [2, 2, 0]})
     first, second, third, fourth = sentences.seen([counts[:1], counts[1:2], counts[2:]], ["e1", "e2", "e3"]).split(". ")
-    assert first == "e1 and e2 were trained on the articles of 1 of these 4 questions" and second.startswith("3 of")
-    assert third.startswith("Of 2 questions it is not known") and fourth.endswith("to choose e3.")
+    assert first == "e1 and e2 were trained on the articles of 1 of these 4 questions" and " of 3 of these" in second
+    assert third.startswith("Of 2 questions it is not known") and fourth.startswith("e3 was neither")
 
 
 def test_groups_are_named_only_where_they_differ_from_the_rest_of_their_level():

@@ -18,7 +18,6 @@ from predictions import made
 
 from race import RaceError
 from race.data import RaceDataModule, collate
-from race.data.cache import build_cache
 from race.score import predictions as scoring
 from race.score.predictions import (
     RESULT_COLUMNS,
@@ -159,21 +158,6 @@ def test_half_precision_differs_by_little(cache, checkpoint, precision):
     assert 0 < difference.max() < 0.02
 
 
-def test_a_full_memory_halves_the_micro_batches(cache, checkpoint, monkeypatch):
-    """Simulated: whatever has more than 700 tokens does not fit; the answers are the same."""
-    data = RaceDataModule(cache, limit_questions=12)
-    whole, forward = predict(checkpoint, data, accelerator="cpu"), RaceModule.forward
-
-    def full(module, batch):
-        if sum(batch.lengths) > 700:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(module, batch)
-
-    monkeypatch.setattr(RaceModule, "forward", full)
-    found = predict(checkpoint, data, accelerator="cpu")
-    np.testing.assert_allclose(found[PROBABILITIES], whole[PROBABILITIES], atol=1e-6)
-
-
 def test_what_cannot_be_scored_is_refused(data, cache, checkpoint, monkeypatch, tmp_path):
     with pytest.raises(RaceError, match="PRECISION is '64-true'"):
         prediction_settings(data, "test", precision="64-true")
@@ -295,20 +279,6 @@ def test_a_cache_is_opened_and_a_folder_of_checkpoints_listed_once(before, tmp_p
         validation_predictions(checkpoint, data, "test", tmp_path / "run", accelerator="cpu")
         answer_question(checkpoint, data, "Tom has a dog.", "What has Tom?", list("abcd"), "cpu")
     assert seen.count(str(before / "cache" / "manifest.json")) == 1 and seen.count(str(before / "checkpoints")) == 1
-
-
-def test_question_facts_by_hand(checkpoint, tmp_path):
-    article = "Ben came home by bus. "
-    for name, times, question in (("1", 1, "Ben came home _ ."), ("2", 1, "Which is NOT true?"), ("3", 8, "Why?")):
-        record = {"article": article * times, "questions": [question], "options": [list("abcd")], "answers": ["A"]}
-        path = tmp_path / "source" / "test" / "high" / f"{name}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | {"id": path.name}))
-    build_cache(str(tmp_path / "source"), "demo", tmp_path / "cache")
-    facts = predict(checkpoint, RaceDataModule(tmp_path / "cache", max_len=40), accelerator="cpu")
-    assert facts["kind"].tolist() == ["cloze", "negated", "why"]
-    assert facts[["article_in_train", "article_in_validation"]].isna().all(axis=None)  # another source trained it
-    assert facts["truncated"].tolist() == [False, False, True] and facts["article_tokens"].tolist() == [6, 6, 48]
 
 
 def test_a_typed_question_gets_the_probabilities_of_the_cached_one(data, checkpoint, predicted):

@@ -17,12 +17,9 @@ from race.chain import run_notebook
 from race.data import RaceDataModule
 from race.data.cache import Cache
 from race.files import file_hash
-from race.report.sentences import budget, difference, over_seeds, recipes_verdict
-from race.score.comparison import against_baseline
+from race.report.sentences import budget, over_seeds
 from race.score.runs import (
     Run,
-    accuracies,
-    correct_answers,
     find_runs,
     stages_over_seeds,
     training_curves,
@@ -121,15 +118,6 @@ def test_the_notebooks_verdict_from_its_predictions(executed, trained):
     assert row["p"] is None and "linear − chain = " in saved["verdict"][0]  # two seeds give no verdict
     last, _ = right("linear", lambda records: max(records, key=lambda it: records[it]["epoch"]))
     assert saved["accuracies"][1]["last_epoch"] == pytest.approx(last.mean())
-
-
-def test_one_seed_of_each_is_shown_and_refused_an_interval(executed, trained, cache):
-    found = find_runs(f"{trained}/checkpoints/small", f"{trained}/runs/small", ["chain", "linear"], [1])
-    data = RaceDataModule(cache, limit_questions=60)
-    chosen, last, predictions = correct_answers(found, data, "test", executed, accelerator="cpu")
-    table = against_baseline(chosen, predictions)
-    assert table["ci_low"].isna().all() and accuracies(chosen, last)["sd"].isna().all()
-    assert "nothing of another seed" in difference(table.iloc[0], 1.0) and recipes_verdict(table)
 
 
 def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path, capsys):

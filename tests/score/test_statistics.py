@@ -24,14 +24,6 @@ from race.score.statistics import (
 )
 
 
-@pytest.mark.parametrize(("correct", "count"), [(7, 10), (0, 5), (5, 5), (3300, 4934)])
-def test_wilson_is_the_closed_form(correct, count):
-    z, p = 1.959963984540054, correct / count
-    centre, half = p + z * z / (2 * count), z * np.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    expected = [(centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)]
-    assert wilson(correct, count) == pytest.approx(expected, abs=1e-12)
-
-
 def test_macro_accuracy_by_hand():
     """3 of 4 and 1 of 2: the mean of the two; the distances to Wilson's ends add up as squares."""
     table = accuracy_table(made("ABCDAB", "ABCAAC", levels=["middle"] * 4 + ["high"] * 2), "e1", "x", "test")

@@ -95,19 +95,3 @@ def test_epochs_are_known_where_all_files_of_a_run_are_there(tmp_path):
     save(tmp_path, "theirs.ckpt", None)
     told = {name: epochs_trained(Checkpoint(tmp_path / f"{name}.ckpt")) for name in ("0-a", "1-a", "1-b", "theirs")}
     assert told == {"0-a": 2, "1-a": 2, "1-b": None, "theirs": None} and stage_of(Checkpoint(tmp_path / "0-a.ckpt"))
-
-
-def test_training_again_is_a_command(tmp_path):
-    """It moves the checkpoints of the stage and its state to a new folder."""
-    import subprocess
-
-    tmp_path /= "my runs"
-    stage = Stage("e1", tmp_path)
-    stage.state_path.parent.mkdir(parents=True)
-    stage.state_path.touch()
-    save(tmp_path, "e1-a.ckpt", "e1")
-    save(tmp_path, "e2-a.ckpt", "e2")
-    command = stage.how_to_train_again.partition("away: ")[2]
-    subprocess.run(command, shell=True, check=True)
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["e2-a.ckpt"] and not stage.state_path.exists()
-    assert sorted(path.name for path in tmp_path.glob("earlier/e1-*/*")) == ["e1-a.ckpt", "e1.ckpt"]

@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from small_stage import e1, stage
-from transformers import AutoConfig, AutoTokenizer, BertConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from race import RaceError
 from race.data import RaceDataModule, collate
@@ -85,15 +85,25 @@ def test_a_trained_model_is_no_start(cache, tmp_path):
 
 
 def test_checkpoints_without_their_state_are_refused_by_name(cache, tmp_path):
-    """Of a run whose state is lost: a new one would mix with it. With the command of the message it begins anew."""
+    """Of a run whose state is lost: a new one would mix with it. With the command of the message it begins anew.
+
+    The command moves later stages away too, whose base would be another.
+    """
+    tmp_path /= "my runs"
     stage(tmp_path, cache, **FEW)
+    later = tmp_path / "checkpoints" / "resume" / "e3.ckpt"
+    later.touch()
     e1(tmp_path).state_path.unlink()
     (name,) = [checkpoint.name for checkpoint in e1(tmp_path).saved]
     with pytest.raises(RaceError, match=f"no state to resume from: {name}.*mkdir -p"):
         stage(tmp_path, cache, **FEW)
     assert os.system(e1(tmp_path).how_to_train_again.partition("away: ")[2]) == 0
     stage(tmp_path, cache, **FEW)
-    assert len(e1(tmp_path).saved) == 1 and (tmp_path / "run" / "logs" / "e1" / "version_1").exists()
+    assert (
+        len(e1(tmp_path).saved) == 1
+        and not later.exists()
+        and (tmp_path / "run" / "logs" / "e1" / "version_1").exists()
+    )
 
 
 def test_every_epoch_has_an_order_of_its_own(cache):
@@ -157,14 +167,6 @@ def test_decoded_question_shows_text_options_and_segments(cache):
         assert row.sequence.startswith("[CLS]") and row.sequence.endswith("[SEP]")
 
 
-def test_checkpoints_are_named_after_their_model(cache, tmp_path):
-    """A BERT's is not called albert."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    module = RaceModule(config=BertConfig(vocab_size=1000, **sizes))
-    train_stage(e1(tmp_path), module, RaceDataModule(cache, limit_questions=8), 1)
-    assert e1(tmp_path).best().name.startswith("e1-bert-race-epoch=00-val_loss_epoch=")
-
-
 def test_missing_bases_are_explained(cache, tmp_path):
     with pytest.raises(RaceError, match="has no e1 checkpoint: run ex01.ipynb first"):
         start_stage(Stage("e2", tmp_path), cache)
@@ -184,7 +186,6 @@ def test_a_cache_without_weights_needs_a_base_model(corpus, cache, tmp_path):
 
 
 def test_deterministic_algorithms_on_request(cache, tmp_path):
-    """What the user has set stays on where DETERMINISTIC is not."""
     seen = []
 
     class Look(pl.Callback):
@@ -194,7 +195,7 @@ def test_deterministic_algorithms_on_request(cache, tmp_path):
     try:
         for name, wanted in (("a", False), ("b", True), ("c", False)):
             stage(tmp_path / name, cache, Look(), **FEW, deterministic=wanted)
-        assert seen == [False, True, True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert seen == [False, True, False] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
 
