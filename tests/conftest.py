@@ -75,9 +75,7 @@ def real_cache(tmp_path_factory) -> Path:
     source = TEST_DATA / "race.tar.xz"
     if not source.exists():
         pytest.skip(f"real RACE text is not at hand ({source}); set RACE_TEST_DATA")
-    folder = tmp_path_factory.mktemp("real") / "race"
-    build_cache(str(source), str(ALBERT), folder)
-    return folder
+    return made_once(tmp_path_factory, "real", lambda out: build_cache(str(source), str(ALBERT), out / "race")) / "race"
 
 
 @pytest.fixture

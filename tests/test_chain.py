@@ -194,7 +194,7 @@ def test_help_shows_the_table_of_parameters(ran, capsys):
     assert chain.table() in capsys.readouterr().out
 
 
-def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, tmp_path):
+def test_a_signal_to_the_chain_saves_the_stage(cache, tmp_path):
     """SIGTERM reaches the notebook's own process, which saves and ends; exit status 75 says: run again."""
     places = {"CHECKPOINT_DIR": str(tmp_path / "checkpoints"), "RUN_DIR": str(tmp_path / "run")}
     parameters = {"CACHE_DIR": str(cache), "MAX_EPOCHS": 40, "LEARNING_RATE": 1e-4, "BATCH_SIZE": 8} | places
@@ -214,8 +214,3 @@ def test_a_signal_to_the_chain_saves_the_stage_and_the_next_run_goes_on(cache, t
     state = read_state(path)
     assert process.exitcode == chain.STOPPED and not state["finished"]
     assert not chain.finished(("ex01", parameters))  # although papermill notes its end, and no exception
-    parameters["MAX_EPOCHS"] = state["epoch"] + 1
-    process = in_a_process(run_all)
-    process.join(200)
-    assert process.exitcode == 0 and read_state(path)["finished"] and chain.finished(("ex01", parameters))
-    assert "e1 resumes from epoch" in (tmp_path / "run" / "ex01.ipynb").read_text()

@@ -284,8 +284,8 @@ def alone_and_whole(out) -> bool:
 
 @pytest.mark.parametrize("death", ["", "replaces"])
 def test_two_processes_make_the_same_cache_at_once(corpus, tmp_path, death):
-    makers = [maker(corpus, tmp_path / "out" / "cache", death=death) for _ in range(3)]
-    assert [process.wait(300) for process in makers] == [0, 0, 0] and alone_and_whole(tmp_path / "out" / "cache")
+    makers = [maker(corpus, tmp_path / "out" / "cache", death=death) for _ in range(2)]
+    assert [process.wait(300) for process in makers] == [0, 0] and alone_and_whole(tmp_path / "out" / "cache")
 
 
 def test_a_killed_maker_leaves_the_cache_before(corpus, out):

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import DOCUMENTS, NOTEBOOKS, ROOT, STAGES, notebook_parameters
+from small_stage import stage
 from tiny_models import write_tiny_model
 
 from race import LETTERS, RaceError
@@ -113,14 +114,14 @@ def test_stage_notebooks_differ_in_title_parameters_and_base_only():
 
 
 def test_another_family_goes_the_same_way(corpus, tmp_path):
-    """A cache, a stage, scores and an export through the notebooks; transformers alone then answers the same."""
+    """A cache, a stage, and an evaluation with an export; transformers alone then answers the same."""
     articles = [json.loads(path.read_text())["article"] for path in sorted(corpus.rglob("*.txt"))]
     model = write_tiny_model("deberta-v2", tmp_path / "model", articles, max_position_embeddings=514)
     build_cache(str(corpus), str(model), tmp_path / "cache")
-    places = {"CACHE_DIR": "cache", "CHECKPOINT_DIR": "checkpoints", "RUN_DIR": "run"}
-    places = {name: str(tmp_path / folder) for name, folder in places.items()} | {"LIMIT_QUESTIONS": 24}
-    run_notebook("ex01", places | {"LEARNING_RATE": 1e-3, "MAX_EPOCHS": 1, "ATTENTION_DROPOUT": 0})
-    run_notebook("eval_test_dataset_race", places | {"EXPORT_DIR": str(tmp_path / "export")})
+    stage(tmp_path, tmp_path / "cache", epochs=1, data={"limit_questions": 24})
+    places = {"CACHE_DIR": "cache", "CHECKPOINT_DIR": "checkpoints", "RUN_DIR": "run", "EXPORT_DIR": "export"}
+    places = {name: str(tmp_path / folder) for name, folder in places.items()}
+    run_notebook("eval_test_dataset_race", places | {"LIMIT_QUESTIONS": 24})
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
     assert checkpoint.name.startswith("e1-deberta-v2-race-epoch=00-val_loss_epoch=")
     example = re.search(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)[1]

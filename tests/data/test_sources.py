@@ -322,4 +322,4 @@ def test_all_or_the_only_configuration_of_the_hub_is_taken(monkeypatch):
     del configs["all"]
     assert found("somebody/race", "test") == [("high1.txt", "high", [1])]
     configs["middle"] = 3
-    assert "(high, middle)" in refusal("somebody/race")
+    assert "but high, middle: download one" in refusal("somebody/race")

@@ -1,7 +1,5 @@
 """The course of the training, read back from logs, and loggers that a user adds."""
 
-import subprocess
-import sys
 from typing import ClassVar
 
 import pandas as pd
@@ -82,9 +80,3 @@ def test_a_logger_that_cannot_be_made_stops_before_the_training(cache, tmp_path,
     with pytest.raises(RaceError, match=f"LOGGERS, {name}: "):
         train_e1(tmp_path, cache, loggers={name: arguments})
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_no_package_of_a_logger_is_imported_unless_it_is_asked_for():
-    """In a process of its own, because another test may have imported one."""
-    code = "import sys, race.train.training; print([it for it in ('wandb', 'mlflow', 'comet_ml') if it in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -59,7 +59,7 @@ def kill_and_compare(expected, cache, folder, kills: int, seed: int, workers: in
     return chains
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(0, 5), (2, 4)])
+@pytest.mark.parametrize(("workers", "kills"), [(0, 4), (2, 3)])
 def test_killed_chains_end_the_same(whole, cache, tmp_path, workers, kills):
     """SIGKILL at random moments, in saving and in validation: same weights, optimizer, log rows, checkpoint files."""
     kill_and_compare(whole, cache, tmp_path, kills, workers, workers)
@@ -67,7 +67,7 @@ def test_killed_chains_end_the_same(whole, cache, tmp_path, workers, kills):
 
 def test_killed_chains_of_a_schedule_end_the_same(scheduled, cache, tmp_path):
     """The rate of each step follows from its number: a resume needs no scheduler, and gives the same bytes."""
-    kill_and_compare(scheduled, cache, tmp_path, 5, 20, 0, SCHEDULED)
+    kill_and_compare(scheduled, cache, tmp_path, 3, 20, 0, SCHEDULED)
     log = pd.read_csv(io.StringIO(scheduled["e1"]["log"]))
     rates = log["learning_rate"].dropna()
     assert rates.iloc[0] < rates.max() and rates.iloc[-1] < 0.1 * rates.max() and log["gradient_norm"].max() > 0.5
@@ -82,7 +82,7 @@ def test_a_hundred_kills(whole, cache, tmp_path, workers):
 
 @pytest.mark.parametrize(
     ("number", "workers", "group"),
-    [(signal.SIGTERM, 0, False), (signal.SIGUSR1, 0, False), (signal.SIGTERM, 2, True), (signal.SIGUSR1, 2, True)],
+    [(signal.SIGTERM, 2, True), (signal.SIGUSR1, 0, False)],
 )
 def test_a_signal_saves_and_ends(whole, cache, tmp_path, number, workers, group):
     """In the midst of training, to the process or to its group with the loader workers: gone within 30 s by that very
