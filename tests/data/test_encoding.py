@@ -75,10 +75,10 @@ def test_every_sequence_of_real_dev_equals_the_tokenizer(real_cache):
     seconds = [question_option(text["question"], option) for text in texts for option in text["options"]]
     options = {"max_length": 512, "return_token_type_ids": True, "truncation": "only_first"}
     expected = tokenizer(articles, seconds, **options)
+    assert max(map(len, tokenizer(seconds)["input_ids"])) <= 130  # the tail rule has a test of its own
     for i in range(len(dataset)):
         item = dataset[i]
         for option in range(4):
-            assert len(tokenizer.tokenize(seconds[4 * i + option])) <= 128  # the tail rule has a test of its own
             for name in ("input_ids", "token_type_ids"):
                 assert item[name][option].tolist() == expected[name][4 * i + option], (texts[i]["example_id"], option)
 
