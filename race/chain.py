@@ -46,14 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
     notebooks, evaluated = [], []
     for seed, recipe in itertools.product(options.seeds or [None], options.recipes):
         own = plan(options, recipe, split, seed)
-        evaluated.append(own[-1][1])
-        write_json(ROOT / evaluated[-1]["RUN_DIR"] / "recipe.json", dataclasses.asdict(recipe))
+        evaluated.append((own[-1][1], recipe))
         notebooks += itertools.dropwhile(finished, own) if options.several else own
     failed = run_all(notebooks)
+    ended = [(parameters, recipe) for parameters, recipe in evaluated if parameters["RUN_DIR"] not in failed]
+    for parameters, recipe in ended:
+        write_json(ROOT / parameters["RUN_DIR"] / "recipe.json", dataclasses.asdict(recipe))
     if len(options.recipes) > 1:
         failed = failed or run_all([comparison(options, split)])
     else:
-        report(options, [parameters for parameters in evaluated if parameters["RUN_DIR"] not in failed])
+        report(options, [parameters for parameters, _ in ended])
     if failed:
         print("\nnot finished:", *failed.values(), sep="\n", file=sys.stderr)
     return int(bool(failed))
@@ -207,7 +209,8 @@ def _end_kernels(told: set[psutil.Process]) -> None:
 
 def run_notebook(notebook: str, parameters: dict) -> None:
     """Execute one notebook and print what it prints; raises RaceError if a cell fails, or its process is ended."""
-    executed = ROOT / parameters["RUN_DIR"] / f"{notebook}.ipynb"
+    finished = ROOT / parameters["RUN_DIR"] / f"{notebook}.ipynb"
+    executed = finished.with_name(f"{notebook}-last-run.ipynb") if finished.exists() else finished
     executed.parent.mkdir(parents=True, exist_ok=True)
     what = f"── {parameters['RUN_DIR']}: {notebook}"
     print(f"\n{what}", flush=True)
@@ -220,7 +223,9 @@ def run_notebook(notebook: str, parameters: dict) -> None:
     except DeadKernelError:
         raise RaceError(f"{notebook}: its process died (out of memory?); see {executed}") from None
     done.metadata.papermill["finished"] = True  # papermill's own notes are the same where a process was killed
-    atomic_write(executed, lambda file: nbformat.write(done, file))
+    atomic_write(finished, lambda file: nbformat.write(done, file))
+    if executed != finished:
+        executed.unlink()
     print(f"{what} done in {done.metadata.papermill['duration']:.0f} s", flush=True)
 
 

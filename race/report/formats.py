@@ -28,6 +28,11 @@ def interval(low: float, high: float, form=percent) -> str:
     return "–" if pd.isna(low) else f"{form(low)} to {form(high)}"
 
 
+def questions_of(row: pd.Series) -> str:
+    """Of which questions a row of results is: "431 high test questions"."""
+    return f"{row['questions']:,} {'' if row['level'] == 'all' else row['level'] + ' '}{row['split']} questions"
+
+
 def p_number(p: float) -> str:
     """p as "0.032", "< 0.001" or "–"; rounded, but never across the limit of what is called significant."""
     if np.isnan(p) or p < 0.001:

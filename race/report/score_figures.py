@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from race import CHANCE, LETTERS
 from race.report import figures
 from race.report.figures import BLUE, CHANCE_WORDS, GREY, LOOKS, MARKS, STYLE, WIDTH, key, wrapped
-from race.report.formats import SIGNIFICANT, percent, points
+from race.report.formats import SIGNIFICANT, percent, points, questions_of
 from race.score.calibration import BINS, coverage_groups
 from race.score.statistics import quoted_interval
 
@@ -27,8 +27,7 @@ def accuracy_figure(table: pd.DataFrame) -> Figure:
         figures.beside(axes, place, percent(row["accuracy"]))
     figures.accuracy_axis(axes, "accuracy, 95 % interval (in brackets: questions)")
     row = table.iloc[0]
-    which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
-    title = f"{row['stage']}: {percent(row['accuracy'])} of the {which} questions correct"
+    title = f"{row['stage']}: {percent(row['accuracy'])} of {questions_of(row)} correct"
     return figures.finish(figure, key(CHANCE_WORDS, line=":"), title=title)
 
 

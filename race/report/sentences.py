@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from race import CHANCE
-from race.report.formats import SIGNIFICANT, interval, listed, p_value, percent, points, signed
+from race.report.formats import SIGNIFICANT, interval, listed, p_value, percent, points, questions_of, signed
 from race.score import comparison, statistics
 from race.score.comparison import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power, seeds_needed
 from race.score.statistics import quoted_interval
@@ -48,10 +48,9 @@ def headline(table: pd.DataFrame) -> str:
     If it was trained on more than half of the articles, chance is no comparison.
     """
     row = table.iloc[0]
-    which = row["split"] if row["level"] == "all" else f"{row['level']} {row['split']}"
     low, high, how = quoted_interval(row)
     how = ", by passage" if how == "by passage" else ""
-    text = f"{row['stage']} answers {row['correct']:,} of {row['questions']:,} {which} questions correctly: "
+    text = f"{row['stage']} answers {row['correct']:,} of {questions_of(row)} correctly: "
     text += f"accuracy {percent(row['accuracy'])} (95 % interval {interval(low, high)}{how})"
     if pd.isna(row["trained_on"]) or row["trained_on"] <= row["questions"] / 2:
         where = "inside" if low <= CHANCE <= high else "below" if low > CHANCE else "above"
@@ -130,17 +129,22 @@ def calibration(table: pd.DataFrame, temperature: float | None = None, change: t
     return f"{text}{signed(mean, 3)} ({ends})."
 
 
-def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> str:
-    """Which checkpoint has the highest accuracy, and what was found of its lead over the others; also a title."""
+def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, results: list[pd.DataFrame]) -> str:
+    """Which checkpoint has the highest accuracy, and what was found of its lead over the others; also a title.
+
+    results: the accuracy_table of each of the predictions.
+    """
     best, found = comparison.leads(predictions, pairs)
-    correct = statistics.is_correct(predictions[best])
-    text = f"{best}: {percent(correct.mean())} of {len(correct):,} questions correct"
+    row = dict(zip(predictions, results, strict=True))[best].iloc[0]
+    text = f"{best}: {percent(row['accuracy'])} of {questions_of(row)} correct"
+    if found.empty:
+        text += f" (95 % interval {interval(*quoted_interval(row)[:2])})"
     level = found["difference"] == 0
     words = {"better": "significantly better than {}", "not significant": "lead over {} not significant"}
-    words |= {"not tested": "not tested against {} (training questions)"}
+    words |= {"not tested": "not tested against {}"}
     lead = by_finding(found[~level], lambda row: f"{row['first']} ({points(row['difference'])} points)", words)
-    equal = f"as accurate as {listed(found.loc[level, 'first'], SHOWN)}" if level.any() else ""
-    return "; ".join(filter(None, [text, lead, equal]))
+    ends = [f"{it['first']} ({interval(it['ci_low'], it['ci_high'], points)})" for _, it in found[level].iterrows()]
+    return "; ".join(filter(None, [text, lead, f"the same accuracy here as {listed(ends, SHOWN)}" if ends else ""]))
 
 
 def paired(row: pd.Series) -> str:
@@ -148,11 +152,11 @@ def paired(row: pd.Series) -> str:
     first, second, found = row["first"], row["second"], finding(row)
     told = f"{points(row['difference'])} points"
     if found == "not tested":
-        told += "; not tested: one of the two was trained on most of these questions"
+        told += "; not tested: one of the two was trained or selected on these articles, or they are too few"
     else:
         holm = f"; Holm {p_value(row['p_holm'])}" if row["pairs"] > 1 else ""
         ends = interval(row["ci_low"], row["ci_high"], points)
-        told += f" (95 % interval {ends}; exact McNemar test, {p_value(row['p'])}{holm}): "
+        told += f" (95 % interval by passage {ends}, {p_value(row['p'])}{holm}): "
         told += found if found == "not significant" else f"{second} is significantly {found}"
     return f"{second} against {first}: gained {row['gained']:,} questions, lost {row['lost']:,}, {told}."
 
@@ -185,10 +189,14 @@ def difference(row: pd.Series, margin: float) -> str:
     if row["seeds"] == 1:
         return f"{text} on {over}. This is about these checkpoints, and says nothing of another seed."
     if pd.isna(row["ci_low"]):
-        return f"{text} on {over}; not tested: the same answers in all runs, or questions of one passage only."
+        why = "the runs were selected on these articles, or have the same answers, or the articles are too few"
+        return f"{text} on {over}; not tested: {why}."
     text += f" (95 % interval {interval(row['ci_low'], row['ci_high'], points)}, over {over}"
     if found == "not tested":
         return f"{text}); too few seeds for a verdict."
+    if row["ci_low"] < -1 or row["ci_high"] > 1:
+        told = f"{second} − {first} = {points(row['difference'])} points on {over}"
+        return f"{told}; the runs differ too much for an interval."
     beyond = 100 * max(abs(row["ci_low"]), abs(row["ci_high"]))
     unlikely = f"not significant; a difference beyond {beyond:.1f} points is unlikely"
     text += f"; Holm {p_value(row['p_holm'])}): "
@@ -204,13 +212,26 @@ def over_seeds(means: pd.DataFrame, compared: pd.DataFrame) -> str:
     for row in means.itertuples():
         spread = f"; standard deviation {100 * row.sd:.2f} points" if len(row.each) > 1 else ""
         lines.append(f"{row.recipe}: {percent(row.accuracy)} ({', '.join(map(percent, row.each))}{spread})")
-    return "\n".join([*lines, *(difference(row, 1.0) for _, row in compared.iterrows())])
+    lines += [difference(row, 1.0) for _, row in compared.iterrows()]
+    return "\n".join([*lines, "For this training set and these learning rates: seeds vary head, order and dropout."])
+
+
+def failed_runs(failed: dict[str, list[int]], seeds: list[int], runs: int) -> str:
+    """Which of so many runs are at chance (comparison.at_chance), and what that means; "" if none is."""
+    named = [f"{name} with seed {seeds[row]}" for name, rows in failed.items() for row in rows]
+    if not named:
+        return ""
+    if len(named) == runs:
+        return "All runs are at chance: there is nothing to compare."
+    text = f"At chance: {listed(named, SHOWN)}. An interval over so few seeds does not cover such failures; without "
+    return f"{text}the seeds of these runs:"
 
 
 def budget(table: pd.DataFrame) -> str:
     """Whether all recipes had the same (runs.training_totals), and in what they differ."""
     row, settings = table.iloc[0], pd.DataFrame(list(table["also"]))
-    had = table[[*BUDGET]].rename(columns=BUDGET).join(settings.rename(columns=lambda name: name.replace("_", " ")))
+    had = table[[*BUDGET]].assign(monitor=table["monitor"].map(lambda rules: " ".join(sorted({*rules}))))
+    had = had.rename(columns=BUDGET).join(settings.rename(columns=lambda name: name.replace("_", " ")))
     differ = [name for name, values in had.items() if values.nunique(dropna=False) > 1]
     same = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."
     text = "" if BUDGET["questions"] in differ else same
@@ -227,13 +248,14 @@ def recipes_scope(source: str, split: str) -> str:
 def planning(difference: float, questions: int, seeds: int, contrasts: int) -> str:
     """How many seeds a true difference (in points) takes on these questions, and what `seeds` will see of it."""
     wanted = seeds_needed(difference / 100, questions, contrasts)
-    many = f"{wanted} seeds a recipe" if wanted else "no number of seeds up to 100"
+    many = f"{wanted} seeds per recipe" if wanted else "no number of seeds up to 100"
     text = f"A true difference of {_points(difference)} on {questions:,} questions is found in at least "
     text += f"{100 * POWER:.0f} of 100 comparisons with {many} (after Holm's adjustment for {contrasts}). "
     if seeds > 2:  # fewer give no verdict
         found = power(difference / 100, seeds, questions, contrasts)
         text += f"With {seeds} seeds it is found in {100 * found['power_holm']:.0f} of 100, and an interval reaches "
         text += f"about {100 * found['half_width']:.1f} points to either side. "
+    text += "Fewer are found if an effect is one per passage, and a significant result of few seeds overstates it. "
     text += f"Assumed: a recipe's accuracies spread by {100 * SD:.1f} points (standard deviation) beyond what single "
     text += f"answers do by chance; two seeds differ on {100 * RUNS_DIFFER:.0f} % of the questions, two recipes on "
     return f"{text}{100 * RECIPES_DIFFER:.0f} %."

@@ -12,16 +12,15 @@ from race.score.statistics import quoted_interval
 PUBLISHED = Path(__file__).with_name("published.csv")  # other people's accuracies on RACE, and what each of them is
 # What `styled` shows of each table: columns, a heading where the name does not do; x_low is the interval up to x_high.
 SCORES = "stage, checkpoint, split, level, questions, correct, accuracy, passage_low: 95 % by passage, "
-SCORES += "ci_low: 95 % Wilson, passages, trained_on: seen in training, selected_on: used for choosing, not_known"
-CALIBRATION = ": probabilities, log_loss, calibration_error, error_low: 95 % of the error, "
-CALIBRATION += "floor_low: if perfectly calibrated, confidence, accuracy"
+SCORES += "trained_on: seen in training, selected_on: used for choosing, not_known"
+CALIBRATION = ": probabilities, log_loss, calibration_error, error_low: 95 % of the error, confidence, accuracy"
 CHECKPOINTS = "name, base, learning_rate, recipe: schedule, epochs: epochs trained, chosen_epoch: chosen epoch (from 0)"
 CHECKPOINTS += ", val_loss: validation loss, accuracy, accuracy_low: 95 % to quote, middle, high"
-PAIRS = "second: name, first: against, gained, lost, both, neither, difference: points, ci_low: 95 % interval, p, "
+PAIRS = "second: name, first: against, gained, lost, both, neither, difference: points, ci_low: 95 % interval, "
 PAIRS += "p_holm: Holm p"
 TOTALS = "recipe, stages, learning_rate: highest rate of each stage, epochs, questions: questions trained on, "
-TOTALS += "checkpoints: checkpoints to choose from, seeds, monitor: chosen by, learning_rates_tried"
-ACCURACIES = "recipe, accuracy, each: of each seed, sd: standard deviation, last_epoch"
+TOTALS += "choices: checkpoints to choose from, seeds, monitor: chosen by, learning_rates_tried"
+ACCURACIES = "recipe, accuracy, each: of each seed, sd: standard deviation, last_epoch: last epoch of the last stage"
 PLANNING = "seeds, questions, half_width: 95 % interval ±, power: found, power_holm: found after Holm"
 FORMATS = dict.fromkeys(["points", "95 % interval"], points) | {"p": p_number, "Holm p": p_number, "schedule": schedule}
 FORMATS |= dict.fromkeys(["epochs trained", "chosen epoch (from 0)"], "{:.0f}".format) | {"chosen by": RULES.get}

@@ -15,7 +15,7 @@ from race.data import Cache, RaceDataModule
 from race.recipes import run_name
 from race.score.comparison import against_baseline
 from race.score.predictions import Predictions, kept_predictions, save_results
-from race.score.statistics import is_correct, mostly_trained_on, wilson
+from race.score.statistics import is_correct, wilson
 from race.train.stages import Stage, read_log, stages_of
 from race.train.state import read_state
 
@@ -101,6 +101,11 @@ def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list
         found[recipe] = [Run(recipe, seed, f"{checkpoint_dir}{name}", f"{run_dir}{name}") for seed, name in names]
         own = [problem for run in found[recipe] if (problem := run.problem())]
         problems += own or unlike(found[recipe])
+    if not problems:
+        runs = [run for of_recipe in found.values() for run in of_recipe]
+        hashes = [run.chosen.sha256 for run in runs]
+        if same := [run.checkpoint_dir for run in runs if hashes.count(run.chosen.sha256) > 1]:
+            problems.append(f"{', '.join(same)}: the same checkpoint, which says nothing of two recipes")
     if problems:
         raise RaceError("\n".join(dict.fromkeys(problems)))
     return found
@@ -125,25 +130,27 @@ def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
     """What the runs of each recipe had, a row each; of numbers that differ between its seeds, the largest.
 
     Columns: recipe, stages (how many), learning_rate (the highest of each stage), epochs, questions (trained on),
-    checkpoints (to choose from), seeds, monitor (the rule of selection), learning_rates_tried (as the recipe says),
+    checkpoints (to choose from), choices (the same by stage), seeds, monitor (the rule of selection of each stage),
+    learning_rates_tried (as the recipe says),
     fewest_epochs (of its seeds), also (dict: settings that should be the same for all recipes).
     """
     rows = []
     for run in itertools.chain(*found.values()):
-        last = run.stages[-1].saved[0]
-        row = {"recipe": run.recipe, "stages": len(run.stages), "epochs": 0, "questions": 0, "checkpoints": 0}
+        last, saved = run.stages[-1].saved[0], [len(stage.saved) for stage in run.stages]
+        row = {"recipe": run.recipe, "stages": len(run.stages), "epochs": 0, "questions": 0, "checkpoints": sum(saved)}
+        row["choices"] = " + ".join(map(str, saved))
         for stage in run.stages:
             epochs = 1 + max(checkpoint.epoch for checkpoint in stage.saved)
             row["epochs"] += epochs
             row["questions"] += epochs * _training_questions(stage, cache)
-            row["checkpoints"] += len(stage.saved)
-        row |= {"learning_rate": [stage.saved[0].learning_rate for stage in run.stages], "monitor": last.monitor}
+        row["learning_rate"] = [stage.saved[0].learning_rate for stage in run.stages]
+        row["monitor"] = [stage.saved[0].monitor for stage in run.stages]
         row |= {"learning_rates_tried": run.record.get("learning_rates_tried"), "fewest_epochs": row["epochs"]}
         settings = _settings(last)
         also = {name: settings.get(name) for name in ("batch_size", "max_len", "precision", "cache")}
         rows.append(row | {"seeds": 1, "also": also})
     whole = dict.fromkeys(["stages", "epochs", "questions", "checkpoints"], "max")
-    whole |= dict.fromkeys(["learning_rate", "monitor", "learning_rates_tried", "also"], "first")
+    whole |= dict.fromkeys(["learning_rate", "monitor", "learning_rates_tried", "also", "choices"], "first")
     table = pd.DataFrame(rows).groupby("recipe", sort=False).agg(whole | {"seeds": "sum", "fewest_epochs": "min"})
     return table.reset_index().astype({"learning_rates_tried": "Int64"})
 
@@ -235,7 +242,7 @@ def correct_answers(
 
 def _on_new_questions(checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
     predictions = kept_predictions(checkpoint, data, split, run_dir, **how)
-    if mostly_trained_on(predictions.table):
+    if predictions.table["article_in_train"].fillna(False).mean() > 0.5:
         raise RaceError(f"{checkpoint} was trained on most of these questions: choose another SPLIT")
     return predictions
 

@@ -106,9 +106,9 @@ def quoted_interval(row: pd.Series) -> tuple[float, float, str]:
     return row[f"{which[0]}_low"], row[f"{which[0]}_high"], which[1]
 
 
-def mostly_trained_on(predictions: pd.DataFrame) -> bool:
-    """Whether the checkpoint was trained on the articles of more than half of the questions, as far as is known."""
-    return predictions["article_in_train"].fillna(False).mean() > 0.5
+def not_new(predictions: pd.DataFrame) -> bool:
+    """Whether the checkpoint was trained, or selected, on more than half of the questions' articles, if it is known."""
+    return any(predictions[column].fillna(False).mean() > 0.5 for column in SEEN_COLUMNS.values())
 
 
 def with_accuracy(counts: pd.DataFrame) -> pd.DataFrame:
