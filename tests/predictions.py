@@ -54,7 +54,7 @@ def on_passages(seed: int, icc: float, levels=((350, 0.72), (150, 0.77))) -> pd.
 
 
 def two(both: int, gained: int, lost: int, neither: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Two models with so many questions of each outcome."""
+    """Two models with so many questions of each outcome, each on an article of its own."""
     first = "A" * both + "B" * gained + "A" * lost + "B" * neither
     second = "A" * (both + gained) + "B" * (lost + neither)
-    return made("A" * len(first), first), made("A" * len(first), second)
+    return tuple(made("A" * len(first), chosen, example_id=range(len(first))) for chosen in (first, second))

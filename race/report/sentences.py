@@ -191,12 +191,11 @@ def difference(row: pd.Series, margin: float) -> str:
     if pd.isna(row["ci_low"]):
         why = "the runs were selected on these articles, or have the same answers, or the articles are too few"
         return f"{text} on {over}; not tested: {why}."
+    if row["ci_low"] < -1 or row["ci_high"] > 1:
+        return f"{text} on {over}; the runs differ too much for an interval."
     text += f" (95 % interval {interval(row['ci_low'], row['ci_high'], points)}, over {over}"
     if found == "not tested":
         return f"{text}); too few seeds for a verdict."
-    if row["ci_low"] < -1 or row["ci_high"] > 1:
-        told = f"{second} − {first} = {points(row['difference'])} points on {over}"
-        return f"{told}; the runs differ too much for an interval."
     beyond = 100 * max(abs(row["ci_low"]), abs(row["ci_high"]))
     unlikely = f"not significant; a difference beyond {beyond:.1f} points is unlikely"
     text += f"; Holm {p_value(row['p_holm'])}): "

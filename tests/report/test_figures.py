@@ -109,7 +109,7 @@ DRAWN = {
     "comparison of 1": lambda: figures.comparison_figure(comparison(1)[["name", "stage"]].assign(**ONE), {}, "e1"),
     "comparison of 10": lambda: figures.comparison_figure(comparison(10, True), {"e1": 0.671}, LONG_TITLE),
     "differences": lambda: figures.differences_figure(pairs(3), TITLE),
-    "differences of 1": lambda: figures.differences_figure(pairs(1, 0.0, width=0), "as accurate"),
+    "differences of 1": lambda: figures.differences_figure(pairs(1, 0.0, width=0), "the same accuracy here"),
     "differences of 10": lambda: figures.differences_figure(pairs(10, 0.9, True, 0.1), LONG_TITLE),
     "story": lambda: figures.story_figure(story((8, 12, 3))),
     "story, uneven": lambda: figures.story_figure(story((60, 1, 1), LONG)),
@@ -191,8 +191,8 @@ SAID = {  # a figure: what must be among its words
     "story": ["e1, 2e-5", "0.980 (e3, epoch 2)", "66.0 % (e3, epoch 2)", "95 % interval", "axis cut"],
     "recipes": ["mean of 2 seeds"],
     "recipes, one seed": ["one seed"],
-    "accuracy": ["e3: 75.0 % of the test questions correct", "middle (1,436)"],
-    "accuracy at 0": [": 0.0 % of the high test questions correct"],
+    "accuracy": ["e3: 75.0 % of 1,436 test questions correct", "middle (1,436)"],
+    "accuracy at 0": [": 0.0 % of 1,436 high test questions correct"],
     "groups": ["why (1,234 + 1,234)", "questions, middle + high"],
     "confusion of 1": ["Chosen as often as correct"],
     "confidence of 1": ["Calibration error 0.0 points", "Most confident 100 %: 100.0 % correct"],
@@ -219,8 +219,8 @@ def test_the_ring_is_around_what_the_rule_picks():
 
 
 def test_filled_marks_are_significant_differences():
-    first, second, third = (made("A" * 60, "A" * n + "B" * (60 - n)) for n in (20, 50, 49))
-    axes = figures.differences_figure(compare_pairs({"one": first, "two": second, "three": third}), "").axes[0]
+    one, two, three = (made("A" * 60, "A" * n + "B" * (60 - n), example_id=range(60)) for n in (20, 50, 49))
+    axes = figures.differences_figure(compare_pairs({"one": one, "two": two, "three": three}), "").axes[0]
     marks = [container.lines[0] for container in axes.containers]
     assert [mark.get_markerfacecolor() for mark in marks] == [figures.BLUE, "white"]
     assert [mark.get_ydata().tolist() for mark in marks] == [[0, 1], [2]]

@@ -97,7 +97,7 @@ def test_calibration_and_a_temperature_that_helps_only_where_log_loss_does():
 def test_paired():
     row = compare_pairs(dict(zip(("e1", "e2"), two(3000, 312, 288, 1334), strict=True))).iloc[0]
     text = sentences.paired(row)
-    assert text.startswith("e2 against e1: gained 312 questions, lost 288, +0.5 points") and "p = 0.35" in text
+    assert text.startswith("e2 against e1: gained 312 questions, lost 288, +0.5 points") and "p = 0.33" in text
     assert text.endswith("not significant.") and "Holm" not in text  # of one pair there is nothing to adjust
     worse = sentences.paired(compare_pairs(dict(zip(("a", "b"), two(10, 5, 40, 10), strict=True))).iloc[0])
     assert "−53.8 points" in worse and worse.endswith("b is significantly worse.")
@@ -110,16 +110,25 @@ FIRST, SECOND = two(60, 14, 4, 22)  # 0.05 > p of one pair, but not after the ad
 @pytest.mark.parametrize(
     ("predictions", "said"),
     [
-        ({"weak": WEAK, "strong": STRONG}, ["strong: 69.4 % of 72", "significantly better than weak (+38.9 points)"]),
+        (
+            {"weak": WEAK, "strong": STRONG},
+            ["strong: 69.4 % of 72 high test questions correct; ", "significantly better than weak (+38.9 points)"],
+        ),
         ({"a": FIRST, "b": SECOND, "c": FIRST}, ["b: ", "; lead over a (+10.0 points) and c (+10.0 points) not sig"]),
-        ({"a": WEAK, "b": STRONG, "c": STRONG}, ["better than a (+38.9 points); as accurate as c"]),
-        ({"alone": WEAK}, ["alone: 30.6 % of 72 questions correct"]),
+        (
+            {"a": WEAK, "b": STRONG, "c": STRONG},
+            ["better than a (+38.9 points); the same accuracy here as c (−5.4 to +5.4)"],
+        ),
+        ({"alone": WEAK}, ["alone: 30.6 % of 72 high test questions correct (95 % interval 20.9 % to 42.2 %)"]),
         ({f"e{n}": WEAK for n in range(9)} | {"best": STRONG}, ["e2 (+38.9 points) and 6 more"]),
         ({"a": known(WEAK, True, False), "b": STRONG, "c": WEAK}, ["better than c (", "not tested against a ("]),
+        ({"a": known(WEAK, False, True), "b": STRONG, "c": WEAK}, ["better than c (", "not tested against a ("]),
     ],
 )
 def test_verdict(predictions, said):
-    text = sentences.verdict(predictions, compare_pairs(predictions))
+    predictions = {name: table.assign(level="high") for name, table in predictions.items()}
+    results = [accuracy_table(table, "", "", "test")[1:] for table in predictions.values()]  # as of LEVEL
+    text = sentences.verdict(predictions, compare_pairs(predictions), results)
     assert text.startswith(said[0]) or said[0] in text
     assert all(it in text for it in said) and ("significant" in text) == (len(predictions) > 1)
 
@@ -149,7 +158,8 @@ UNTESTED = {"p": np.nan, "p_holm": np.nan}
         ({"p_holm": 0.03, "difference": -0.01}, 0.5, "cosine is worse than chain."),
         ({}, 1.0, "; the difference is below 1 point (90 % interval)"),
         (UNTESTED | {"seeds": 2}, 1.0, "too few seeds for a verdict"),
-        (UNTESTED | {"ci_low": np.nan}, 1.0, "; not tested: "),
+        (UNTESTED | {"ci_low": np.nan}, 1.0, "; not tested: the runs were selected on these articles, or "),
+        (UNTESTED | {"ci_low": -1.2, "seeds": 2}, 1.0, "questions; the runs differ too much for an interval."),
         (UNTESTED | {"seeds": 1, "ci_low": np.nan}, 1.0, "says nothing of another seed"),
     ],
 )
@@ -165,9 +175,20 @@ def test_verdict_on_recipes():
     assert sentences.recipes_verdict(table[:1].assign(p_holm=np.nan)).startswith("Not tested: cosine")
 
 
+def test_runs_at_chance_are_named():
+    text = sentences.failed_runs({"linear": [1], "step": [0, 1]}, [7, 8], 6)
+    assert text.startswith("At chance: linear with seed 8, step with seed 7 and step with seed 8. ")
+    assert (
+        sentences.failed_runs({"a": [0], "b": [0]}, [None], 2) == "All runs are at chance: there is nothing to compare."
+    )
+    assert sentences.failed_runs({}, [1], 2) == ""
+
+
 def test_budgets_that_differ_are_told():
     had = pd.DataFrame({"recipe": ["chain", "linear"], "questions": 144, "epochs": 3, "fewest_epochs": 3})
-    had = had.assign(checkpoints=3, monitor="val_loss_epoch", learning_rates_tried=1, also=[{"precision": "32"}, {}])
+    had = had.assign(
+        checkpoints=3, monitor=[["val_loss_epoch"]] * 2, learning_rates_tried=1, also=[{"precision": "32"}, {}]
+    )
     text = "Each recipe was trained on 144 questions (3 epochs). **They differ in precision**."
     assert sentences.budget(had) == text and sentences.budget(had[:1]) == text[:52]
     assert sentences.budget(had.assign(questions=[144, 200])).startswith("**They differ in questions trained on and")
@@ -175,6 +196,6 @@ def test_budgets_that_differ_are_told():
 
 def test_planning_and_what_a_comparison_cannot_say():
     text = sentences.planning(1.0, 4934, 3, 4)
-    assert "1 point on 4,934" in text and "seeds a recipe" in text and "With 3 seeds" in text
+    assert "1 point on 4,934" in text and "seeds per recipe" in text and "With 3 seeds" in text
     assert "no number of seeds" in sentences.planning(0.1, 1000, 1, 1)
     assert sentences.recipes_scope("ehovy/race", "test") == ""

@@ -53,7 +53,9 @@ def test_comparison_has_a_row_for_each_checkpoint(three):
 
 
 def test_cells_are_written_one_way():
-    html = tables.styled(accuracy_table(made("AB", "AA"), "e1", "x.ckpt", "test"), tables.SCORES).to_html()
+    html = tables.styled(
+        accuracy_table(made("AB" * 9, "AA" * 9, example_id=range(18)), "e1", "x.ckpt", "test"), tables.SCORES
+    ).to_html()
     assert "9.5 % to 90.5 %" in html and "50.0 %" in html and "ci_low" not in html and "icc" not in html
     pairs = compare_pairs(dict(zip(("e1", "e2"), two(3000, 312, 288, 1334), strict=True)))
     html = tables.styled(pairs, tables.PAIRS).to_html()
