@@ -140,13 +140,16 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
             keys.append(key(level, *MARKS[level]))
     for place, accuracy in enumerate(table["all"]):
         beside(axes, place - 0.1 * (len(drawn) - 1), percent(accuracy))  # level with its mark
-    accuracy_axis(axes, "accuracy, 95 % interval by passage (at the right: all questions)")
+    accuracy_axis(axes, "accuracy, 95 % interval by passage (at the right: of all that were scored)")
     return finish(figure, *keys, key(CHANCE_WORDS, line=":"), title=title)
 
 
 @plt.style.context(STYLE)
-def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
-    """Differences of accuracy in points with intervals, a row a pair: of checkpoints (compare_pairs) or of recipes."""
+def differences_figure(pairs: pd.DataFrame, title: str, margin: float | None = None) -> Figure:
+    """Differences of accuracy in points with intervals, a row a pair: of checkpoints (compare_pairs) or of recipes.
+
+    margin: points that would matter, drawn as a band.
+    """
     gaps = np.where((pairs["second"] + pairs["first"]).str.len() > 24, "\n", " ")
     names = zip(pairs["second"], gaps, pairs["first"], strict=True)
     figure, axes = row_figure([f"{wrapped(second, 2.4)}{gap}− {wrapped(first, 2.2)}" for second, gap, first in names])
@@ -161,10 +164,14 @@ def differences_figure(pairs: pd.DataFrame, title: str) -> Figure:
         counts = f", gained {row['gained']:,}, lost {row['lost']:,}" if "gained" in row else ""
         beside(axes, place, f"{points(row['difference'])}{counts}")
     axes.axvline(0, color=GREY, linewidth=1)
-    known = ", 95 % interval" if pairs["ci_low"].notna().any() else ""
+    if margin:
+        axes.axvspan(-margin, margin, color=GREY, alpha=0.15, linewidth=0)
+        keys.append(Patch(color=GREY, alpha=0.15, linewidth=0, label=f"within ±{margin:g} points"))
+    covers = "by passage" if "gained" in pairs else "over seeds and questions"
+    known = f", 95 % interval {covers}" if pairs["ci_low"].notna().any() else ""
     better = "right of 0: the one named first is more accurate"
     axes.set_xlabel(f"difference of accuracy (percentage points){known}\n{better}")
-    reach = 110 * np.nanmax(pairs[["difference", "ci_low", "ci_high"]].abs().to_numpy()) or 1
+    reach = 1.1 * max(margin or 0, 100 * np.nanmax(pairs[["difference", "ci_low", "ci_high"]].abs().to_numpy())) or 1
     axes.set_xlim(-reach, reach)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.6g}".replace("-", "−") if value else "0")
     return finish(figure, *keys, title=title)
@@ -189,7 +196,7 @@ def training_curves(log: pd.DataFrame, stage: str, monitor: str = MONITORS[0]) -
             _validation(axes, validated, _chosen(validated, monitor), ["step", name], ORANGE)
         _best(loss, accuracy, validated.assign(stage=stage))
     top, end = rates["learning_rate"].max(), max(log["step"].max(), 1)
-    upto = "" if (rates["learning_rate"] == top).all() else "up to "
+    upto = "" if (rates["learning_rate"] == top).all() else "of the logged steps up to "
     schedule.plot(rates["step"], rates["learning_rate"], color=GREEN)
     schedule.set(title=f"learning rate {upto}{rate(top)}", yticks=(0, top), ylim=(0, 1.3 * top), ylabel="rate")
     schedule.set(xlabel="optimizer step (epochs count from 0)", xlim=(-0.03 * end, 1.03 * end))

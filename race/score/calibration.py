@@ -7,7 +7,7 @@ from scipy.special import log_softmax
 from scipy.stats import ttest_1samp
 
 from race import LETTERS
-from race.score.statistics import GROUP_COLUMNS, PROBABILITIES, confidence, is_correct, with_accuracy
+from race.score.statistics import GROUP_COLUMNS, PROBABILITIES, confidence, is_correct, wilson, with_accuracy
 
 BINS = 10  # of equal width, for confidence
 DRAWS = 2_000  # of a bootstrap, and of the perfectly calibrated model
@@ -54,6 +54,10 @@ def calibration_spread(predictions: pd.DataFrame, seed: int = 0) -> dict:
     error, upper = calibration_error(predictions), np.quantile(errors, 0.975)
     low = 0.0 if error <= floor_high else max(0.0, 2 * error - upper)
     high = np.clip(upper - (errors.mean() - error), error, 1.0)
+    if correct.all() or not correct.any():  # which no resample changes
+        ends = np.array(wilson(correct.sum(), count))
+        low = min(low, abs(sure.mean() - np.clip(sure.mean(), *ends)))
+        high = max(high, np.abs(ends - sure.mean()).max())
     return {"error_low": low, "error_high": high, "floor_low": floor_low, "floor_high": floor_high}
 
 

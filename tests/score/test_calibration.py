@@ -109,6 +109,13 @@ def test_interval_of_the_calibration_error_covers():
     assert true > np.median([it["floor_high"] for it in ends])  # and not because it is wide
 
 
+def test_where_all_answers_are_right_the_error_has_an_interval():
+    """No resample changes them: how many are right is uncertain as Wilson's interval says."""
+    few, many = (calibration_spread(made("A" * count, "A" * count, 0.97)) for count in (50, 2000))
+    assert few["error_low"] == 0 and few["error_high"] == pytest.approx(0.97 - wilson(50, 50)[0])
+    assert [many["error_low"], many["error_high"]] == pytest.approx([wilson(2000, 2000)[0] - 0.97, 0.03])
+
+
 def test_coverage_by_hand_with_ties():
     """Two questions share a confidence: they are answered together, whatever their order."""
     for chosen in ("ABBA", "ABAB"):  # of the tied pair in the middle, one is right
