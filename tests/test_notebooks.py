@@ -83,11 +83,18 @@ def test_an_executed_notebook_runs_again_where_it_lies(chain):
     assert not (chain / "run" / "run").exists()
 
 
-def test_a_failing_notebook_says_where_and_keeps_what_ran(tmp_path):
-    parameters = {"CACHE_DIR": str(tmp_path / "none"), "RUN_DIR": str(tmp_path)}
-    with pytest.raises(RaceError, match="ex01, cell .*manifest.json: not found"):
-        run_notebook("ex01", parameters)
-    assert (tmp_path / "ex01.ipynb").exists()
+def test_a_failing_notebook_says_where_and_keeps_what_ran(tmp_path, monkeypatch):
+    """And the one that was finished before."""
+    monkeypatch.setattr("race.chain.ROOT", tmp_path)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    failing = [nbformat.v4.new_code_cell(source) for source in ("print('first')", "1 / 0")]
+    nbformat.write(nbformat.v4.new_notebook(cells=failing, metadata=kernel), tmp_path / "small.ipynb")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "small.ipynb").write_text("finished")
+    with pytest.raises(RaceError, match="small, cell 3: ZeroDivisionError: .*\n.*small-last-run.ipynb"):
+        run_notebook("small", {"RUN_DIR": "run"})
+    assert "first" in (tmp_path / "run" / "small-last-run.ipynb").read_text()
+    assert (tmp_path / "run" / "small.ipynb").read_text() == "finished"
 
 
 @pytest.mark.parametrize("notebook", DOCUMENTS)
