@@ -260,5 +260,16 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
     return f"{text}{100 * RECIPES_DIFFER:.0f} %."
 
 
+def measured(spread: dict) -> str:
+    """What was measured (comparison.measured_spread) of what planning assumes; "" with one seed."""
+    if pd.isna(spread["sd"]):
+        return ""
+    text = f"Measured here: a recipe's accuracies spread by {100 * spread['sd']:.1f} points, all chance included; two "
+    text += f"seeds differ on {100 * spread['runs_differ']:.0f} % of the questions"
+    if pd.notna(spread["recipes_differ"]):
+        text += f", two recipes with different seeds on {100 * spread['recipes_differ']:.0f} %"
+    return f"{text}."
+
+
 def _points(value: float) -> str:
     return f"{value:g} point{'' if value == 1 else 's'}"

@@ -176,6 +176,20 @@ def without_failed(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.Da
     return against_baseline({name: np.delete(runs, sorted(failed), 0) for name, runs in correct.items()}, facts)
 
 
+def measured_spread(correct: dict[str, np.ndarray]) -> dict:
+    """Of the runs of recipes, [seeds, questions] each, what `power` assumes: sd, and what share of answers differs.
+
+    sd: of a recipe's accuracies, mean over the recipes; runs_differ: of two seeds of a recipe; recipes_differ: of two
+    recipes with different seeds. NaN where there is one seed, or one recipe.
+    """
+    runs = [np.asarray(it, bool) for it in correct.values()]
+    seeds = [*itertools.permutations(range(min(map(len, runs))), 2)]
+    own = [(it[a] != it[b]).mean() for it in runs for a, b in seeds]
+    across = [(one[a] != other[b]).mean() for one, other in itertools.combinations(runs, 2) for a, b in seeds]
+    sd = np.mean([pd.Series(it.mean(1)).std() for it in runs])
+    return {"sd": sd} | {name: pd.Series(it).mean() for name, it in (("runs_differ", own), ("recipes_differ", across))}
+
+
 def power(difference: float, seeds: int, questions: int, contrasts: int = 1) -> dict:
     """What a comparison of so many seeds a recipe will see of a true difference (a fraction, as accuracy is).
 

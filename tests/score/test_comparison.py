@@ -18,6 +18,7 @@ from race.score.comparison import (
     compare_pairs,
     ensemble,
     leads,
+    measured_spread,
     paired_comparison,
     power,
     seeds_needed,
@@ -233,6 +234,13 @@ def test_a_run_at_chance_is_named_and_left_out():
     expected = against_baseline({"chain": chain[[0, 2]], "linear": linear[[0, 2]]}, facts)
     assert without_failed(correct, facts).equals(expected)
     assert without_failed({"chain": chain, "linear": linear}, facts).empty
+
+
+def test_the_spread_that_was_measured():
+    runs = {"a": [[1, 1, 0, 0], [1, 0, 0, 0]], "b": [[1, 1, 1, 1], [0, 1, 1, 1]]}
+    found = measured_spread(runs)
+    assert found == {"sd": pytest.approx(0.25 / 2**0.5), "runs_differ": 0.25, "recipes_differ": 0.75}
+    assert np.isnan([*measured_spread({"a": [[1, 0]], "b": [[0, 0]]}).values()]).all()
 
 
 def test_seeds_that_a_difference_needs():
