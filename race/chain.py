@@ -24,7 +24,7 @@ from race.parameters import GONE, ROOT, Settings, check, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.sentences import over_seeds
 from race.score.predictions import RESULT_COLUMNS, write_json
-from race.score.runs import Run, stages_over_seeds
+from race.score.runs import Run, record_margin, stages_over_seeds
 from race.train.state import SIGNALS
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     split = "test" if "test" in Cache(folder).splits else "validation"
     if split == "validation":
         print("this cache has no test split: the evaluations use validation, which also chose the checkpoints")
+    if len(options.recipes) > 1:
+        planned = comparison(options, split)[1]
+        record_margin(ROOT / planned["RUN_DIR"], read(planned).get("DIFFERENCE", 1.0))
     notebooks, evaluated = [], []
     for seed, recipe in itertools.product(options.seeds or [None], options.recipes):
         own = plan(options, recipe, split, seed)

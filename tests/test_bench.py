@@ -1,7 +1,6 @@
 """The benchmarks run on a small scale and count what they say; a GPU day's parts go on where they stopped."""
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, padded
 
-from bench import carried, common, evaluate, families, gpu_day, memory, tables, train_step
+from bench import carried, common, evaluate, families, gpu_day, tables, train_step
 
 
 @pytest.fixture
@@ -114,26 +113,6 @@ def test_answers_of_a_checkpoint_in_bf16_and_fp32(results, monkeypatch):
 def test_the_page_says_what_was_measured():
     """Of the kept results; `python -m bench.tables` writes the tables of bench/README.md."""
     assert tables.filled(tables.PAGE.read_text()) == tables.PAGE.read_text()
-
-
-def test_memory_runs_each_case_once(results, monkeypatch):
-    """Each in a process of its own, which the launcher starts for its card; what failed is run again."""
-
-    def launch(command, **_):
-        gb, capability, *_, shape, precision, lengths, card = command
-        row = {"shape": shape, "precision": precision, "lengths": lengths, "card_gb": int(card), "micro_batches": 3}
-        row |= {"out_of_memory": lengths == "race", "peak_gb": 6.0, "reserved_gb": 7.0}
-        if capability != "7.5":
-            with open(results / "memory.jsonl", "a") as file:
-                print(json.dumps(row), file=file)
-        return subprocess.CompletedProcess(command, capability == "7.5", gb, "")
-
-    monkeypatch.setenv("BENCH_LAUNCHER", "{gb} {capability}")
-    monkeypatch.setattr(subprocess, "run", launch)
-    monkeypatch.setattr(memory, "SHAPES", ("base",))
-    for _ in range(2):
-        assert memory.main(["--cards", "8"]) == 3 and len(memory.kept()) == 6
-    assert f"| ALBERT base, 32-true | out / 3 / 3; 6.0, 7.0 | {tables.YET} |" in tables.memory()
 
 
 SMALL = ["--device", "cpu", "--small"]

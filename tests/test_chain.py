@@ -129,6 +129,7 @@ def test_several_recipes_run_their_stages_and_are_then_compared(ran):
     assert compared["RUN_DIR"] == "runs/race-trial-recipes/chain-linear-2-seeds"
     assert (compared["RECIPES"], compared["SEEDS"]) == (["chain", "linear"], [1, 2])
     assert (compared["CHECKPOINT_DIR"], compared["RUNS"]) == ("checkpoints/race-trial", "runs/race-trial")
+    assert json.loads((ran.root / compared["RUN_DIR"] / "planned.json").read_text())["difference"] == 1.0
 
 
 def test_of_several_seeds_what_is_finished_with_these_parameters_is_passed_over(ran, capsys):

@@ -39,9 +39,6 @@ def trained(cache, tmp_path_factory):
     return folder
 
 
-# -------------------------------------------------------------------------------------------------- damage
-
-
 def damaged(content: bytes, rng: random.Random) -> bytes:
     """One bit flipped, or the end cut off."""
     if rng.random() < 0.2:
@@ -118,9 +115,6 @@ def test_a_checkpoint_from_elsewhere_is_taken_if_it_is_whole(tmp_path):
         Checkpoint(path)
 
 
-# -------------------------------------------------------------------------------------------------- full disks
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 12 MB; skips where this user may not mount one."""
@@ -189,9 +183,6 @@ def test_full_disk_while_training(trained, cache, small_disk, step, minutes):
     assert len(e1(small_disk).saved) == 2
 
 
-# -------------------------------------------------------------------------------------------------- file systems
-
-
 def lacking(monkeypatch, call: str, error: int, what) -> list:
     """Make os.fsync or os.open fail for paths of which `what` is true; returns the list of those refused."""
     original, refused = getattr(os, call), []
@@ -243,9 +234,6 @@ def test_an_error_of_the_disk_is_an_error(tmp_path, monkeypatch, error):
     with pytest.raises(OSError, match="the old file is unchanged") as raised:
         atomic_write(tmp_path / "x", lambda path: path.write_text("new"))
     assert raised.value.errno == error and (tmp_path / "x").read_text() == "old"
-
-
-# -------------------------------------------------------------------------------------------------- several processes
 
 
 MAKE = """
@@ -337,9 +325,6 @@ def test_writers_of_one_file_do_not_mix(tmp_path):
         assert [writer.exitcode for writer in writers] == [0, 0, 0]
         assert (tmp_path / "x").read_text() in contents
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-# -------------------------------------------------------------------------------------------------- code in files
 
 
 def test_a_payload_in_a_checkpoint_or_state_runs_nothing(trained, cache, tmp_path):

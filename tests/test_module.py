@@ -71,9 +71,6 @@ def test_clipping_in_fp16_is_of_the_unscaled_gradient(cache, monkeypatch, optimi
     assert norms[1] == pytest.approx(norms[0], rel=0.1) and norms[0] > 0.01
 
 
-# -------------------------------------------------------------------------------------------------- half precision
-
-
 def test_pooler_head_and_loss_stay_in_float32(config, items):
     """Logits of a head in bf16 would have 8 bits, and questions with two equal best options."""
     module, seen = RaceModule(config=config).eval(), []
@@ -144,9 +141,6 @@ def test_compiled_layers_compute_the_same_with_few_graphs(config, items):
     assert 0 < graphs[-1] <= graphs[2] + 2 <= 16, graphs
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
-
-
-# -------------------------------------------------------------------------------------------------- checkpoints, bases
 
 
 def test_checkpoint_loads_without_network_cache_or_hub(cache, tmp_path):

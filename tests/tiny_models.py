@@ -33,8 +33,6 @@ def tiny_config(family: str, vocabulary: int = 100, **settings) -> PretrainedCon
     return kind(**{"vocab_size": vocabulary} | sizes | none | OWN.get(family, {}) | settings)
 
 
-# ----------------------------------------------------------------------------------------------- tokenizers and folders
-
 RESERVED = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<sep>", "<cls>"]  # 0, 1 and 2 are as in SIZES and OWN
 PIECES = 400
 

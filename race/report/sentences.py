@@ -55,6 +55,9 @@ def headline(table: pd.DataFrame) -> str:
     if pd.isna(row["trained_on"]) or row["trained_on"] <= row["questions"] / 2:
         where = "inside" if low <= CHANCE <= high else "below" if low > CHANCE else "above"
         text += f"; chance, {100 * CHANCE:.0f} %, is {where} it"
+    for _, level in table[1:].iterrows():
+        ends = interval(*quoted_interval(level)[:2])
+        text += f"; {level['level']}: {percent(level['accuracy'])} ({ends})"
     if pd.notna(row.get("macro_accuracy")):
         ends = interval(row["macro_low"], row["macro_high"])
         text += f". Macro accuracy over the two levels: {percent(row['macro_accuracy'])} ({ends})"
@@ -210,6 +213,7 @@ def over_seeds(means: pd.DataFrame, compared: pd.DataFrame) -> str:
     lines = []
     for row in means.itertuples():
         spread = f"; standard deviation {100 * row.sd:.2f} points" if len(row.each) > 1 else ""
+        spread += f"; at chance: {row.at_chance}" if row.at_chance else ""
         lines.append(f"{row.recipe}: {percent(row.accuracy)} ({', '.join(map(percent, row.each))}{spread})")
     lines += [difference(row, 1.0) for _, row in compared.iterrows()]
     return "\n".join([*lines, "For this training set and these learning rates: seeds vary head, order and dropout."])
@@ -258,6 +262,15 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
     text += f"Assumed: a recipe's accuracies spread by {100 * SD:.1f} points (standard deviation) beyond what single "
     text += f"answers do by chance; two seeds differ on {100 * RUNS_DIFFER:.0f} % of the questions, two recipes on "
     return f"{text}{100 * RECIPES_DIFFER:.0f} %."
+
+
+def margin(now: float, planned: float) -> str:
+    """Whether the points that would matter are those of when the runs were started; "" if they are."""
+    if now == planned:
+        return ""
+    return (
+        f"DIFFERENCE was {planned:g} when the runs were started, and is {now:g}: chosen afterwards, it shows nothing."
+    )
 
 
 def measured(spread: dict) -> str:

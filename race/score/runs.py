@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import pandas as pd
 from race import RaceError
 from race.data import Cache, RaceDataModule
 from race.recipes import run_name
-from race.score.comparison import against_baseline
-from race.score.predictions import Predictions, kept_predictions, save_results
+from race.score.comparison import against_baseline, at_chance
+from race.score.predictions import Predictions, kept_predictions, save_results, write_json
 from race.score.statistics import is_correct, wilson
 from race.train.stages import Stage, read_log, stages_of
 from race.train.state import read_state
@@ -248,11 +249,20 @@ def _on_new_questions(checkpoint, data: RaceDataModule, split: str, run_dir, **h
 
 
 def accuracies(chosen: Correct, last: Correct | None = None) -> pd.DataFrame:
-    """Mean accuracy over seeds of each recipe, a row each; sd and each: of every seed; last_epoch: the mean there."""
+    """Mean accuracy over seeds of each recipe, a row each; each and sd: of every seed; at_chance: how many."""
     each = {recipe: pd.Series(runs.mean(1)) for recipe, runs in chosen.items()}
     rows = [{"recipe": name, "accuracy": it.mean(), "each": it.tolist(), "sd": it.std()} for name, it in each.items()]
-    table = pd.DataFrame(rows)
+    failed = at_chance(chosen)
+    table = pd.DataFrame(rows).assign(at_chance=[len(failed.get(name, [])) for name in each])
     return table if last is None else table.assign(last_epoch=[last[recipe].mean() for recipe in each])
+
+
+def record_margin(run_dir: str | Path, margin: float) -> float:
+    """The points that would matter, as they were when the runs of a comparison were started; noted if it is new."""
+    path = Path(run_dir) / "planned.json"
+    if not path.exists():
+        write_json(path, {"difference": margin, "when": time.strftime("%Y-%m-%d %H:%M:%S")})
+    return json.loads(path.read_text(encoding="utf-8"))["difference"]
 
 
 def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[pd.DataFrame, pd.DataFrame]:

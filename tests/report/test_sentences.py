@@ -35,7 +35,7 @@ def test_headline():
     assert "25 of 100 test questions" in text and "accuracy 25.0 % (95 % interval 17.5 % to 34.3 %)" in text
     assert "chance, 25 %, is inside it" in text and "26.0 % (20.0 % to 30.0 %)" in text
     text = sentences.headline(accuracy_table(known(on_passages(0, 0.1), False, False), "e1", "x.ckpt", "test"))
-    assert ", by passage); chance, 25 %, is below it" in text and "Macro" not in text
+    assert ", by passage); chance, 25 %, is below it; high: 7" in text and "; middle: 7" in text and "Macro" not in text
 
 
 @pytest.mark.parametrize(
@@ -182,6 +182,13 @@ def test_runs_at_chance_are_named():
         sentences.failed_runs({"a": [0], "b": [0]}, [None], 2) == "All runs are at chance: there is nothing to compare."
     )
     assert sentences.failed_runs({}, [1], 2) == ""
+    means = pd.DataFrame({"recipe": "e1", "accuracy": 0.5, "each": [[0.25, 0.75]], "sd": 0.35, "at_chance": 1})
+    text = sentences.over_seeds(means, pd.DataFrame())
+    assert "(25.0 %, 75.0 %; standard deviation 35.00 points; at chance: 1)" in text and "these learning rates" in text
+
+
+def test_a_margin_chosen_afterwards_is_told():
+    assert sentences.margin(1.0, 1) == "" and "was 1 when the runs were started, and is 2:" in sentences.margin(2, 1.0)
 
 
 def test_budgets_that_differ_are_told():
