@@ -35,7 +35,7 @@ def test_headline():
     assert "25 of 100 test questions" in text and "accuracy 25.0 % (95 % interval 17.5 % to 34.3 %)" in text
     assert "chance, 25 %, is inside it" in text and "26.0 % (20.0 % to 30.0 %)" in text
     text = sentences.headline(accuracy_table(known(on_passages(0, 0.1), False, False), "e1", "x.ckpt", "test"))
-    assert ", by passage); chance, 25 %, is below it; high: 7" in text and "; middle: 7" in text and "Macro" not in text
+    assert ", by passage); chance, 25 %, is below it; middle: 7" in text and "; high: 7" in text and "Macro" not in text
 
 
 @pytest.mark.parametrize(
