@@ -58,7 +58,7 @@ def groups_figure(table: pd.DataFrame, title: str) -> Figure:
         axes.set_title(wrapped(name, 5, 10))
         figures.accuracy_axis(axes, "")
     split = "" if levels == ["all"] else f", {' + '.join(levels)}"
-    axes.set_xlabel(f"accuracy, 95 % interval (in brackets: questions{split})")
+    axes.set_xlabel(f"accuracy, 95 % Wilson interval (in brackets: questions{split})")
     keys = [key(f"{level} (line: the whole level)", *MARKS[level], LINES[level]) for level in levels]
     keys += [key("filled: differs significantly from the rest of its level", marker="o")]
     keys += [key("hollow: no significant difference, or not tested", marker="o", fill=False)]
