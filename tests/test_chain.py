@@ -148,6 +148,7 @@ def test_a_run_that_fails_stops_no_other_and_is_gone_on_with(ran, capsys):
     assert ran("race", "--seeds", "1", "2") == 1
     assert ran.names() == ["ex01", "ex02", *STAGES, *chain.EVALUATIONS]
     assert [parameters["SEED"] for parameters in ran.reported[0]] == [2]
+    assert [path.parent.name for path in ran.root.glob("runs/*/recipe.json")] == ["race-seed2"]
     assert 'runs/race-seed1: RuntimeError("Kernel' in capsys.readouterr().err.split("not finished:")[1]
     assert ran("race", "--recipe", "chain", "step", "--seeds", "1") == 1 and "compare_recipes" not in ran.names()
     ran.failing = {}

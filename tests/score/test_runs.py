@@ -164,5 +164,7 @@ def test_all_that_cannot_be_compared_is_told_at_once(trained, tmp_path):
     assert "small-cosine-seed1 has no checkpoints" in told and "--recipe cosine --seeds 1\n" in told
     with pytest.raises(RaceError, match="small-other-seed2 differs from .* in e1 "):
         find_runs(*places, ["other", "linear"], [1, 2])
+    with pytest.raises(RaceError, match="small-other-seed1: the same checkpoint, which says nothing of two recipes"):
+        find_runs(*places, ["chain", "other"], [1])
     with pytest.raises(RaceError, match=r"SEEDS is \[1, 1\]"):
         find_runs(*places, ["linear", "other"], [1, 1])
