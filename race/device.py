@@ -57,13 +57,15 @@ def hardware(device: torch.device) -> str:
 
 
 def environment():
-    """Versions and hardware of this run, a row each; also what keeps torch from using a GPU."""
+    """Versions and hardware of this run, in one row; also what keeps torch from using a GPU."""
     import pandas as pd
 
     rows, problem = {"python": platform.python_version()} | versions(), gpu_problem()
     rows |= {"problem": problem} if problem else {"device": hardware(default_device())}
     rows |= {} if problem else {"precision": default_precision()}
-    return pd.DataFrame({"": rows}).style.set_properties(**{"text-align": "left", "white-space": "normal"})
+    return (
+        pd.DataFrame([rows]).style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "normal"})
+    )
 
 
 def gpu_problem() -> str | None:

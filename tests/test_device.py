@@ -118,7 +118,7 @@ def test_a_gpu_that_torch_cannot_use_stops_the_run_in_words(node):
                 refused(accelerator)
             assert str(error.value) == problem
     assert default_device("cpu") == torch.device("cpu") and default_precision("cpu") == "32-true"
-    assert environment().data.loc["problem", ""] == problem and problem in environment().to_html()  # whole
+    assert environment().data["problem"][0] == problem and problem in environment().to_html()  # whole
     node(visible="3")  # a job's variable is evidence of a GPU too
     assert gpu_problem().startswith("torch 2.13.0 (driver not found, ")
 
@@ -128,7 +128,7 @@ def test_without_a_gpu_or_with_all_hidden_on_purpose_the_cpu_is_meant(node, give
     """Only "gpu" insists."""
     node(**given)
     assert gpu_problem() is None and default_device() == torch.device("cpu") and default_precision() == "32-true"
-    assert environment().data.loc["device", ""].startswith("CPU, ") and "problem" not in environment().data.index
+    assert environment().data["device"][0].startswith("CPU, ") and "problem" not in environment().data
     with pytest.raises(RaceError, match="ACCELERATOR is 'gpu', but there is no NVIDIA GPU here"):
         default_device("gpu")
 
@@ -152,7 +152,7 @@ def test_a_gpu_is_used_if_the_build_has_kernels_for_it(node, capability, built, 
         return
     assert default_device() == default_device("gpu") == torch.device("cuda") != default_device("cpu")
     assert default_precision() == precision and default_precision("cpu") == "32-true"
-    assert environment().data.loc["device", ""] == "H100 (driver 580.65.06, CUDA 13.0, 39.2 GB free)"
+    assert environment().data["device"][0] == "H100 (driver 580.65.06, CUDA 13.0, 39.2 GB free)"
 
 
 def test_an_import_does_not_start_cuda(monkeypatch):

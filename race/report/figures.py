@@ -62,9 +62,9 @@ def label_rows(axes, labels: list[str]) -> None:
     axes.grid(axis="y", which="minor")
 
 
-def row_figure(labels: list[str], least: float = 0.36) -> tuple:
+def row_figure(labels: list[str], least: float = 0.3) -> tuple:
     """A figure, and its axes with a row for each label."""
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.5 + row_height(labels, least) * len(labels)))
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.4 + row_height(labels, least) * len(labels)))
     label_rows(axes, labels)
     return figure, axes
 
@@ -129,7 +129,7 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
     theirs, keys = table["stage"].map(reported).astype(float), []
     levels = [level for level in LEVELS if level in table]
     drawn = ["all", "reported", *levels] if theirs.notna().any() else ["all", *levels]
-    figure, axes = row_figure([wrapped(name, 2.4) for name in table["name"]], 0.2 + 0.14 * len(drawn))
+    figure, axes = row_figure([wrapped(name, 2.4) for name in table["name"]], 0.16 + 0.12 * len(drawn))
     for number, level in enumerate(drawn):
         places = np.arange(len(table)) + 0.2 * (number - (len(drawn) - 1) / 2)
         if level == "reported":
@@ -240,7 +240,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
     story = story.rename(columns={"val_loss": "val_loss_epoch"})
     stages = dict(list(story.groupby("stage", sort=False)))
     labels = [wrapped(f"{stage}, {rate(part['learning_rate'].iloc[0])}", 1.6) for stage, part in stages.items()]
-    figure, spans, loss, accuracy = panels(row_height(labels, 0.3) * len(stages), 2, 2)
+    figure, spans, loss, accuracy = panels(row_height(labels, 0.3) * len(stages), 1.7, 1.7)
     start, before = 0, None
     for place, part in enumerate(stages.values()):
         end, first, best = part["questions"].max(), part.iloc[0], _chosen(part, part["monitor"].iloc[0])
