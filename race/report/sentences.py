@@ -219,6 +219,16 @@ def over_seeds(means: pd.DataFrame, compared: pd.DataFrame) -> str:
     return "\n".join([*lines, "For this training set and these learning rates: seeds vary head, order and dropout."])
 
 
+def verdict_on_recipes(compared, without, failed: dict[str, list[int]], seeds: list, margin: float) -> list[str]:
+    """A sentence for each recipe against the first; then which runs are at chance, and the comparison without them.
+
+    compared, without: of against_baseline and without_failed; failed: of at_chance; seeds: of each row of the runs.
+    """
+    told, again = ([difference(row, margin) for _, row in table.iterrows()] for table in (compared, without))
+    runs = (1 + len(compared)) * len(seeds)
+    return told + ([failed_runs(failed, seeds, runs), *again] if failed else [])
+
+
 def failed_runs(failed: dict[str, list[int]], seeds: list[int], runs: int) -> str:
     """Which of so many runs are at chance (comparison.at_chance), and what that means; "" if none is."""
     named = [f"{name} with seed {seeds[row]}" for name, rows in failed.items() for row in rows]
@@ -245,7 +255,7 @@ def recipes_scope(source: str, split: str) -> str:
     """What a comparison of recipes on this source and split cannot say."""
     toy = "The demo's corpus is a toy: nothing of this is about RACE." if source == "demo" else ""
     optimistic = "The same split chose the checkpoints: all accuracies are optimistic." if split == "validation" else ""
-    return f"{toy} {optimistic}".strip()
+    return f"{toy} {optimistic} ".lstrip()
 
 
 def planning(difference: float, questions: int, seeds: int, contrasts: int) -> str:

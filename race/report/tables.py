@@ -6,7 +6,6 @@ import pandas as pd
 
 from race import CHAIN, RACE_QUESTIONS
 from race.report.formats import RULES, interval, p_number, percent, points, rate, schedule
-from race.score.comparison import power
 from race.score.statistics import quoted_interval
 
 PUBLISHED = Path(__file__).with_name("published.csv")  # other people's accuracies on RACE, and what each of them is
@@ -22,12 +21,11 @@ TOTALS = "recipe, stages, learning_rate: highest rate of each stage, epochs, que
 TOTALS += "choices: checkpoints to choose from, seeds, monitor: chosen by, learning_rates_tried"
 ACCURACIES = "recipe, accuracy, each: of each seed, sd: standard deviation, at_chance: runs at chance, "
 ACCURACIES += "last_epoch: last epoch of the last stage"
-PLANNING = "seeds, questions, half_width: 95 % interval ±, power: found, power_holm: found after Holm"
 FORMATS = dict.fromkeys(["points", "95 % interval"], points) | {"p": p_number, "Holm p": p_number, "schedule": schedule}
 FORMATS |= dict.fromkeys(["epochs trained", "chosen epoch (from 0)"], "{:.0f}".format) | {"chosen by": RULES.get}
 FORMATS |= {"log loss": "{:.4f}".format, "validation loss": "{:.3f}".format}
 FORMATS |= dict.fromkeys(["learning rate", "highest rate of each stage"], rate)
-FORMATS |= dict.fromkeys(["standard deviation", "95 % interval ±"], lambda value: f"{100 * value:.2f} points")
+FORMATS |= {"standard deviation": lambda value: f"{100 * value:.2f} points"}
 
 
 def styled(table: pd.DataFrame, columns: str):
@@ -84,8 +82,3 @@ def published_table(table: pd.DataFrame) -> pd.DataFrame:
         return published[:0]
     published.loc[len(published)] = f"this checkpoint ({table['stage'][0]})", table["accuracy"][0], "measured here"
     return published.sort_values("accuracy", ignore_index=True)
-
-
-def planning_table(difference: float, questions: int, contrasts: int) -> pd.DataFrame:
-    """What several numbers of seeds see of a true difference (in points)."""
-    return pd.DataFrame([power(difference / 100, seeds, questions, contrasts) for seeds in (3, 5, 10, 20, 40)])
