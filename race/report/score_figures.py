@@ -68,7 +68,7 @@ def groups_figure(table: pd.DataFrame, title: str) -> Figure:
 @plt.style.context(STYLE)
 def confusion_figure(counts: np.ndarray) -> Figure:
     """Correct answers against predictions as counts (race.score.statistics.confusion), and how often each letter is."""
-    figure, (axes, bars) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), width_ratios=(1, 1.4))
+    figure, (axes, bars) = plt.subplots(1, 2, figsize=(WIDTH, 2.9), width_ratios=(1, 1.4))
     axes.imshow(counts / counts.max(), cmap="Blues", vmin=0, vmax=1.8)  # light enough for dark words
     for (row, column), value in np.ndenumerate(counts):
         axes.text(column, row, f"{value:,}", ha="center", va="center", fontsize=9)
@@ -99,7 +99,7 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
     versions: name → reliability, uncalibrated first; calibration: calibration_table; curve: coverage_curve.
     """
     mosaic = [["diagram", "coverage"], ["counts", "coverage"]]
-    figure, axes = plt.subplot_mosaic(mosaic, figsize=(WIDTH, 4.3), height_ratios=(3, 1))
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(WIDTH, 3.9), height_ratios=(3, 1))
     diagram, counts, coverage = (axes[name] for name in ("diagram", "counts", "coverage"))
     diagram.plot([0, 1], [0, 1], color=GREY, linestyle="-.", linewidth=1)
     keys, width = [], 0.8 / BINS / len(versions)
