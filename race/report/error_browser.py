@@ -38,7 +38,7 @@ def error_browser(predictions: pd.DataFrame, dataset) -> HTML:
     return HTML(
         f'<style>{CSS}</style><div class="race-cards" data-race-browser="{name}"><p>{mistakes} and {correct}, a random '
         f'sample if not all are here. A click opens one.</p><div class="race-filters"></div>{HEAD}'
-        f'<div style="max-height: 24em; overflow-y: auto">{cards}</div></div><script>{{{script}}}</script>'
+        f'<div style="max-height: 20em; overflow-y: auto">{cards}</div></div><script>{{{script}}}</script>'
     )
 
 

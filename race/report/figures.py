@@ -270,7 +270,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
 @plt.style.context(STYLE)
 def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
     """Validation loss, accuracy and learning rate of each recipe over the questions (runs.training_curves)."""
-    figure, loss, accuracy, schedule = panels(1.6, 1.6, 0.7)
+    figure, loss, accuracy, schedule = panels(1.3, 1.3, 0.6)
     keys, seeds = [], max(1, validated["seed"].nunique())
     for number, (recipe, part) in enumerate(validated.groupby("recipe", sort=False)):
         color, marker, _ = LOOKS[number % len(LOOKS)]

@@ -5,25 +5,21 @@ from pathlib import Path
 import pandas as pd
 
 from race import CHAIN, RACE_QUESTIONS
-from race.report.formats import RULES, interval, p_number, percent, points, rate, schedule
+from race.report.formats import RULES, interval, percent, rate, schedule
 from race.score.statistics import quoted_interval
 
 PUBLISHED = Path(__file__).with_name("published.csv")  # other people's accuracies on RACE, and what each of them is
 # What `styled` shows of each table: columns, a heading where the name does not do; x_low is the interval up to x_high.
 SCORES = "stage, checkpoint, split, level, questions, correct, accuracy, passage_low: 95 % by passage, "
 SCORES += "trained_on: seen in training, selected_on: used for choosing, not_known"
-CALIBRATION = ": probabilities, log_loss, calibration_error, error_low: 95 % of the error, confidence, accuracy"
 CHECKPOINTS = "name, base, learning_rate, recipe: schedule, epochs: epochs trained, chosen_epoch: chosen epoch (from 0)"
 CHECKPOINTS += ", val_loss: validation loss, accuracy, accuracy_low: 95 % to quote, middle, high"
-PAIRS = "second: name, first: against, gained, lost, both, neither, difference: points, ci_low: 95 % interval, "
-PAIRS += "p_holm: Holm p"
 TOTALS = "recipe, stages, learning_rate: highest rate of each stage, epochs, questions: questions trained on, "
 TOTALS += "choices: checkpoints to choose from, seeds, monitor: chosen by, learning_rates_tried"
 ACCURACIES = "recipe, accuracy, each: of each seed, sd: standard deviation, at_chance: runs at chance, "
 ACCURACIES += "last_epoch: last epoch of the last stage"
-FORMATS = dict.fromkeys(["points", "95 % interval"], points) | {"p": p_number, "Holm p": p_number, "schedule": schedule}
-FORMATS |= dict.fromkeys(["epochs trained", "chosen epoch (from 0)"], "{:.0f}".format) | {"chosen by": RULES.get}
-FORMATS |= {"log loss": "{:.4f}".format, "validation loss": "{:.3f}".format}
+FORMATS = {"schedule": schedule, "chosen by": RULES.get, "validation loss": "{:.3f}".format}
+FORMATS |= dict.fromkeys(["epochs trained", "chosen epoch (from 0)"], "{:.0f}".format)
 FORMATS |= dict.fromkeys(["learning rate", "highest rate of each stage"], rate)
 FORMATS |= {"standard deviation": lambda value: f"{100 * value:.2f} points"}
 
