@@ -113,7 +113,7 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
         keys.append(key(name, color, marker, line, size=4))
     row, half = calibration.iloc[0], coverage_groups(curve, (0.5,)).iloc[0]
     error, low, high = (f"{100 * row[name]:.1f}" for name in ("calibration_error", "floor_low", "floor_high"))
-    title = f"Calibration error {error} points (perfectly calibrated: {low} to {high})"
+    title = f"Calibration error {error} points ({next(iter(versions))}; perfectly calibrated: {low} to {high})"
     diagram.set_title(wrapped(title, 3.2, 10))
     diagram.tick_params(labelbottom=False)
     counts.set_ylabel("questions")
