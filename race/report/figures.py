@@ -240,7 +240,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
     story = story.rename(columns={"val_loss": "val_loss_epoch"})
     stages = dict(list(story.groupby("stage", sort=False)))
     labels = [wrapped(f"{stage}, {rate(part['learning_rate'].iloc[0])}", 1.6) for stage, part in stages.items()]
-    figure, spans, loss, accuracy = panels(row_height(labels, 0.3) * len(stages), 1.4, 1.4)
+    figure, spans, loss, accuracy = panels(row_height(labels, 0.3) * len(stages), 1.3, 1.3)
     start, before = 0, None
     for place, part in enumerate(stages.values()):
         end, first, best = part["questions"].max(), part.iloc[0], _chosen(part, part["monitor"].iloc[0])
