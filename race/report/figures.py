@@ -166,7 +166,7 @@ def differences_figure(pairs: pd.DataFrame, title: str, margin: float | None = N
     axes.axvline(0, color=GREY, linewidth=1)
     if margin:
         axes.axvspan(-margin, margin, color=GREY, alpha=0.15, linewidth=0)
-        keys.append(Patch(color=GREY, alpha=0.15, linewidth=0, label=f"within ±{margin:g} points"))
+        keys.append(Patch(color=GREY, alpha=0.15, linewidth=0, label=f"±{margin:g} (DIFFERENCE)"))
     covers = "by passage" if "gained" in pairs else "over seeds and questions"
     known = f", 95 % interval {covers}" if pairs["ci_low"].notna().any() else ""
     better = "right of 0: the one named first is more accurate"

@@ -251,19 +251,23 @@ def budget(table: pd.DataFrame) -> str:
     return f"{text} **They differ in {listed(differ)}**.".strip() if differ else text
 
 
+def toy(source: str) -> str:
+    """That results on the embedded corpus say nothing about RACE; "" for another source."""
+    return "The demo's corpus is a toy: nothing of this is about RACE." if source == "demo" else ""
+
+
 def recipes_scope(source: str, split: str) -> str:
     """What a comparison of recipes on this source and split cannot say."""
-    toy = "The demo's corpus is a toy: nothing of this is about RACE." if source == "demo" else ""
     optimistic = "The same split chose the checkpoints: all accuracies are optimistic." if split == "validation" else ""
-    return f"{toy} {optimistic} ".lstrip()
+    return f"{toy(source)} {optimistic} ".lstrip()
 
 
 def planning(difference: float, questions: int, seeds: int, contrasts: int) -> str:
     """How many seeds a true difference (in points) takes on these questions, and what `seeds` will see of it."""
     wanted = seeds_needed(difference / 100, questions, contrasts)
-    many = f"{wanted} seeds per recipe" if wanted else "no number of seeds up to 100"
-    text = f"A true difference of {_points(difference)} on {questions:,} questions is found in at least "
-    text += f"{100 * POWER:.0f} of 100 comparisons with {many} (after Holm's adjustment for {contrasts}). "
+    many = f"{wanted} seeds per recipe" if wanted else "Not even 100 seeds per recipe"
+    text = f"{many} find a true difference of {_points(difference)} on {questions:,} questions in at least "
+    text += f"{100 * POWER:.0f} of 100 comparisons (after Holm's adjustment for {contrasts}). "
     if seeds > 2:  # fewer give no verdict
         found = power(difference / 100, seeds, questions, contrasts)
         text += f"With {seeds} seeds it is found in {100 * found['power_holm']:.0f} of 100, and an interval reaches "

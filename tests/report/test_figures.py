@@ -189,7 +189,7 @@ SAID = {  # a figure: what must be among its words
     "training, no epoch": ["e1: not validated yet"],
     "comparison": ["reported by the original authors", "66.0 %", "middle", "high"],
     "differences": ["+2.4, gained 1,410, lost 398", "e1 − e0", "filled", "hollow"],
-    "differences, margin": ["within ±1 points", "over seeds and questions"],
+    "differences, margin": ["±1 (DIFFERENCE)", "over seeds and questions"],
     "story": ["e1, 2e-5", "0.980 (e3, epoch 2)", "66.0 % (e3, epoch 2)", "95 % interval", "axis cut"],
     "recipes": ["mean of 2 seeds"],
     "recipes, one seed": ["one seed"],

@@ -204,7 +204,7 @@ def test_budgets_that_differ_are_told():
 def test_planning_and_what_a_comparison_cannot_say():
     text = sentences.planning(1.0, 4934, 3, 4)
     assert "1 point on 4,934" in text and "seeds per recipe" in text and "With 3 seeds" in text
-    assert "no number of seeds" in sentences.planning(0.1, 1000, 1, 1)
+    assert "Not even 100 seeds per recipe find" in sentences.planning(0.1, 1000, 1, 1)
     text = sentences.measured({"sd": 0.004, "runs_differ": 0.15, "recipes_differ": 0.17})
     assert (
         "spread by 0.4 points" in text and "on 15 % of the questions, two recipes with different seeds on 17 %." in text
