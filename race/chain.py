@@ -23,8 +23,9 @@ from race.files import atomic_write
 from race.parameters import GONE, ROOT, Settings, check, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.sentences import over_seeds
+from race.score.comparison import compare_runs
 from race.score.predictions import RESULT_COLUMNS, write_json
-from race.score.runs import Run, record_margin, stages_over_seeds
+from race.score.runs import Run, accuracies, record_margin, stages_over_seeds
 from race.train.state import SIGNALS
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
@@ -168,10 +169,11 @@ def report(options: argparse.Namespace, evaluated: list[dict]) -> None:
         split, out = how.pop("split"), ROOT / how.pop("run_dir")
         places = [(it["SEED"], str(ROOT / it["CHECKPOINT_DIR"]), str(ROOT / it["RUN_DIR"])) for it in evaluated]
         runs = [Run(name, *it, str(out) if settings.LIMIT_QUESTIONS else run_dir) for *it, run_dir in places]
-        means, compared = stages_over_seeds(runs, data, split, **how)
-        print(text := over_seeds(means, compared))
-        found = {"verdict": text.splitlines(), "accuracies": means, "differences": compared}
-        write_json(out / f"stages-{split}.json", found)
+        correct, facts = stages_over_seeds(runs, data, split, **how)
+        means, compared = accuracies(correct), compare_runs(correct, facts)
+        verdict = over_seeds(means, compared, options.seeds)
+        print(*verdict, sep="\n")
+        write_json(out / f"stages-{split}.json", {"verdict": verdict, "accuracies": means} | compared)
 
 
 def run_all(notebooks: list[tuple[str, dict]]) -> dict[str, str]:

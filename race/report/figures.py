@@ -137,10 +137,10 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
             keys.append(key("reported by the original authors", INK, "x"))
         else:
             marks(axes, MARKS[level], places, *(table[level + end] for end in ("", "_low", "_high")))
-            keys.append(key(level, *MARKS[level]))
+            keys.append(key(level if levels else "measured", *MARKS[level]))
     for place, accuracy in enumerate(table["all"]):
         beside(axes, place - 0.1 * (len(drawn) - 1), percent(accuracy))  # level with its mark
-    accuracy_axis(axes, "accuracy, 95 % interval by passage (at the right: of all that were scored)")
+    accuracy_axis(axes, f"accuracy, 95 % interval by passage{' (at the right: all levels)' if levels else ''}")
     return finish(figure, *keys, key(CHANCE_WORDS, line=":"), title=title)
 
 
@@ -154,7 +154,9 @@ def differences_figure(pairs: pd.DataFrame, title: str, margin: float | None = N
     names = zip(pairs["second"], gaps, pairs["first"], strict=True)
     figure, axes = row_figure([f"{wrapped(second, 2.4)}{gap}− {wrapped(first, 2.2)}" for second, gap, first in names])
     sure, keys = pairs["p_holm"] < SIGNIFICANT, []
-    filled, hollow = f"filled: significant (Holm p < {SIGNIFICANT})", "hollow: not significant, or not tested"
+    untested, filled = pairs["p_holm"].isna(), f"filled: significant (Holm p < {SIGNIFICANT})"
+    found = {"not significant": ~sure & ~untested, "not tested": untested}
+    hollow = "hollow: " + " or ".join(words for words, rows in found.items() if rows.any())
     for rows, color, words in ((sure, BLUE, filled), (~sure, ORANGE, hollow)):
         if rows.any():
             columns = (100 * pairs.loc[rows, name] for name in ("difference", "ci_low", "ci_high"))
@@ -188,7 +190,7 @@ def training_curves(log: pd.DataFrame, stage: str, monitor: str = MONITORS[0]) -
     loss.plot(train["step"], train["train_loss_step"].ewm(span=max(2, len(train) // 20)).mean(), color=BLUE)
     accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE)
     _chance(loss, accuracy)
-    loss.set(title=f"{wrapped(stage, 5, 10)}: not validated yet", ylabel="cross-entropy (nats)")
+    loss.set(title=f"{wrapped(stage, 5, 10)}: not validated yet", ylabel="cross-entropy loss\n(nats)")
     percent_axis(accuracy.yaxis, "accuracy")
     accuracy.set_ylim(-0.03, 1.03)
     if len(validated):
@@ -257,7 +259,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
     _best(loss, accuracy, story)
     label_rows(spans, labels)
     spans.set_title("Stages and their learning rates")
-    loss.set(ylabel="cross-entropy (nats)", ymargin=0.12)
+    loss.set(ylabel="cross-entropy loss\n(nats; axis cut)", ymargin=0.12)
     known = ", 95 % interval" if story["val_low"].notna().any() else ""
     percent_axis(accuracy.yaxis, f"accuracy{known}\n(axis cut)")
     accuracy.set(ymargin=0.12, xlim=(0, max(start, 1) * 1.03))
@@ -269,25 +271,42 @@ def story_figure(story: pd.DataFrame) -> Figure:
 
 @plt.style.context(STYLE)
 def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
-    """Validation loss, accuracy and learning rate of each recipe over the questions (runs.training_curves)."""
-    figure, loss, accuracy, schedule = panels(1.3, 1.3, 0.6)
-    keys, seeds = [], max(1, validated["seed"].nunique())
-    for number, (recipe, part) in enumerate(validated.groupby("recipe", sort=False)):
-        color, marker, _ = LOOKS[number % len(LOOKS)]
-        line = LOOKS[(number + number // len(LOOKS)) % len(LOOKS)][2]
-        for axes, name in ((loss, "val_loss_epoch"), (accuracy, "val_acc")):
-            over = part.groupby("questions")[name].agg(["mean", "min", "max", "size"])
-            over = over[over["size"] == part["seed"].nunique(dropna=False)]  # where all seeds have been
-            axes.plot(over.index, over["mean"], color=color, marker=marker, linestyle=line, markersize=4.5)
-            axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.13, linewidth=0)
-        for _, stage in rates[rates["recipe"] == recipe].drop_duplicates(["stage", "questions"]).groupby("stage"):
-            schedule.plot(stage["questions"], stage["learning_rate"], color=color, linestyle=line)
-        keys.append(key(recipe, color, marker, line))
-    _chance(loss, accuracy)
-    band = f"mean of {seeds} seeds, band from the lowest to the highest" if seeds > 1 else "one seed"
-    loss.set(title=f"Validation after each epoch: {band}", ylabel="cross-entropy (nats)\n(axis cut)")
-    percent_axis(accuracy.yaxis, "accuracy (axis cut)")
-    schedule.set(ylabel="learning rate", xlabel="questions trained on", ylim=(0, 1.15 * rates["learning_rate"].max()))
-    schedule.yaxis.set_major_formatter(lambda value, _: rate(value))
+    """Validation loss, accuracy and learning rate over the questions (runs.training_curves), a column for each recipe.
+
+    The first recipe is drawn in grey in the columns of the others.
+    """
+    names, seeds = list(validated["recipe"].unique()), max(1, validated["seed"].nunique())
+    blocks, across = -(-len(names) // 5), min(5, len(names))
+    shape = {"sharex": True, "squeeze": False, "height_ratios": (1.1, 1.1, 0.6) * blocks}
+    figure, drawn = plt.subplots(3 * blocks, across, figsize=(WIDTH, 0.8 + 3 * blocks), **shape)
+    for row, line_of_axes in enumerate(drawn):
+        for axes in line_of_axes:
+            axes.sharey(drawn[row % 3, 0])
+            axes.tick_params(labelleft=axes is line_of_axes[0])
+    columns = [drawn[block : block + 3, column] for block in range(0, 3 * blocks, 3) for column in range(across)]
+    for axes in np.ravel(columns[len(names) :]):
+        axes.set_axis_off()
+    for column, recipe in zip(columns, names, strict=False):
+        for name in dict.fromkeys([names[0], recipe]):
+            color, line = (BLUE, "-") if name == recipe else (GREY, "--")
+            part, rate_of = validated[validated["recipe"] == name], rates[rates["recipe"] == name]
+            for axes, number in zip(column, ("val_loss_epoch", "val_acc"), strict=False):
+                over = part.groupby("questions")[number].agg(["mean", "min", "max", "size"])
+                over = over[over["size"] == part["seed"].nunique(dropna=False)]  # where all seeds have been
+                axes.plot(over.index, over["mean"], color=color, marker="o", linestyle=line, markersize=3)
+                axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.13, linewidth=0)
+            for _, stage in rate_of.drop_duplicates(["stage", "questions"]).groupby("stage"):
+                column[2].plot(stage["questions"], stage["learning_rate"], color=color, linestyle=line)
+        _chance(*column[:2])
+        column[0].set_title(wrapped(recipe, 1.4, 10))
+    band = f"mean of {seeds} seeds; band: lowest to highest" if seeds > 1 else "one seed"
+    for loss, accuracy, schedule in columns[::across]:
+        loss.set_ylabel("loss (nats)\n(axis cut)")
+        percent_axis(accuracy.yaxis, "accuracy\n(axis cut)")
+        schedule.set(ylabel="rate", ylim=(0, 1.15 * rates["learning_rate"].max()))
+        schedule.yaxis.set_major_formatter(lambda value, _: rate(value))
     schedule.xaxis.set_major_formatter(EngFormatter(sep=""))
-    return finish(figure, *keys, key(CHANCE_LINES, line=":"), columns=4)
+    drawn[-1, 0].set_xlabel("questions trained on", loc="left")
+    title = "Cross-entropy loss and accuracy on validation after each epoch"
+    keys = [key(f"the column's recipe ({band})", BLUE, "o", "-", size=3), key(names[0], GREY, "o", "--", size=3)]
+    return finish(figure, *keys[: len(names)], key(CHANCE_LINES, line=":"), title=title)

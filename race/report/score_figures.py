@@ -58,7 +58,7 @@ def groups_figure(table: pd.DataFrame, title: str) -> Figure:
         axes.set_title(wrapped(name, 5, 10))
         figures.accuracy_axis(axes, "")
     split = "" if levels == ["all"] else f", {' + '.join(levels)}"
-    axes.set_xlabel(f"accuracy, 95 % Wilson interval (in brackets: questions{split})")
+    axes.set_xlabel(f"accuracy, 95 % Wilson interval, unadjusted (in brackets: questions{split})")
     keys = [key(f"{level} (line: the whole level)", *MARKS[level], LINES[level]) for level in levels]
     keys += [key("filled: differs significantly from the rest of its level", marker="o")]
     keys += [key("hollow: no significant difference, or not tested", marker="o", fill=False)]
@@ -113,7 +113,7 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
         keys.append(key(name, color, marker, line, size=4))
     row, half = calibration.iloc[0], coverage_groups(curve, (0.5,)).iloc[0]
     error, low, high = (f"{100 * row[name]:.1f}" for name in ("calibration_error", "floor_low", "floor_high"))
-    title = f"Calibration error {error} points ({next(iter(versions))}; perfectly calibrated: {low} to {high})"
+    title = f"Calibration error, {next(iter(versions))}: {error} points (perfectly calibrated: {low} to {high})"
     diagram.set_title(wrapped(title, 3.2, 10))
     diagram.tick_params(labelbottom=False)
     counts.set_ylabel("questions")

@@ -128,7 +128,7 @@ def calibration(table: pd.DataFrame, temperature: float | None = None, change: t
     mean, low, high = change
     found = "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else "not significant"
     ends = "not tested" if pd.isna(low) else f"95 % interval {signed(low, 3)} to {signed(high, 3)}: {found}"
-    text += f" At temperature {temperature:.2f}, fitted on validation, log loss changes by "
+    text += f" At temperature {temperature:.2f}, fitted on validation, cross-entropy changes by "
     return f"{text}{signed(mean, 3)} ({ends})."
 
 
@@ -176,11 +176,14 @@ def scope(lineage: pd.DataFrame) -> str:
 
 
 def recipes_verdict(table: pd.DataFrame) -> str:
-    """What was found of each recipe against the first one; also a title."""
+    """What was found of each recipe against the first one, the largest differences first; also a title."""
     first = table["first"].iloc[0]
     words = {it: f"significantly {it} than {first}: {{}}" for it in ("better", "worse")}
     words |= {it: f"{it}: {{}}" for it in ("not significant", "not tested")}
-    text = by_finding(table, lambda row: f"{row['second']} ({points(row['difference'])} points)", words)
+    if set(table.apply(finding, axis=1)) == {"not significant"}:
+        words["not significant"] = f"no recipe differs significantly from {first}: {{}}"
+    largest = table.sort_values("difference", key=abs, ascending=False, kind="stable")
+    text = by_finding(largest, lambda row: f"{row['second']} ({points(row['difference'])} points)", words)
     return text[0].upper() + text[1:]
 
 
@@ -188,44 +191,45 @@ def difference(row: pd.Series, margin: float) -> str:
     """What was found of one recipe, or stage, against another over seeds; margin: points that would matter."""
     found, (first, second) = finding(row), row[["first", "second"]]
     text = f"{second} − {first} = {points(row['difference'])} points"
-    over = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''} and {row['questions']:,} questions"
+    over = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}, {row['questions']:,} questions"
     if row["seeds"] == 1:
-        return f"{text} on {over}. This is about these checkpoints, and says nothing of another seed."
+        return f"{text} ({over}). This is about these checkpoints, and says nothing of another seed."
     if pd.isna(row["ci_low"]):
         why = "the runs were selected on these articles, or have the same answers, or the articles are too few"
-        return f"{text} on {over}; not tested: {why}."
+        return f"{text} ({over}); not tested: {why}."
     if row["ci_low"] < -1 or row["ci_high"] > 1:
-        return f"{text} on {over}; the runs differ too much for an interval."
-    text += f" (95 % interval {interval(row['ci_low'], row['ci_high'], points)}, over {over}"
+        return f"{text} ({over}); the runs differ too much for an interval."
+    text += f" (95 % interval {interval(row['ci_low'], row['ci_high'], points)}; {over}"
     if found == "not tested":
         return f"{text}); too few seeds for a verdict."
-    beyond = 100 * max(abs(row["ci_low"]), abs(row["ci_high"]))
-    unlikely = f"not significant; a difference beyond {beyond:.1f} points is unlikely"
     text += f"; Holm {p_value(row['p_holm'])}): "
-    text += unlikely if found == "not significant" else f"{second} is {found} than {first}"
+    text += found if found == "not significant" else f"{second} is {found} than {first}"
     if max(abs(row["low_90"]), abs(row["high_90"])) <= margin / 100:
         text += f"; the difference is below {_points(margin)} (90 % interval)"
+    elif found == "not significant":
+        text += f"; {_points(margin)} {'remains' if margin == 1 else 'remain'} possible"
     return f"{text}."
 
 
-def over_seeds(means: pd.DataFrame, compared: pd.DataFrame) -> str:
-    """How the stages of one recipe do over its seeds (runs.accuracies), each against the first (against_baseline)."""
+def over_seeds(means: pd.DataFrame, compared: dict, seeds: list[int]) -> list[str]:
+    """How the stages of one recipe do over its seeds (runs.accuracies), each against the first (compare_runs)."""
     lines = []
     for row in means.itertuples():
         spread = f"; standard deviation {100 * row.sd:.2f} points" if len(row.each) > 1 else ""
         spread += f"; at chance: {row.at_chance}" if row.at_chance else ""
         lines.append(f"{row.recipe}: {percent(row.accuracy)} ({', '.join(map(percent, row.each))}{spread})")
-    lines += [difference(row, 1.0) for _, row in compared.iterrows()]
-    return "\n".join([*lines, "For this training set and these learning rates: seeds vary head, order and dropout."])
+    lines += verdict_on_runs(compared, seeds, 1.0)
+    return [*lines, "For this training set and these learning rates: seeds vary head, order and dropout."]
 
 
-def verdict_on_recipes(compared, without, failed: dict[str, list[int]], seeds: list, margin: float) -> list[str]:
+def verdict_on_runs(compared: dict, seeds: list, margin: float) -> list[str]:
     """A sentence for each recipe against the first; then which runs are at chance, and the comparison without them.
 
-    compared, without: of against_baseline and without_failed; failed: of at_chance; seeds: of each row of the runs.
+    compared: of compare_runs; seeds: of each row of the runs.
     """
-    told, again = ([difference(row, margin) for _, row in table.iterrows()] for table in (compared, without))
-    runs = (1 + len(compared)) * len(seeds)
+    tables, failed = (compared[name] for name in ("differences", "without_failed")), compared["failed"]
+    told, again = ([difference(row, margin) for _, row in table.iterrows()] for table in tables)
+    runs = (1 + len(told)) * len(seeds)
     return told + ([failed_runs(failed, seeds, runs), *again] if failed else [])
 
 
@@ -236,8 +240,9 @@ def failed_runs(failed: dict[str, list[int]], seeds: list[int], runs: int) -> st
         return ""
     if len(named) == runs:
         return "All runs are at chance: there is nothing to compare."
-    text = f"At chance: {listed(named, SHOWN)}. An interval over so few seeds does not cover such failures; without "
-    return f"{text}the seeds of these runs:"
+    text = f"At chance: {listed(named, SHOWN)}. An interval over so few seeds does not cover such failures"
+    some = len({row for rows in failed.values() for row in rows}) < len(seeds)
+    return f"{text}; without the seeds of these runs:" if some else f"{text}."
 
 
 def budget(table: pd.DataFrame) -> str:
@@ -246,7 +251,7 @@ def budget(table: pd.DataFrame) -> str:
     had = table[[*BUDGET]].assign(monitor=table["monitor"].map(lambda rules: " ".join(sorted({*rules}))))
     had = had.rename(columns=BUDGET).join(settings.rename(columns=lambda name: name.replace("_", " ")))
     differ = [name for name, values in had.items() if values.nunique(dropna=False) > 1]
-    same = f"Each recipe was trained on {row['questions']:,} questions ({row['epochs']} epochs)."
+    same = f"Each run was trained for {row['epochs']} epochs: {row['questions']:,} questions, with repetitions."
     text = "" if BUDGET["questions"] in differ else same
     return f"{text} **They differ in {listed(differ)}**.".strip() if differ else text
 
@@ -291,8 +296,8 @@ def measured(spread: dict) -> str:
     """What was measured (comparison.measured_spread) of what planning assumes; "" with one seed."""
     if pd.isna(spread["sd"]):
         return ""
-    text = f"Measured here: a recipe's accuracies spread by {100 * spread['sd']:.1f} points, all chance included; two "
-    text += f"seeds differ on {100 * spread['runs_differ']:.0f} % of the questions"
+    text = f"Measured here: {100 * spread['sd']:.1f} points beyond what single answers do by chance; two seeds differ "
+    text += f"on {100 * spread['runs_differ']:.0f} % of the questions"
     if pd.notna(spread["recipes_differ"]):
         text += f", two recipes with different seeds on {100 * spread['recipes_differ']:.0f} %"
     return f"{text}."

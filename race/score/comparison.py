@@ -168,26 +168,31 @@ def at_chance(correct: dict[str, np.ndarray]) -> dict[str, list[int]]:
     return found
 
 
-def without_failed(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.DataFrame:
-    """against_baseline without the seeds of runs at chance; empty if there are none, or no others."""
-    failed, seeds = {row for rows in at_chance(correct).values() for row in rows}, len(next(iter(correct.values())))
-    if len(failed) in (0, seeds):
-        return pd.DataFrame(columns=[*DIFFERENCE_COLUMNS])
-    return against_baseline({name: np.delete(runs, sorted(failed), 0) for name, runs in correct.items()}, facts)
+def compare_runs(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> dict:
+    """differences: against_baseline; failed: at_chance; without_failed: differences without the seeds of those runs.
+
+    without_failed is empty if no run failed, or a run of every seed.
+    """
+    found = {"differences": against_baseline(correct, facts), "failed": at_chance(correct)}
+    failed = sorted({row for rows in found["failed"].values() for row in rows})
+    others = {name: np.delete(runs, failed, 0) for name, runs in correct.items()}
+    some = failed and len(next(iter(others.values())))
+    return found | {"without_failed": against_baseline(others, facts) if some else found["differences"][:0]}
 
 
 def measured_spread(correct: dict[str, np.ndarray]) -> dict:
     """Of the runs of recipes, [seeds, questions] each, what `power` assumes: sd, and what share of answers differs.
 
-    sd: of a recipe's accuracies, mean over the recipes; runs_differ: of two seeds of a recipe; recipes_differ: of two
-    recipes with different seeds. NaN where there is one seed, or one recipe.
+    runs_differ: of two seeds of a recipe; recipes_differ: of two recipes with different seeds; sd: of a recipe's
+    accuracies (root of the mean variance), beyond what runs_differ explains. NaN of one seed, or one recipe.
     """
     runs = [np.asarray(it, bool) for it in correct.values()]
     seeds = [*itertools.permutations(range(min(map(len, runs))), 2)]
     own = [(it[a] != it[b]).mean() for it in runs for a, b in seeds]
     across = [(one[a] != other[b]).mean() for one, other in itertools.combinations(runs, 2) for a, b in seeds]
-    sd = np.mean([pd.Series(it.mean(1)).std() for it in runs])
-    return {"sd": sd} | {name: pd.Series(it).mean() for name, it in (("runs_differ", own), ("recipes_differ", across))}
+    found = {name: pd.Series(it).mean() for name, it in (("runs_differ", own), ("recipes_differ", across))}
+    variance = np.mean([pd.Series(it.mean(1)).var() for it in runs])
+    return found | {"sd": np.maximum(0.0, variance - found["runs_differ"] / 2 / runs[0].shape[1]) ** 0.5}
 
 
 def power(difference: float, seeds: int, questions: int, contrasts: int = 1) -> dict:

@@ -33,10 +33,12 @@ class Predictions:
     """A table with a row for each question (as `predict` gives it), and what made it.
 
     made: settings with hashes of checkpoint and cache, checkpoint, folder, stage, source, seconds, made, versions.
+    saved: whether it was there before.
     """
 
     table: pd.DataFrame
     made: dict
+    saved: bool = False
 
     @property
     def name(self) -> str:
@@ -99,7 +101,6 @@ def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, r
     if found := _saved_predictions(path):
         differ = [name for name, value in settings.items() if found.made["settings"].get(name) != value]
         if not differ:
-            print(f"{path.name}: saved predictions are used, made {found.made['made']}")
             return found
         print(f"{path.name}: scored again, because the saved predictions differ in {', '.join(differ)}")
     started = time.perf_counter()
@@ -151,7 +152,7 @@ def _saved_predictions(path: Path) -> Predictions | None:
     try:
         made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if made["sha256"] == file_hash(path) and made["settings"]["format"] == FORMAT:
-            return Predictions(pd.read_parquet(path), made)
+            return Predictions(pd.read_parquet(path), made, saved=True)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):
@@ -167,6 +168,9 @@ def save_results(run_dir: str | Path, scored: list[Predictions]) -> None:
     that level's rows are replaced.
     """
     path, table = Path(run_dir) / "results.csv", pd.concat([found.results.astype(object) for found in scored])
+    if made := sorted(found.made["made"] for found in scored if found.saved):
+        ends = " to ".join(dict.fromkeys([made[0], made[-1]]))
+        print(f"saved predictions are used for {len(made)} of {len(scored)} checkpoints, made {ends}")
     with locked(path.with_name(".results.lock"), wait=True):
         if path.exists():
             old = pd.read_csv(path, dtype=str, keep_default_na=False)  # as text, so that nothing is rounded

@@ -14,7 +14,7 @@ import pandas as pd
 from race import RaceError
 from race.data import Cache, RaceDataModule
 from race.recipes import run_name
-from race.score.comparison import against_baseline, at_chance
+from race.score.comparison import at_chance
 from race.score.predictions import Predictions, kept_predictions, save_results, write_json
 from race.score.statistics import is_correct, wilson
 from race.train.stages import Stage, read_log, stages_of
@@ -131,8 +131,8 @@ def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
     """What the runs of each recipe had, a row each; of numbers that differ between its seeds, the largest.
 
     Columns: recipe, stages (how many), learning_rate (the highest of each stage), epochs, questions (trained on),
-    checkpoints (to choose from), choices (the same by stage), seeds, monitor (the rule of selection of each stage),
-    learning_rates_tried (as the recipe says),
+    checkpoints (to choose from), choices (the same by stage), seeds, monitor (the rule of selection, or that of each
+    stage), learning_rates_tried (as the recipe says),
     fewest_epochs (of its seeds), also (dict: settings that should be the same for all recipes).
     """
     rows = []
@@ -145,7 +145,8 @@ def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
             row["epochs"] += epochs
             row["questions"] += epochs * _training_questions(stage, cache)
         row["learning_rate"] = [stage.saved[0].learning_rate for stage in run.stages]
-        row["monitor"] = [stage.saved[0].monitor for stage in run.stages]
+        rules = [stage.saved[0].monitor for stage in run.stages]
+        row["monitor"] = rules if len({*rules}) > 1 else rules[:1]
         row |= {"learning_rates_tried": run.record.get("learning_rates_tried"), "fewest_epochs": row["epochs"]}
         settings = _settings(last)
         also = {name: settings.get(name) for name in ("batch_size", "max_len", "precision", "cache")}
@@ -265,8 +266,8 @@ def record_margin(run_dir: str | Path, margin: float) -> float:
     return json.loads(path.read_text(encoding="utf-8"))["difference"]
 
 
-def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The best checkpoints of each stage over the seeds: (accuracies, against_baseline: each against the first stage).
+def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[Correct, pd.DataFrame]:
+    """(answers of the best checkpoint of each stage, one for each seed; predictions of one of them for their facts).
 
     runs: of one recipe, one for each seed, which keeps its own predictions; how: precision and accelerator. Raises
     RaceError.
@@ -278,5 +279,4 @@ def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) 
         for stage in run.stages:
             facts = _on_new_questions(stage.best(), data, split, run.run_dir, **how).table
             answers.setdefault(stage.name, []).append(is_correct(facts))
-    correct = {stage: np.stack(each) for stage, each in answers.items()}
-    return accuracies(correct), against_baseline(correct, facts)
+    return {stage: np.stack(each) for stage, each in answers.items()}, facts

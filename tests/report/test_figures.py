@@ -197,7 +197,7 @@ SAID = {  # a figure: what must be among its words
     "accuracy at 0": [": 0.0 % of 1,436 high test questions correct"],
     "groups": ["why (1,234 + 1,234)", "questions, middle + high"],
     "confusion of 1": ["Chosen as often as correct"],
-    "confidence of 1": ["Calibration error 0.0 points", "Most confident 100 %: 100.0 % correct"],
+    "confidence of 1": ["Calibration error, as it is: 0.0 points", "Most confident 100 %: 100.0 % correct"],
     "confusion": ["chosen − correct (points)"],
     "options": ["The model chooses B, with a probability of 60.0 %"],
 }
@@ -231,10 +231,13 @@ def test_filled_marks_are_significant_differences():
     assert fills == {"^": figures.GREEN, "v": "white"}
 
 
-def test_recipes_have_a_line_each_and_a_band_over_seeds():
-    figure = DRAWN["recipes"]()
-    assert len(figure.axes[0].collections) == 3 and [len(axes.get_lines()) for axes in figure.axes] == [4, 4, 3]
-    assert figure.axes[1].get_lines()[0].get_ydata()[0] == pytest.approx(0.315)
+def test_recipes_have_a_column_each_with_a_band_over_seeds_and_the_first_recipe_behind():
+    axes = DRAWN["recipes"]().axes
+    assert [len(it.get_lines()) for it in axes] == [2, 3, 3, 2, 3, 3, 1, 2, 2]  # with the line at chance
+    assert [len(it.collections) for it in axes[:3]] == [1, 2, 2]
+    assert axes[3].get_lines()[0].get_ydata()[0] == pytest.approx(0.315)
+    colors = [line.get_color() for line in axes[4].get_lines()]
+    assert colors == [figures.GREY, figures.BLUE, figures.GREY]
 
 
 def test_long_words_are_broken_at_the_width():

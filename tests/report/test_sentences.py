@@ -152,14 +152,14 @@ UNTESTED = {"p": np.nan, "p_holm": np.nan}
 @pytest.mark.parametrize(
     ("changed", "margin", "said"),
     [
-        ({}, 0.5, "+0.4 points (95 % interval −0.2 to +1.0, over 10 seeds and 4,934 questions; Holm p = 0.40)"),
-        ({}, 0.5, ": not significant; a difference beyond 1.0 points is unlikely."),
+        ({}, 0.5, "+0.4 points (95 % interval −0.2 to +1.0; 10 seeds, 4,934 questions; Holm p = 0.40)"),
+        ({}, 0.5, ": not significant; 0.5 points remain possible."),
         ({"p_holm": 0.03}, 0.5, "cosine is better than chain."),
         ({"p_holm": 0.03, "difference": -0.01}, 0.5, "cosine is worse than chain."),
         ({}, 1.0, "; the difference is below 1 point (90 % interval)"),
         (UNTESTED | {"seeds": 2}, 1.0, "too few seeds for a verdict"),
         (UNTESTED | {"ci_low": np.nan}, 1.0, "; not tested: the runs were selected on these articles, or "),
-        (UNTESTED | {"ci_low": -1.2, "seeds": 2}, 1.0, "questions; the runs differ too much for an interval."),
+        (UNTESTED | {"ci_low": -1.2, "seeds": 2}, 1.0, "questions); the runs differ too much for an interval."),
         (UNTESTED | {"seeds": 1, "ci_low": np.nan}, 1.0, "says nothing of another seed"),
     ],
 )
@@ -173,6 +173,10 @@ def test_verdict_on_recipes():
     assert better == "Significantly better than chain: linear (+0.4 points)" and "worse" in worse and "step" in worse
     assert level == "not significant: cosine (+0.4 points)"
     assert sentences.recipes_verdict(table[:1].assign(p_holm=np.nan)).startswith("Not tested: cosine")
+    none = pd.DataFrame([row(second=f"r{n}", difference=-n / 1000) for n in range(5)])
+    assert sentences.recipes_verdict(none) == (
+        "No recipe differs significantly from chain: r4 (−0.4 points), r3 (−0.3 points), r2 (−0.2 points) and 2 more"
+    )
 
 
 def test_runs_at_chance_are_named():
@@ -183,8 +187,10 @@ def test_runs_at_chance_are_named():
     )
     assert sentences.failed_runs({}, [1], 2) == ""
     means = pd.DataFrame({"recipe": "e1", "accuracy": 0.5, "each": [[0.25, 0.75]], "sd": 0.35, "at_chance": 1})
-    text = sentences.over_seeds(means, pd.DataFrame())
-    assert "(25.0 %, 75.0 %; standard deviation 35.00 points; at chance: 1)" in text and "these learning rates" in text
+    compared = {"differences": pd.DataFrame([row()]), "failed": {"e1": [0]}, "without_failed": pd.DataFrame([row()])}
+    first, told, failed, again, last = sentences.over_seeds(means, compared, [7, 8])
+    assert "(25.0 %, 75.0 %; standard deviation 35.00 points; at chance: 1)" in first and "these learning rates" in last
+    assert failed.endswith("; without the seeds of these runs:") and "e1 with seed 7" in failed and told == again
 
 
 def test_a_margin_chosen_afterwards_is_told():
@@ -196,8 +202,8 @@ def test_budgets_that_differ_are_told():
     had = had.assign(
         checkpoints=3, monitor=[["val_loss_epoch"]] * 2, learning_rates_tried=1, also=[{"precision": "32"}, {}]
     )
-    text = "Each recipe was trained on 144 questions (3 epochs). **They differ in precision**."
-    assert sentences.budget(had) == text and sentences.budget(had[:1]) == text[:52]
+    text = "Each run was trained for 3 epochs: 144 questions, with repetitions. **They differ in precision**."
+    assert sentences.budget(had) == text and sentences.budget(had[:1]) == text[:67]
     assert sentences.budget(had.assign(questions=[144, 200])).startswith("**They differ in questions trained on and")
 
 
@@ -206,7 +212,5 @@ def test_planning_and_what_a_comparison_cannot_say():
     assert "1 point on 4,934" in text and "seeds per recipe" in text and "With 3 seeds" in text
     assert "Not even 100 seeds per recipe find" in sentences.planning(0.1, 1000, 1, 1)
     text = sentences.measured({"sd": 0.004, "runs_differ": 0.15, "recipes_differ": 0.17})
-    assert (
-        "spread by 0.4 points" in text and "on 15 % of the questions, two recipes with different seeds on 17 %." in text
-    )
+    assert "Measured here: 0.4 points beyond" in text and "on 15 % of the questions, two recipes" in text
     assert sentences.measured({"sd": np.nan}) == "" == sentences.recipes_scope("ehovy/race", "test")

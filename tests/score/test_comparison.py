@@ -14,8 +14,8 @@ from race.score import recipe_difference
 from race.score.comparison import (
     SD,
     against_baseline,
-    at_chance,
     compare_pairs,
+    compare_runs,
     ensemble,
     leads,
     measured_spread,
@@ -23,7 +23,6 @@ from race.score.comparison import (
     power,
     seeds_needed,
     shown_pairs,
-    without_failed,
 )
 from race.score.statistics import PROBABILITIES
 
@@ -230,16 +229,19 @@ def test_a_run_at_chance_is_named_and_left_out():
     failed, facts = linear.copy(), pd.DataFrame({"example_id": place, "level": ""}).assign(**NEW)
     failed[1] = np.random.default_rng(0).random(len(place)) < 0.25
     correct = {"chain": chain, "linear": failed}
-    assert at_chance(correct) == {"linear": [1]} and at_chance({"chain": chain}) == {}
+    found, none = compare_runs(correct, facts), compare_runs({"chain": chain, "linear": linear}, facts)
+    assert found["failed"] == {"linear": [1]} and none["failed"] == {} and none["without_failed"].empty
     expected = against_baseline({"chain": chain[[0, 2]], "linear": linear[[0, 2]]}, facts)
-    assert without_failed(correct, facts).equals(expected)
-    assert without_failed({"chain": chain, "linear": linear}, facts).empty
+    assert found["without_failed"].equals(expected)
+    assert found["differences"].equals(against_baseline(correct, facts))
 
 
 def test_the_spread_that_was_measured():
     runs = {"a": [[1, 1, 0, 0], [1, 0, 0, 0]], "b": [[1, 1, 1, 1], [0, 1, 1, 1]]}
     found = measured_spread(runs)
-    assert found == {"sd": pytest.approx(0.25 / 2**0.5), "runs_differ": 0.25, "recipes_differ": 0.75}
+    assert found == {"sd": 0, "runs_differ": 0.25, "recipes_differ": 0.75}  # single answers explain the spread
+    far = {"a": np.arange(100) < [[20], [80]]}
+    assert measured_spread(far)["sd"] == pytest.approx((0.6**2 / 2 - 0.6 / 200) ** 0.5)
     assert np.isnan([*measured_spread({"a": [[1, 0]], "b": [[0, 0]]}).values()]).all()
 
 

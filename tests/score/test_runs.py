@@ -18,8 +18,10 @@ from race.data import RaceDataModule
 from race.data.cache import Cache
 from race.files import file_hash
 from race.report.sentences import budget, over_seeds
+from race.score.comparison import compare_runs
 from race.score.runs import (
     Run,
+    accuracies,
     find_runs,
     stages_over_seeds,
     training_curves,
@@ -74,7 +76,7 @@ def test_what_each_recipe_had(found, cache):
     table = totals.set_index("recipe")
     assert table["questions"].tolist() == [144] * 2 and table["stages"].tolist() == [3, 1]
     assert (table[["epochs", "fewest_epochs", "checkpoints"]] == 3).all(axis=None) and (table["seeds"] == 2).all()
-    assert table.loc["chain", "learning_rate"] == [1e-2, 1e-2, 1e-3] and "144 questions (3 epochs)" in budget(totals)
+    assert table.loc["chain", "learning_rate"] == [1e-2, 1e-2, 1e-3] and "3 epochs: 144 questions" in budget(totals)
 
 
 def test_the_course_over_the_questions_seen(found, cache):
@@ -120,24 +122,25 @@ def test_the_notebooks_verdict_from_its_predictions(executed, trained):
     assert saved["accuracies"][1]["last_epoch"] == pytest.approx(last.mean())
 
 
-def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path, capsys):
+def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path):
     """Seed by seed, each against the first stage; the predictions are kept where each run's are."""
     runs = [Run("chain", run.seed, run.checkpoint_dir, f"{tmp_path}/seed{run.seed}") for run in found["chain"]]
     data = RaceDataModule(cache, limit_questions=60)
-    means, compared = stages_over_seeds(runs, data, "test", accelerator="cpu")
+    correct, facts = stages_over_seeds(runs, data, "test", accelerator="cpu")
+    means, compared = accuracies(correct), compare_runs(correct, facts)
 
     def right(stage: str) -> np.ndarray:
         paths = (next(tmp_path.glob(f"seed{seed}/predictions/{stage}-*.parquet")) for seed in SEEDS)
         return np.array([is_correct(pd.read_parquet(path)).mean() for path in paths])
 
-    assert means["recipe"].tolist() == ["e1", "e2", "e3"] and compared["second"].tolist() == ["e2", "e3"]
+    gains = compared["differences"]
+    assert means["recipe"].tolist() == ["e1", "e2", "e3"] and gains["second"].tolist() == ["e2", "e3"]
     np.testing.assert_allclose(means["each"].tolist(), [right(stage) for stage in means["recipe"]])
-    expected = [(right(stage) - right("e1")).mean() for stage in compared["second"]]
-    np.testing.assert_allclose(compared["difference"], expected, atol=1e-12)
-    capsys.readouterr()
+    expected = [(right(stage) - right("e1")).mean() for stage in gains["second"]]
+    np.testing.assert_allclose(gains["difference"], expected, atol=1e-12)
     again, _ = stages_over_seeds(runs, data, "test", accelerator="cpu")
-    assert capsys.readouterr().out.count("saved predictions are used") == 6 and again.equals(means)
-    assert "e3 − e1 = " in over_seeds(means, compared)
+    assert accuracies(again).equals(means)
+    assert any(it.startswith("e3 − e1 = ") for it in over_seeds(means, compared, SEEDS))
     with pytest.raises(RaceError, match="two have the same checkpoint"):
         stages_over_seeds([runs[0], runs[0]], data, "test")
 
