@@ -58,17 +58,15 @@ class RaceModule(pl.LightningModule):
         self.stop: Callable[[], None] | None = None  # called before each micro-batch; may raise
         self.step_start: dict | None = None  # within a training step: the random states before it
         self.lineage: dict = {}  # where these weights come from; saved in checkpoints
-        self.save_hyperparameters({"config": self.model.config.to_dict()} | recipe)
+        self.save_hyperparameters({"config": self.model.config.to_dict()} | recipe, logger=False)
 
     def forward(self, batch) -> torch.Tensor:
         """PackedBatch of B questions → logits [B, 4]"""
         return option_logits(self.model, batch).view(-1, OPTIONS)
 
-    def loss(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed cross-entropy of B questions, and how many are answered correctly."""
-        logits = self(batch)
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        return loss, (logits.argmax(1) == batch.labels).sum().to(loss.dtype)
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What training minimises, summed over B questions; validation is always measured by cross-entropy."""
+        return F.cross_entropy(logits, labels, reduction="sum")
 
     def training_step(self, batch, batch_idx: int) -> torch.Tensor:
         """One optimizer step on one batch, which is divided among the processes."""
@@ -96,7 +94,9 @@ class RaceModule(pl.LightningModule):
         training, all_questions = split == "train", all_questions or len(batch)
 
         def part_step(part, is_last: bool) -> torch.Tensor:
-            loss, correct = self.loss(part)
+            logits, labels = self(part), part.labels
+            loss = self.loss(logits, labels) if training else F.cross_entropy(logits, labels, reduction="sum")
+            correct = (logits.argmax(1) == labels).sum().to(loss.dtype)
             if training:
                 with self.exchange_of_gradients(is_last):
                     # times the number of processes, by which DDP divides: the gradient is that of the whole batch

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import signal
@@ -19,13 +20,13 @@ from nbclient.exceptions import DeadKernelError
 from generate_race_cache import main as generate_race_cache
 from race import CHAIN, RaceError
 from race.data import Cache, RaceDataModule
-from race.files import atomic_write
+from race.device import CODE
+from race.files import atomic_write, file_hash
 from race.parameters import GONE, ROOT, Settings, check, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.sentences import over_seeds
-from race.score.comparison import compare_runs
 from race.score.predictions import RESULT_COLUMNS, write_json
-from race.score.runs import Run, accuracies, record_margin, stages_over_seeds
+from race.score.runs import Run, record_margin, stages_over_seeds
 from race.train.state import SIGNALS
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
@@ -139,22 +140,40 @@ def comparison(options: argparse.Namespace, split: str) -> tuple[str, dict]:
 
 def prepared(options: argparse.Namespace, notebook: str, own: dict, stage: str | None = None) -> tuple[str, dict]:
     """A notebook with its parameters: those of all notebooks, its own, and those of --set that it has."""
-    known = papermill.inspect_notebook(Path(__file__).parents[1] / f"{notebook}.ipynb")
+    known = papermill.inspect_notebook(ROOT / f"{notebook}.ipynb")
     given = {name: value for name, value in parse_set(options.pairs, stage).items() if name in known}
     return notebook, {"CACHE_DIR": f"cache/{options.name}", "LIMIT_QUESTIONS": options.limit_questions} | own | given
 
 
 def finished(notebook: tuple[str, dict]) -> bool:
-    """Whether a notebook was finished with these parameters, as run_notebook noted in it."""
+    """Whether a notebook was finished, as run_notebook noted in it, with what it would be run with now."""
     name, parameters = notebook
     executed = ROOT / parameters["RUN_DIR"] / f"{name}.ipynb"
     try:
         noted = json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]
     except (FileNotFoundError, ValueError, KeyError):
         return False
-    if same := noted.get("finished", False) and noted["parameters"] == parameters:
+    if same := noted["parameters"] == parameters and noted.get("finished") == inputs(name, parameters):
         print(f"── {parameters['RUN_DIR']}: {name} skipped, finished {noted['end_time']}", flush=True)
     return same
+
+
+def inputs(notebook: str, parameters: dict) -> dict:
+    """What decides a notebook's results beside its parameters: cells, code, cache, checkpoints of its stage and before.
+
+    Also whether the results of an evaluation are still there.
+    """
+    cells, folder = nbformat.read(ROOT / f"{notebook}.ipynb", 4).cells, ROOT / parameters["CHECKPOINT_DIR"]
+    cells, names = [cell.source for cell in cells if cell.cell_type == "code"], list(CHAIN.values())
+    stages = list(CHAIN)[: names.index(notebook) + 1 if notebook in names else None]
+    found = [(path.name, path.stat()) for stage in stages for path in sorted(folder.glob(f"{stage}-*.ckpt"))]
+    return {
+        "cells": hashlib.sha256("\n".join(cells).encode()).hexdigest(),
+        "code": CODE,
+        "cache": file_hash(ROOT / parameters["CACHE_DIR"] / "manifest.json"),
+        "checkpoints": [[name, of_file.st_size, of_file.st_mtime_ns] for name, of_file in found],
+        "results": notebook in names or (ROOT / parameters["RUN_DIR"] / "results.csv").exists(),
+    }
 
 
 def report(options: argparse.Namespace, evaluated: list[dict]) -> None:
@@ -169,8 +188,7 @@ def report(options: argparse.Namespace, evaluated: list[dict]) -> None:
         split, out = how.pop("split"), ROOT / how.pop("run_dir")
         places = [(it["SEED"], str(ROOT / it["CHECKPOINT_DIR"]), str(ROOT / it["RUN_DIR"])) for it in evaluated]
         runs = [Run(name, *it, str(out) if settings.LIMIT_QUESTIONS else run_dir) for *it, run_dir in places]
-        correct, facts = stages_over_seeds(runs, data, split, **how)
-        means, compared = accuracies(correct), compare_runs(correct, facts)
+        means, compared = stages_over_seeds(runs, data, split, **how)
         verdict = over_seeds(means, compared, options.seeds)
         print(*verdict, sep="\n")
         write_json(out / f"stages-{split}.json", {"verdict": verdict, "accuracies": means} | compared)
@@ -227,7 +245,8 @@ def run_notebook(notebook: str, parameters: dict) -> None:
         raise RaceError(f"{told}\nthe executed cells are in {executed}") from None
     except DeadKernelError:
         raise RaceError(f"{notebook}: its process died (out of memory?); see {executed}") from None
-    done.metadata.papermill["finished"] = True  # papermill's own notes are the same where a process was killed
+    # papermill's own notes are the same where a process was killed
+    done.metadata.papermill["finished"] = inputs(notebook, parameters)
     atomic_write(finished, lambda file: nbformat.write(done, file))
     if executed != finished:
         executed.unlink()

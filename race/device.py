@@ -1,5 +1,7 @@
 """Where a run computes: device, precision, processes, random generators; and what to note of it with a result."""
 
+import ast
+import hashlib
 import os
 import platform
 import random
@@ -12,11 +14,30 @@ import numpy as np
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-from race import RaceError
+from race import ROOT, RaceError
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # precision → type under autocast
 DRIVER = Path("/proc/driver/nvidia/version")
 DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of containers and WSL, which have no /proc file
+
+METHOD = ("race_module", "race/encoder", "race/attention", "race/schedule", "race/data/batches", "race/data/encoding")
+METHOD += ("race/data/module",)  # the code that decides what a run learns and answers
+
+
+def code_hash(root: Path = ROOT) -> str:
+    """Of the METHOD's statements: comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for name in METHOD:
+        tree = ast.parse((root / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                text = [it for it in body if isinstance(it, ast.Expr) and isinstance(it.value, ast.Constant)]
+                node.body = [it for it in body if it not in text]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+CODE = code_hash()  # as it is imported: who edits it then has to restart the kernel
 
 
 def versions() -> dict[str, str]:
@@ -125,6 +146,8 @@ def processes() -> tuple[int, int, list]:
         per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
         if "," in per_node or tasks % nodes:
             raise RaceError(f"{tasks} tasks on {nodes} nodes ({per_node}): start as many on each (--ntasks-per-node)")
+        if tasks // nodes > torch.cuda.device_count() == 1:
+            raise RaceError("each task sees one GPU only: ask for --gpus-per-node in place of --gpus-per-task")
         os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // nodes)  # that of the job, or missing: Lightning would refuse
         return tasks // nodes, nodes, [SLURMEnvironment(auto_requeue=False)]
     given = max(tasks, int(os.environ.get("SLURM_NTASKS", 1)))  # as salloc says it, where there is no step

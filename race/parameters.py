@@ -17,7 +17,7 @@ OF_DATA = ("CACHE_DIR", "BATCH_SIZE", "MAX_LEN", "LIMIT_QUESTIONS", "LEVEL", "SE
 OF_SCORING = ("RUN_DIR", "SPLIT", "PRECISION", "ACCELERATOR")
 OF_MODULE = ("LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "ATTENTION_DROPOUT", "TOKEN_BUDGET")
 OF_TRAINING = ("MAX_EPOCHS", "EARLY_STOPPING", "SAVE_MINUTES", "PRECISION", "ACCELERATOR")
-OF_TRAINING += ("DETERMINISTIC", "COMPILE", "LOGGERS")
+OF_TRAINING += ("DETERMINISTIC", "COMPILE", "LOGGERS", "ACCEPT_CODE")
 FRESH = "set another CHECKPOINT_DIR and RUN_DIR, or move its files and those of later stages away (docs/resuming.md)"
 GONE = {"FRESH": f"FRESH is gone: {FRESH}", "--fresh": f"--fresh is gone: {FRESH}"}
 GONE["--jobs"] = "--jobs is gone: start the command once for each seed (--seeds 1), then with all of them"
@@ -120,6 +120,7 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "COMPILE": ("torch.compile of the encoder", FLAG),
     "LOGGERS": ("further ones of Lightning", Kind("names, each with its arguments", _loggers).or_none()),
     "SAVE_MINUTES": ("minutes between saves of the state", FINITE),
+    "ACCEPT_CODE": ("changed code with which a begun stage goes on", Kind("the hash in a message", str).or_none()),
     "SPLIT": ("what is scored", _one_of(*SPLITS)),
 }
 OF_NOTEBOOKS = [name for name in PARAMETERS if name.isupper()]

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from types import SimpleNamespace
 
 import pytest
+from helpers import ROOT
 from kill import in_a_process
 
 from race import RaceError, chain
@@ -25,6 +27,8 @@ class Ran:
         self.failing: dict = {}  # (notebook, SEED) → what it raises
         self.splits = ["train", "validation", "test"]
         monkeypatch.setattr(chain, "ROOT", root)
+        for path in ROOT.glob("*.ipynb"):
+            shutil.copy(path, root)
         monkeypatch.setattr(chain, "Cache", self.open_cache)
         monkeypatch.setattr(chain, "generate_race_cache", self.generate)
         monkeypatch.setattr(chain, "run_notebook", self.run_notebook)
@@ -36,6 +40,7 @@ class Ran:
 
     def write_cache(self, name: str) -> None:
         (self.root / "cache" / name).mkdir(parents=True, exist_ok=True)
+        (self.root / "cache" / name / "manifest.json").touch()
 
     def open_cache(self, folder) -> SimpleNamespace:
         manifest = {"source": {"name": "ehovy/race"}, "model": {"name": "albert-base-v2"}}
@@ -50,9 +55,12 @@ class Ran:
     def run_notebook(self, name: str, parameters: dict) -> None:
         self.notebooks.append((name, parameters))
         error = self.failing.get((name, parameters.get("SEED")))
-        noted = {"end_time": "2026-01-01", "parameters": parameters} | ({} if error else {"finished": True})
-        folder = self.root / parameters["RUN_DIR"]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder, place = self.root / parameters["RUN_DIR"], self.root / parameters["CHECKPOINT_DIR"]
+        for made in (folder, place):
+            made.mkdir(parents=True, exist_ok=True)
+        (place / f"e{name[-1]}-epoch=00.ckpt" if name in STAGES else folder / "results.csv").touch()
+        done = {} if error else {"finished": chain.inputs(name, parameters)}
+        noted = {"end_time": "2026-01-01", "parameters": parameters} | done
         (folder / f"{name}.ipynb").write_text(json.dumps({"metadata": {"papermill": noted}}))
         if error:
             raise error
@@ -140,6 +148,31 @@ def test_of_several_seeds_what_is_finished_with_these_parameters_is_passed_over(
     path = ran.root / "runs" / "race-seed1" / "ex02.ipynb"
     path.write_text(path.read_text().replace("cache/race", "cache/other"))
     assert ran("race", "--seeds", "1") == 0 and ran.names() == ["ex02", "ex03", *chain.EVALUATIONS]
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (lambda root: (root / "checkpoints" / "race-seed1" / "e2-epoch=00.ckpt").unlink(), 4),
+        (lambda root: (root / "runs" / "race-seed1" / "results.csv").unlink(), 2),
+        (lambda root: (root / "cache" / "race" / "manifest.json").write_text("{}"), 5),
+        (lambda root: replace(root / "ex03.ipynb", "BATCH_SIZE = 32", "BATCH_SIZE = 8"), 3),
+        (lambda root: replace(root / "ex03.ipynb", "# Stage e3", "# The last stage"), 0),  # prose
+    ],
+)
+def test_what_has_changed_since_is_run_again(ran, monkeypatch, change, again):
+    """A checkpoint or a result that is gone, another cache, a parameter in a notebook's own cell; other code."""
+    ran("race", "--seeds", "1")
+    change(ran.root)
+    assert ran("race", "--seeds", "1") == 0 and ran.names() == [*STAGES, *chain.EVALUATIONS][5 - again :]
+    monkeypatch.setattr(chain, "CODE", "other")
+    assert ran("race", "--seeds", "1") == 0 and len(ran.notebooks) == 5
+
+
+def replace(path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def test_a_run_that_fails_stops_no_other_and_is_gone_on_with(ran, capsys):

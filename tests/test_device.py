@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 from unittest import mock
 
 import nbformat
@@ -14,7 +15,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEn
 from pytorch_lightning.utilities import rank_zero_only
 
 from race import RaceError
-from race.device import default_device, default_precision, environment, gpu_problem, processes
+from race.device import METHOD, code_hash, default_device, default_precision, environment, gpu_problem, processes
 
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4"}
 PTY = STEP | {"SLURM_PTY_PORT": "44152", "SLURM_PTY_WIN_COL": "144", "SLURM_PTY_WIN_ROW": "38", "SLURM_PROCID": "0"}
@@ -159,3 +160,25 @@ def test_an_import_does_not_start_cuda(monkeypatch):
     for name in ("is_available", "get_arch_list", "get_device_capability", "init", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, None)
     runpy.run_path(str(ROOT / "race" / "device.py"))
+
+
+def test_the_hash_of_the_method_is_of_its_statements(tmp_path):
+    """Label smoothing changes it; a comment, a docstring and a blank line do not."""
+    for name in METHOD:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f"{name}.py", tmp_path / f"{name}.py")
+    assert code_hash(tmp_path) == code_hash()
+    path = tmp_path / "race_module.py"
+    text = path.read_text()
+    path.write_text(
+        f"# a comment\n{text}".replace('"""The learning', '"""A').replace("    def loss(", "\n\n    def loss(")
+    )
+    assert code_hash(tmp_path) == code_hash()
+    path.write_text(text.replace('reduction="sum"', 'reduction="sum", label_smoothing=0.1'))
+    assert code_hash(tmp_path) != code_hash()
+
+
+def test_tasks_that_see_one_gpu_each_are_told_what_to_ask_for(started, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RaceError, match="ask for --gpus-per-node"):
+        started(STEP)

@@ -33,9 +33,10 @@ def test_dropout_is_applied_in_training_only(config, items):
 def test_a_share_of_no_question_has_gradients_of_zero(config, items):
     """Of several processes, one with nothing to do: DDP waits for its gradients."""
     module = RaceModule(config=config)
-    loss, correct = module.loss(collate([]))
+    batch = collate([])
+    loss = module.loss(module(batch), batch.labels)
     loss.backward()
-    assert loss == correct == 0 and module(collate([])).shape == (0, 4)
+    assert loss == 0 and module(collate([])).shape == (0, 4)
     assert not any(parameter.grad.any() for parameter in module.model.parameters())
 
 
@@ -71,13 +72,21 @@ def test_clipping_in_fp16_is_of_the_unscaled_gradient(cache, monkeypatch, optimi
     assert norms[1] == pytest.approx(norms[0], rel=0.1) and norms[0] > 0.01
 
 
+def test_another_loss_trains_and_validation_is_cross_entropy(config, items, monkeypatch):
+    module, batch = RaceModule(config=config).eval(), collate(items(3))
+    plain = module.validation_step(batch, 0)
+    monkeypatch.setattr(RaceModule, "loss", lambda module, logits, labels: logits.sum() * 70)
+    assert torch.equal(module.validation_step(batch, 0), plain)
+
+
 def test_pooler_head_and_loss_stay_in_float32(config, items):
     """Logits of a head in bf16 would have 8 bits, and questions with two equal best options."""
     module, seen = RaceModule(config=config).eval(), []
     for part in (module.model.base_model.pooler, module.model.classifier):
         part.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    batch = collate(items(6))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = module.loss(collate(items(6)))
+        loss = module.loss(module(batch), batch.labels)
     assert seen == [torch.float32] * 4 and loss.dtype == torch.float32
 
 
@@ -133,7 +142,7 @@ def test_compiled_layers_compute_the_same_with_few_graphs(config, items):
     graphs = []
     for number in range(8):
         batch = collate(items(2 + number % 5, seed=number, longest=30 + 22 * number))
-        losses = [module.loss(batch)[0] for module in (plain, compiled)]
+        losses = [module.loss(module(batch), batch.labels) for module in (plain, compiled)]
         for loss in losses:
             loss.backward()
         assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-4)

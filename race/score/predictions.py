@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from race import LETTERS, LEVELS, RaceError
 from race.data import RaceDataModule, build_cache, collate, seen_before
-from race.device import AUTOCAST, default_device, default_precision, device_name, versions
+from race.device import AUTOCAST, CODE, default_device, default_precision, device_name, versions
 from race.files import atomic_write, file_hash, from_root, locked
 from race.memory import fit_memory, in_parts
 from race.score import statistics
@@ -99,7 +99,8 @@ def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, r
     name = "-".join(filter(None, [checkpoint.label, checkpoint.sha256[:8], split, data.level]))
     path = Path(run_dir) / "predictions" / f"{name}.parquet"
     if found := _saved_predictions(path):
-        differ = [name for name, value in settings.items() if found.made["settings"].get(name) != value]
+        before = {"code": CODE} | found.made["settings"]  # which earlier versions did not note
+        differ = [name for name, value in settings.items() if before.get(name) != value]
         if not differ:
             return found
         print(f"{path.name}: scored again, because the saved predictions differ in {', '.join(differ)}")
@@ -144,6 +145,7 @@ def prediction_settings(
         "precision": precision,
         "level": data.level,
         "device": device_name(device),
+        "code": CODE,
     }
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from race import RaceError
 from race.data import Cache, RaceDataModule
 from race.recipes import run_name
-from race.score.comparison import at_chance
+from race.score.comparison import at_chance, compare_runs
 from race.score.predictions import Predictions, kept_predictions, save_results, write_json
 from race.score.statistics import is_correct, wilson
 from race.train.stages import Stage, read_log, stages_of
@@ -81,9 +81,13 @@ class Run:
 
 def _settings(checkpoint) -> dict:
     """The recipe of a checkpoint and its cache, without what does not change the training."""
-    recipe, cache = (checkpoint.lineage.get(name) or {} for name in ("recipe", "cache"))
-    own = {name: value for name, value in recipe.items() if name not in ("seed", "token_budget")}
-    return own | {"cache": cache.get("source_sha256")}
+    lineage, numerics = checkpoint.lineage, ("seed", "token_budget", "deterministic", "compile")
+    own = {"code": lineage.get("code"), "cache": (lineage.get("cache") or {}).get("source_sha256")}
+    own |= {name: value for name, value in lineage.get("recipe", {}).items() if name not in numerics}
+    for later in lineage.get("went_on_with", []):  # what was changed on the way
+        own |= {name: f"{old}, then {new}" for name, (old, new) in later.get("recipe", {}).items() if name in own}
+        own["code"] = later.get("code") or own["code"]
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list[int] | None) -> dict[str, list[Run]]:
@@ -117,7 +121,7 @@ def unlike(runs: list[Run]) -> list[str]:
     problems, first = [], runs[0].settings()
     for run in runs[1:]:
         own = run.settings()
-        if differ := sorted(name for name in own.keys() | first.keys() if own.get(name) != first.get(name)):
+        if differ := sorted(name for name in own.keys() & first.keys() if own[name] != first[name]):
             told = f"{run.checkpoint_dir} differs from {runs[0].checkpoint_dir} in {', '.join(differ)}"
             problems.append(f"{told}: runs of one recipe differ in their seed only")
     hashes = [run.chosen.sha256 for run in runs]
@@ -149,7 +153,7 @@ def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
         row["monitor"] = rules if len({*rules}) > 1 else rules[:1]
         row |= {"learning_rates_tried": run.record.get("learning_rates_tried"), "fewest_epochs": row["epochs"]}
         settings = _settings(last)
-        also = {name: settings.get(name) for name in ("batch_size", "max_len", "precision", "cache")}
+        also = {name: settings.get(name) for name in ("batch_size", "max_len", "precision", "cache", "code")}
         rows.append(row | {"seeds": 1, "also": also})
     whole = dict.fromkeys(["stages", "epochs", "questions", "checkpoints"], "max")
     whole |= dict.fromkeys(["learning_rate", "monitor", "learning_rates_tried", "also", "choices"], "first")
@@ -266,8 +270,8 @@ def record_margin(run_dir: str | Path, margin: float) -> float:
     return json.loads(path.read_text(encoding="utf-8"))["difference"]
 
 
-def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[Correct, pd.DataFrame]:
-    """(answers of the best checkpoint of each stage, one for each seed; predictions of one of them for their facts).
+def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[pd.DataFrame, dict]:
+    """The best checkpoints of each stage over the seeds: (accuracies, compare_runs: each against the first stage).
 
     runs: of one recipe, one for each seed, which keeps its own predictions; how: precision and accelerator. Raises
     RaceError.
@@ -279,4 +283,5 @@ def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) 
         for stage in run.stages:
             facts = _on_new_questions(stage.best(), data, split, run.run_dir, **how).table
             answers.setdefault(stage.name, []).append(is_correct(facts))
-    return {stage: np.stack(each) for stage, each in answers.items()}, facts
+    correct = {stage: np.stack(each) for stage, each in answers.items()}
+    return accuracies(correct), compare_runs(correct, facts)

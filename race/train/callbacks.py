@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
+from pytorch_lightning import callbacks
 
 from race import CHANCE, MONITORS
 from race.train.checkpoints import Checkpoint
@@ -27,11 +28,18 @@ class NewestOfEpoch(pl.Callback):
         if trainer.is_global_zero:
             files = Path(self.stage.checkpoint_dir).glob(f"{self.stage.name}-*epoch={trainer.current_epoch - 1:02d}-*")
             for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)[:-1]:
-                lineage = Checkpoint(path).lineage
-                if all(lineage.get(key) == module.lineage.get(key) for key in ("weights_start", "recipe")):
+                if Checkpoint(path).lineage.get("weights_start") == module.lineage.get("weights_start"):
                     path.unlink()
 
     on_train_end = on_train_epoch_start
+
+
+class EarlyStopping(callbacks.EarlyStopping):
+    """Lightning's, under the same name in a state; its patience is what is asked for now, also after a resume."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """All but the patience of before."""
+        super().load_state_dict(state | {"patience": self.patience})
 
 
 class LossWatch(pl.Callback):
@@ -81,8 +89,11 @@ class StageReport(pl.Callback):
         self.estimated = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Say what is in force; start the clock; log short epochs more often, so that a trial run has curves too."""
+        """Say and log what is in force; start the clock; log short epochs more often, so that a trial has curves."""
         say(f"training on {self.device}; TOKEN_BUDGET {module.token_budget:,}")
+        known = {name: module.lineage.get(name) for name in ("stage", "base", "code")} | module.lineage["recipe"]
+        for logger in trainer.loggers:
+            logger.log_hyperparams(known | {"cache": module.lineage["cache"]["source"]})
         self._batches = trainer.datamodule.batches_per_epoch()
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self._batches // 20))
         self._seconds, self._steps = 0.0, 0  # of training

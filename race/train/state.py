@@ -22,7 +22,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from race import MONITORS, RaceError
-from race.device import random_state, set_random_state
+from race.device import CODE, random_state, set_random_state
 from race.files import atomic_write, read_archive, remove_unfinished
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -39,8 +39,22 @@ def say(line: str) -> None:
 
 
 def read_state(path: Path) -> dict | None:
-    """The position of a stage that has begun (epoch, batches, identity, log, …), or None; weights are not read."""
-    return read_archive(path, mmap=True)["resume"] if path.exists() else None
+    """The position of a stage that has begun (epoch, batches, identity, log, …), or None; weights are not read.
+
+    Also lineage, and waited: how many epochs early stopping has seen without a better one.
+    """
+    if not path.exists():
+        return None
+    content = read_archive(path, mmap=True)
+    waited = [it["wait_count"] for name, it in content.get("callbacks", {}).items() if name.startswith("EarlyStopping")]
+    return content["resume"] | {"lineage": content["race"], "waited": waited[0] if waited else None}
+
+
+def other_code(lineage: dict) -> str | None:
+    """Which code made this, if it was not the one that runs now; None also for versions that did not note it."""
+    codes = [lineage.get("code"), *(it.get("code") for it in lineage.get("went_on_with", []))]
+    last = next(filter(None, reversed(codes)), CODE)
+    return None if last == CODE else f"other code than this (commit {lineage.get('commit')})"
 
 
 class KeepState(pl.Callback):
@@ -115,9 +129,7 @@ class KeepState(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         """Add what Lightning's checkpoint does not hold."""
-        csv = trainer.logger  # the first one
-        csv.save()
-        log = Path(csv.log_dir) / "metrics.csv"
+        csv, *further = trainer.loggers
         checkpoint["resume"] = self._of_processes | {
             "identity": self.identity,
             "epoch": self.position[0],
@@ -126,16 +138,14 @@ class KeepState(pl.Callback):
             "stopped_early": trainer.should_stop,
             "steps": trainer.global_step,
             "version": csv.version,
-            "log": log.read_bytes().decode() if log.exists() else "",
+            "log": _log_of(csv),
+            "loggers": {_name(it): {"version": it.version, "log": _log_of(it)} for it in further},
         }
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         """Restore position, counters, running sums and log; the random states follow right before the first step."""
         self._resumed = state = checkpoint["resume"]
-        here = {key: module.lineage[key] for key in ("versions", "commit")}
-        module.lineage = {key: value for key, value in checkpoint["race"].items() if key not in ("metrics", "epoch")}
-        if here not in [{key: module.lineage[key] for key in here}, *module.lineage.get("went_on_with", [])]:
-            module.lineage["went_on_with"] = [*module.lineage.get("went_on_with", []), here]
+        module.lineage = _went_on(checkpoint["race"], module.lineage, state)
         steps, loop = checkpoint["global_step"], trainer.fit_loop
         for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
             progress.ready = progress.started = progress.processed = progress.completed = state["epoch"]
@@ -150,11 +160,38 @@ class KeepState(pl.Callback):
         same = len(sums) == trainer.world_size  # otherwise the first process takes all
         module.sums = {"train": sums[rank] if same else sums.sum(0) * (rank == 0)}
         if trainer.is_global_zero:
-            _restore_log(trainer.logger, state["log"])
+            logs = {name: kept["log"] for name, kept in state.get("loggers", {}).items()}
+            for logger, name in zip(trainer.loggers, ["", *map(_name, trainer.loggers[1:])], strict=True):
+                _restore_log(logger, logs.get(name, "") if name else state["log"])
 
 
-def _restore_log(csv: CSVLogger, text: str) -> None:
-    """Make the log what it was when the state was saved: no row twice, none missing."""
+def _went_on(before: dict, now: dict, state: dict) -> dict:
+    """The lineage of a stage that resumes: as it was, and from where on which code and settings are others."""
+    lineage = {key: value for key, value in before.items() if key not in ("metrics", "epoch")}
+    went, here = lineage.get("went_on_with", []), {key: now[key] for key in ("versions", "commit", "code")}
+    changed = {name: [lineage["recipe"].get(name), it] for name, it in now["recipe"].items()}
+    changed = {name: ends for name, ends in changed.items() if ends[0] != ends[1] and name in lineage["recipe"]}
+    if changed or here != {name: (went[-1] if went else lineage).get(name) for name in here}:
+        here |= {"epoch": state["epoch"], "batches": state["batches"], "recipe": changed}
+        lineage["went_on_with"] = [*went, here]
+    return lineage | {"recipe": lineage["recipe"] | {name: now for name, (_, now) in changed.items()}}
+
+
+def _name(logger) -> str:
+    return type(logger).__name__
+
+
+def _log_of(logger) -> str:
+    """The rows so far of a CSV log; "" of another one."""
+    logger.save()
+    log = Path(logger.log_dir) / "metrics.csv" if isinstance(logger, CSVLogger) else None
+    return log.read_bytes().decode() if log and log.exists() else ""
+
+
+def _restore_log(csv, text: str) -> None:
+    """Make a CSV log what it was when the state was saved: no row twice, none missing."""
+    if not isinstance(csv, CSVLogger):
+        return
     remove_unfinished(Path(csv.log_dir))
     writer = csv.experiment  # which begins by removing the file
     if text:
@@ -184,13 +221,21 @@ def stage_identity(module: pl.LightningModule, data: pl.LightningDataModule, mon
     return identity | {"MONITOR": monitor} | of_data
 
 
-def check_identity(state: dict, identity: dict, stage) -> None:
-    """Raise RaceError with every setting that differs from the run that is to be resumed."""
+def check_identity(state: dict, identity: dict, stage, accepted: str | None) -> None:
+    """Raise RaceError with every setting that differs from the run that is to be resumed, or for other code than CODE.
+
+    accepted: CODE, if the run may go on with it.
+    """
     old = {"SCHEDULE": "constant", "WARMUP": 0, "MONITOR": MONITORS[0]} | state["identity"]  # as before version 1.5
     changed = [f"{name} was {old.get(name)!r}, is {new!r}" for name, new in identity.items() if old.get(name) != new]
     if changed:
         begun = f"{stage.name} was begun with other settings: {'; '.join(changed)}. Set them back to resume"
         raise RaceError(f"{begun}. {stage.how_to_train_again}")
+    if (other := other_code(state["lineage"])) and accepted != CODE:
+        raise RaceError(
+            f"{stage.name} was begun with {other}. Go back to that code; or set another CHECKPOINT_DIR and RUN_DIR; or "
+            f'set ACCEPT_CODE = "{CODE}" to go on with the code as it is now, which its checkpoints will say'
+        )
 
 
 @contextlib.contextmanager
@@ -208,7 +253,8 @@ def ended_by_signals(keeper: KeepState, trainer: pl.Trainer) -> Iterator[None]:
     try:
         yield
     except StageStoppedError:
-        pass
+        for logger in trainer.loggers:  # what one keeps in memory (W&B) would be lost with the process
+            getattr(logger.experiment, "finish", int)()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

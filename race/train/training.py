@@ -1,6 +1,7 @@
 """A stage from its start to its end: the module that it trains, its trainer, and training that resumes after a kill."""
 
 import contextlib
+import dataclasses
 import errno
 import importlib
 import inspect
@@ -13,22 +14,22 @@ from pathlib import Path
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
 
 from race import LETTERS, MONITORS, RaceError
 from race.data import Cache, open_cache, seen_articles
-from race.device import AUTOCAST, default_device, default_precision, hardware, processes, versions
-from race.encoder import attention_kernel, compile_layers
+from race.device import AUTOCAST, CODE, default_device, default_precision, hardware, processes, versions
+from race.encoder import attention_kernel, compile_layers, longest_input
 from race.files import locked, remove_unfinished
 from race.models import load_config
 from race.parameters import ROOT, check
-from race.train.callbacks import LossWatch, NewestOfEpoch, StageReport
+from race.train.callbacks import EarlyStopping, LossWatch, NewestOfEpoch, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoints, weights_hash
 from race.train.stages import Stage
-from race.train.state import KeepState, check_identity, ended_by_signals, read_state, say, stage_identity
+from race.train.state import KeepState, check_identity, ended_by_signals, other_code, read_state, say, stage_identity
 from race_module import RaceModule
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,6 +62,8 @@ def start_stage(
     else:
         checkpoint = Checkpoint(base_checkpoint) if base_checkpoint else stage.before.best()
         checkpoint.check_encoding(cache)
+        if other := other_code(checkpoint.lineage):
+            say(f"{checkpoint} was trained with {other}")
         module = checkpoint.load(cache, **settings)
         chain = [*checkpoint.chain, checkpoint.stage or "unknown"]
         origin = {"base": checkpoint.name, "base_sha256": checkpoint.sha256, "chain": chain}
@@ -70,7 +73,7 @@ def start_stage(
         raise RaceError(f"a vocabulary of {known} tokens, the cache's has {used}: make one with the model's tokenizer")
     module.lineage = {"stage": stage.name, "cache": cache.identity, "tokenizer": cache.identity["tokenizer"], **origin}
     module.lineage |= {"recipe": settings, "weights_start": weights_hash(module.model)}
-    module.lineage |= {"versions": versions(), "commit": git_commit()}
+    module.lineage |= {"versions": versions(), "commit": git_commit(), "code": CODE}
     module.made_with = settings | {"cache_dir": cache.name, "base_model": base_model}
     module.made_with |= {"base_checkpoint": base_checkpoint, "seed": torch.initial_seed()}
     return module
@@ -116,6 +119,7 @@ def train_stage(
     deterministic: bool = False,
     compile: bool = False,
     loggers: dict[str, dict] | None = None,
+    accept_code: str | None = None,
     callbacks: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
     """Train a stage, or resume it where a kill or an interrupt ended it; prints which. A finished one trains nothing.
@@ -131,6 +135,10 @@ def train_stage(
     module.schedule.steps = steps = max_epochs * data.batches_per_epoch()
     if (warmup := module.schedule.warmup) >= max(1, steps):
         raise RaceError(f"WARMUP is {warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
+    recipe = {name: value for name, value in data.made_with.items() if name != "cache_dir"}
+    recipe |= {"precision": precision, "monitor": monitor, "max_epochs": max_epochs, "early_stopping": early_stopping}
+    recipe |= {"deterministic": deterministic, "compile": compile}
+    module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     state, keeper = read_state(stage.state_path), KeepState(stage, save_minutes, stage_identity(module, data, monitor))
     kernel = attention_kernel(module.model.config, device, AUTOCAST.get(precision))
     report = StageReport(f"{hardware(device)}, {precision}, {kernel}")
@@ -139,12 +147,15 @@ def train_stage(
         watching.append(EarlyStopping(monitor, mode="max" if monitor == "val_acc" else "min", patience=early_stopping))
     of_run = {"max_epochs": max_epochs, "log_every_n_steps": log_every, "deterministic": deterministic}
     trainer = _trainer(stage, module, state, precision, device, loggers, watching, **of_run)
+    module.lineage["recipe"]["processes"] = trainer.world_size
     if state is None:
-        _begin(stage, module, data, trainer)
+        _begin(stage, module, data)
     else:
-        check_identity(state, keeper.identity, stage)
-        if state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and early_stopping):
-            say(f"{stage.name} is finished after {state['epoch']} epochs: nothing to train. {stage.how_to_train_again}")
+        waited = early_stopping and (state["waited"] or 0) >= early_stopping
+        finished = state["epoch"] >= max_epochs or (state["finished"] and state["stopped_early"] and waited)
+        check_identity(state, keeper.identity, stage, CODE if finished else accept_code)
+        if finished:
+            _finished(stage, state)
             return trainer
         say(f"{stage.name} resumes from epoch {state['epoch']}, batch {state['batches']} of {data.batches_per_epoch()}")
     if compile:
@@ -153,34 +164,48 @@ def train_stage(
     return trainer
 
 
-def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule, trainer: pl.Trainer) -> None:
-    """Check that a stage starts as its checkpoints will say, and note what these are to remember of its training."""
+def _finished(stage: Stage, state: dict) -> None:
+    """Say that there is nothing to train; raises RaceError if nothing is left of it."""
+    if not (left := len(dataclasses.replace(stage, found=None).saved)):
+        raise RaceError(f"{stage.name} is finished, but its checkpoints are gone. {stage.how_to_train_again}")
+    text, other = f"{stage.name} is finished after {state['epoch']} epochs", other_code(state["lineage"])
+    text += f", {left} of its checkpoints are left" if left < state["epoch"] else ""
+    say(f"{text}{f', with {other}' if other else ''}: nothing to train. {stage.how_to_train_again}")
+
+
+def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule) -> None:
+    """Check that a stage starts as its checkpoints will say, and note on which articles it is trained."""
     if names := [it.name for it in read_checkpoints(stage.checkpoint_dir) if it.stage == stage.name]:
         found = f"{stage.checkpoint_dir} has checkpoints of {stage.name}, but no state to resume from"
         raise RaceError(f"{found}: {', '.join(names)}. {stage.how_to_train_again}")
     if module.lineage.get("weights_start") not in (None, weights_hash(module.model)):
         raise RaceError("the weights have been trained since the model was made: run the model's cell again first")
-    recipe = {name: value for name, value in data.made_with.items() if name != "cache_dir"}
-    recipe |= {"precision": trainer.precision, "processes": trainer.world_size, "monitor": stage.monitor or MONITORS[0]}
-    module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
+    longest = longest_input(module.model)
+    if longest and (tokens := max(data.dataset(it).lengths().max() for it in ("train", "validation"))) > longest:
+        raise RaceError(f"a sequence has {tokens} tokens, the model takes {longest}: set MAX_LEN = {longest}")
     module.lineage |= {"articles": seen_articles(data, module.lineage.get("articles"))}
 
 
-def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: str) -> list:
+def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, name: str, state: dict | None = None) -> list:
     """The loggers of these names, each with its arguments; nothing is imported that is not asked for.
 
-    A name is one of pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
-    save_dir is `run_dir`/loggers and name is the stage. Raises RaceError.
+    One is named as in pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
+    save_dir is `run_dir`/loggers, name is `name`, and version (or run_id) that of the run that resumes from `state`.
+    Raises RaceError.
     """
-    made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": stage}
-    for name, given in (wanted or {}).items():
-        module, _, kind = name.rpartition(".")
+    made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": name}
+    for named, given in (wanted or {}).items():
+        module, _, kind = named.rpartition(".")
+        before = ((state or {}).get("loggers", {}).get(kind) or {}).get("version")
+        own = defaults | ({} if before is None else {"version": before, "run_id": before})
         try:
             make = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), kind)
             taken = inspect.signature(make).parameters
-            made.append(make(**({key: it for key, it in defaults.items() if key in taken} | given)))
+            own = {key: it for key, it in own.items() if key in taken}
+            own |= {"purge_step": state["steps"]} if state and make is TensorBoardLogger else {}
+            made.append(make(**(own | given)))
         except Exception as error:  # whatever its package raises: not installed, not logged in, unknown argument
-            raise RaceError(f"LOGGERS, {name}: {error}") from error
+            raise RaceError(f"LOGGERS, {named}: {error}") from error
     return made
 
 
@@ -211,7 +236,9 @@ def _trainer(
         save_weights_only=True,
         enable_version_counter=False,  # an epoch that is validated again after a kill gives the same file again
     )
-    further, logs = further_loggers(loggers, stage.run_dir, stage.name), Path(stage.run_dir) / "logs"
+    seed, run = module.lineage["recipe"]["seed"], f"{Path(stage.run_dir).name}-{stage.name}"
+    name = run if f"seed{seed}" in run else f"{run}-seed{seed}"
+    further, logs = further_loggers(loggers, stage.run_dir, name, state), Path(stage.run_dir) / "logs"
     csv = CSVLogger(logs, stage.name, version=state and state["version"], flush_logs_every_n_steps=1)  # each row
     purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
     board = TensorBoardLogger(logs, stage.name, version=csv.version, **purge)

@@ -18,6 +18,7 @@ from predictions import made
 
 from race import RaceError
 from race.data import RaceDataModule, collate
+from race.files import file_hash
 from race.score import predictions as scoring
 from race.score.predictions import (
     RESULT_COLUMNS,
@@ -204,6 +205,20 @@ def test_predictions_are_made_once_and_kept(cache, checkpoint, calls, tmp_path, 
         path.with_suffix(".json").write_text(text)
         score(checkpoint, data, "validation", tmp_path, accelerator="cpu")
         assert len(calls) == count and f"{name}: not used" in capsys.readouterr().out
+
+
+def test_other_code_makes_them_again(cache, checkpoint, calls, tmp_path, capsys, monkeypatch):
+    """Those of earlier versions, which noted none, are used."""
+    data = RaceDataModule(cache, limit_questions=12)
+    made = score(checkpoint, data, "validation", tmp_path, accelerator="cpu").made
+    monkeypatch.setattr("race.score.predictions.CODE", "changed")
+    score(checkpoint, data, "validation", tmp_path, accelerator="cpu")
+    assert len(calls) == 2 and "differ in code" in capsys.readouterr().out
+    path = next((tmp_path / "predictions").glob("*.json"))
+    del made["settings"]["code"]
+    write_json(path, made | {"sha256": file_hash(path.with_suffix(".parquet"))})
+    score(checkpoint, data, "validation", tmp_path, accelerator="cpu")
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("other", [{"limit_questions": 13}, {"seed": 1}, {"max_len": 40}, {"batch_size": 8}])

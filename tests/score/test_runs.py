@@ -18,10 +18,8 @@ from race.data import RaceDataModule
 from race.data.cache import Cache
 from race.files import file_hash
 from race.report.sentences import budget, over_seeds
-from race.score.comparison import compare_runs
 from race.score.runs import (
     Run,
-    accuracies,
     find_runs,
     stages_over_seeds,
     training_curves,
@@ -126,8 +124,7 @@ def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path):
     """Seed by seed, each against the first stage; the predictions are kept where each run's are."""
     runs = [Run("chain", run.seed, run.checkpoint_dir, f"{tmp_path}/seed{run.seed}") for run in found["chain"]]
     data = RaceDataModule(cache, limit_questions=60)
-    correct, facts = stages_over_seeds(runs, data, "test", accelerator="cpu")
-    means, compared = accuracies(correct), compare_runs(correct, facts)
+    means, compared = stages_over_seeds(runs, data, "test", accelerator="cpu")
 
     def right(stage: str) -> np.ndarray:
         paths = (next(tmp_path.glob(f"seed{seed}/predictions/{stage}-*.parquet")) for seed in SEEDS)
@@ -138,8 +135,7 @@ def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path):
     np.testing.assert_allclose(means["each"].tolist(), [right(stage) for stage in means["recipe"]])
     expected = [(right(stage) - right("e1")).mean() for stage in gains["second"]]
     np.testing.assert_allclose(gains["difference"], expected, atol=1e-12)
-    again, _ = stages_over_seeds(runs, data, "test", accelerator="cpu")
-    assert accuracies(again).equals(means)
+    assert stages_over_seeds(runs, data, "test", accelerator="cpu")[0].equals(means)
     assert any(it.startswith("e3 − e1 = ") for it in over_seeds(means, compared, SEEDS))
     with pytest.raises(RaceError, match="two have the same checkpoint"):
         stages_over_seeds([runs[0], runs[0]], data, "test")

@@ -1,10 +1,13 @@
 """The course of the training, read back from logs, and loggers that a user adds."""
 
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pandas as pd
 import pytest
+import yaml
 from pytorch_lightning.loggers import Logger
+from small_stage import At, interrupt
 from small_stage import stage as train_e1
 from statsmodels.stats.proportion import proportion_confint
 
@@ -70,6 +73,29 @@ def test_a_logger_of_the_users_is_given_all_metrics_and_changes_nothing(cache, t
     assert {"train_loss_step", "learning_rate", "val_loss_epoch", "val_acc"} <= names
     files = [next((tmp_path / it / "checkpoints").glob("*.ckpt")).read_bytes() for it in ("with", "without")]
     assert files[0] == files[1] and read_log(tmp_path / "with" / "run", "e1")["val_acc"].notna().any()
+
+
+def test_a_users_csv_log_goes_on_where_a_stage_resumes(cache, tmp_path):
+    """With a version of its own, or as it comes; a row of each logged step, once; the recipe and seed are in it."""
+    for loggers in ({"CSVLogger": {"version": 0}}, {"CSVLogger": {}}):
+        folder = tmp_path / str(len(loggers["CSVLogger"]))
+        with pytest.raises(KeyboardInterrupt):
+            train_e1(folder, cache, At(5, interrupt), epochs=1, loggers=loggers, schedule="constant", warmup=0)
+        train_e1(folder, cache, epochs=1, loggers=loggers, schedule="constant", warmup=0)
+        (log,) = (folder / "run" / "loggers" / "run-e1-seed0").glob("version_*/metrics.csv")
+        ours = read_log(folder / "run", "e1")
+        assert pd.read_csv(log)["step"].tolist() == ours["step"].tolist() and len(ours) > 4
+        known = yaml.safe_load((log.parent / "hparams.yaml").read_text())
+        assert {"learning_rate", "schedule", "warmup", "batch_size", "seed", "max_epochs", "precision"} <= known.keys()
+        assert known["stage"] == "e1" and known["cache"].endswith("corpus")
+
+
+def test_a_logger_is_closed_before_a_signal_ends_the_process(cache, tmp_path):
+    """W&B without a network keeps the last rows in memory until it is."""
+    Kept.experiment = SimpleNamespace(finish=lambda: Kept.kept.append("finished"))
+    with pytest.raises(KeyboardInterrupt):
+        train_e1(tmp_path, cache, At(3, interrupt), epochs=1, loggers={f"{__name__}.Kept": {}})
+    assert Kept.kept[-1] == "finished"
 
 
 @pytest.mark.parametrize(

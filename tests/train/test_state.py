@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -16,7 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from race import RaceError
 from race.data import RaceDataModule
 from race.data.cache import build_cache
+from race.device import CODE
 from race.files import locked, read_archive, save_archive
+from race.train.checkpoints import read_checkpoints
 from race.train.stages import Stage, read_log
 from race.train.state import SIGNALS, KeepState
 from race.train.training import start_stage, train_stage
@@ -160,6 +163,49 @@ def test_early_stopping_goes_on_and_ends_as_without_a_kill(cache, tmp_path, caps
         stage(tmp_path, cache, **settings)
         assert position(tmp_path)["epoch"] == 2
     assert "finished after 2 epochs" in capsys.readouterr().out
+
+
+def test_a_larger_patience_is_obeyed_after_a_stop(cache, tmp_path):
+    """Without a better epoch after the first: patience 1 ends after two, 3 after four, 2 then trains no more."""
+    for patience, epochs in ((1, 2), (3, 4), (2, 4)):
+        stage(tmp_path, cache, learning_rate=0.0, epochs=9, early_stopping=patience)
+        assert position(tmp_path)["epoch"] == epochs
+    assert [it.lineage["recipe"]["early_stopping"] for it in read_checkpoints(tmp_path / "checkpoints")] == [1, 1, 3, 3]
+
+
+def test_a_checkpoint_says_what_held_for_which_epochs(cache, tmp_path):
+    """Precision and the number of epochs were changed after the first."""
+    stage(tmp_path, cache, epochs=1, precision="bf16-mixed")
+    stage(tmp_path, cache, epochs=2, precision="32-true")
+    first, second = (it.lineage for it in read_checkpoints(tmp_path / "checkpoints"))
+    assert first["recipe"]["precision"] == "bf16-mixed" and "went_on_with" not in first
+    assert second["recipe"]["precision"] == "32-true" and second["recipe"]["max_epochs"] == 2
+    (later,) = second["went_on_with"]
+    assert (later["epoch"], later["batches"]) == (1, 0)
+    assert later["recipe"] == {"precision": ["bf16-mixed", "32-true"], "max_epochs": [1, 2]}
+
+
+def test_other_code_is_refused_until_it_is_accepted(begun, cache, tmp_path, monkeypatch, capsys):
+    """As after label smoothing in race_module.py; a finished stage says so; what went on says both."""
+    shutil.copytree(begun, tmp_path / "begun")
+    before, folder = CODE, tmp_path / "begun"
+    for module in ("state", "training"):
+        monkeypatch.setattr(f"race.train.{module}.CODE", "changed")
+    for accepted in (None, before):
+        with pytest.raises(RaceError, match='e1 was begun with other code .*commit .*; or set ACCEPT_CODE = "changed"'):
+            stage(folder, cache, accept_code=accepted)
+    stage(folder, cache, accept_code="changed")
+    lineage = e1(folder).best().lineage
+    assert (lineage["code"], lineage["went_on_with"][0]["code"]) == (before, "changed")
+    stage(folder, cache)
+    assert "with other code" not in capsys.readouterr().out
+    monkeypatch.undo()
+    stage(folder, cache)
+    assert "is finished after 2 epochs, with other code than this (commit" in capsys.readouterr().out
+    for path in (folder / "checkpoints").glob("*.ckpt"):
+        path.unlink()
+    with pytest.raises(RaceError, match="e1 is finished, but its checkpoints are gone"):
+        stage(folder, cache)
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,13 @@ def test_clipping_is_torchs_on_the_whole_batch(cache):
     assert torch.stack([part.norm() for part in steps[0]]).norm() == pytest.approx(0.01, rel=1e-4)
 
 
+def test_sequences_longer_than_the_model_takes_are_refused_before_the_first_step(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("race.train.training.longest_input", lambda model: 20)
+    with pytest.raises(RaceError, match="a sequence has [0-9]+ tokens, the model takes 20: set MAX_LEN = 20"):
+        stage(tmp_path, cache)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_a_warm_up_longer_than_the_stage_is_refused(cache, tmp_path):
     with pytest.raises(RaceError, match="WARMUP is 16 steps, the stage has 16"):
         stage(tmp_path, cache, schedule="linear", warmup=16)
