@@ -124,12 +124,20 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "SPLIT": ("what is scored", _one_of(*SPLITS)),
 }
 OF_NOTEBOOKS = [name for name in PARAMETERS if name.isupper()]
+OBEYED = ("MAX_EPOCHS", "EARLY_STOPPING", "TOKEN_BUDGET", "PRECISION", "ACCELERATOR", "DETERMINISTIC", "COMPILE")
+CHANGED = dict.fromkeys(("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR"), "may move with its files")  # of a begun stage
+CHANGED |= dict.fromkeys(("BASE_MODEL", "BASE_CHECKPOINT"), "another one: refused")
+CHANGED |= dict.fromkeys((*OF_DATA[1:], *OF_MODULE, "MONITOR", "weight_decay", "adam_epsilon"), "refused")
+CHANGED |= dict.fromkeys(OBEYED, "obeyed, recorded") | dict.fromkeys(
+    ("LOGGERS", "SAVE_MINUTES", "ACCEPT_CODE"), "obeyed"
+)
 
 
 def table() -> str:
     """All parameters as a Markdown table."""
-    rows = [f"| `{name}` | {kind.words} | {about} |" for name, (about, kind) in PARAMETERS.items()]
-    return "\n".join(["| parameter | may be | what it is |", "|---|---|---|", *rows])
+    row = "| `{}` | {} | {} | {} |".format
+    rows = [row(name, kind.words, about, CHANGED.get(name, "–")) for name, (about, kind) in PARAMETERS.items()]
+    return "\n".join(["| parameter | may be | what it is | changed on a begun stage |", "|---|---|---|---|", *rows])
 
 
 def check(**arguments) -> None:

@@ -81,7 +81,7 @@ class Run:
 
 def _settings(checkpoint) -> dict:
     """The recipe of a checkpoint and its cache, without what does not change the training."""
-    lineage, numerics = checkpoint.lineage, ("seed", "token_budget", "deterministic", "compile")
+    lineage, numerics = checkpoint.lineage, ("seed", "token_budget", "accelerator", "deterministic", "compile")
     own = {"code": lineage.get("code"), "cache": (lineage.get("cache") or {}).get("source_sha256")}
     own |= {name: value for name, value in lineage.get("recipe", {}).items() if name not in numerics}
     for later in lineage.get("went_on_with", []):  # what was changed on the way

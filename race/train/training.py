@@ -137,7 +137,7 @@ def train_stage(
         raise RaceError(f"WARMUP is {warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
     recipe = {name: value for name, value in data.made_with.items() if name != "cache_dir"}
     recipe |= {"precision": precision, "monitor": monitor, "max_epochs": max_epochs, "early_stopping": early_stopping}
-    recipe |= {"deterministic": deterministic, "compile": compile}
+    recipe |= {"accelerator": device.type, "deterministic": deterministic, "compile": compile}
     module.lineage |= {"stage": stage.name, "recipe": module.lineage.get("recipe", {}) | recipe}
     state, keeper = read_state(stage.state_path), KeepState(stage, save_minutes, stage_identity(module, data, monitor))
     kernel = attention_kernel(module.model.config, device, AUTOCAST.get(precision))

@@ -19,6 +19,7 @@ from race.data import RaceDataModule
 from race.data.cache import build_cache
 from race.device import CODE
 from race.files import locked, read_archive, save_archive
+from race.parameters import CHANGED
 from race.train.checkpoints import read_checkpoints
 from race.train.stages import Stage, read_log
 from race.train.state import SIGNALS, KeepState
@@ -236,6 +237,11 @@ def test_a_changed_parameter_is_named(begun, cache, changed, settings):
     with pytest.raises(RaceError, match=f"{changed}.*move its files and those of later stages away: mkdir"):
         stage(begun, cache, **settings)
     assert position(begun)["batches"] > 0
+
+
+def test_the_table_of_parameters_says_what_is_refused(begun):
+    refused = {name for name, word in CHANGED.items() if word == "refused"}
+    assert position(begun)["identity"].keys() & CHANGED.keys() == refused
 
 
 def test_the_steps_of_a_schedule_are_part_of_a_run(cache, tmp_path):
