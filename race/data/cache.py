@@ -170,7 +170,8 @@ def build_cache(
     """Encode `source` with the tokenizer of `model` into the folder `out`, atomically; returns the manifest.
 
     A cache of the same content is kept, another one replaced only with `force`. `skip_bad`: what is bad is left out and
-    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on. Raises RaceError.
+    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on; the manifest returned
+    has `places` of all questions. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check(max_qa_len=max_qa_len)
@@ -182,7 +183,8 @@ def build_cache(
         manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
         manifest["seconds"] = round(time.perf_counter() - started, 2)
         write_manifest(folder / "manifest.json", manifest)
-        return _install(folder, out, manifest, force)
+        places = {} if answers else {"places": [passage.asked_at for passage in splits["test"]]}
+        return _install(folder, out, manifest, force) | places
 
 
 def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], model: str, max_qa_len: int) -> dict:
