@@ -1,5 +1,6 @@
 """The token cache: passages encoded once, written as Arrow files beside their text, and described by a manifest."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -284,7 +285,7 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     """Move the finished cache to `out`, unless a cache is there, perhaps from another process that was faster."""
     if force or not out.exists():
         try:
-            move_into_place(folder, out)
+            move_into_place(folder, out, _files_of(out))
             return manifest
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -296,3 +297,10 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     raise RaceError(
         f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); move it away, or --force"
     )
+
+
+def _files_of(out: Path) -> list[str]:
+    """The files that a cache's manifest names, of whatever format it is; none if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return [*json.loads((out / "manifest.json").read_bytes())["files"]]
+    return []

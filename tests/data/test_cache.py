@@ -73,6 +73,23 @@ def test_a_folder_that_is_no_cache_is_not_touched(corpus, tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["checkpoints/e1.ckpt", "e1.ckpt", ".git/HEAD", "notes"])
+def test_files_of_others_in_a_cache_are_never_replaced(corpus, cache, tmp_path, name, capsys):
+    """With --force, also where the manifest is damaged; and `race.chain demo` makes its cache without --force."""
+    out, mine = tmp_path / "cache", tmp_path / "cache" / name
+    shutil.copytree(cache, out)
+    mine.parent.mkdir(exist_ok=True)
+    mine.symlink_to(tmp_path) if name == "notes" else mine.write_text("mine")
+    made, options = (out / "manifest.json").read_bytes(), ["--source", str(corpus), "--model=demo", "--out", str(out)]
+    assert generate_race_cache.main([*options, "--max-qa-len=9", "--force"]) == 1
+    assert f"{out} holds files that were not made with it: {name};" in capsys.readouterr().err
+    assert generate_race_cache.main(options) == 0 and (out / "manifest.json").read_bytes() == made
+    (out / "manifest.json").write_bytes(made[:-9])
+    assert generate_race_cache.main([*options, "--force"]) == 1 and mine.is_symlink() | mine.is_file()
+    mine.unlink()
+    assert generate_race_cache.main([*options, "--force"]) == 0 and verify_cache(out) == []
+
+
 def test_summary_names_levels_truncation_and_missing_weights(corpus, cache, tmp_path, capsys):
     from transformers import AutoConfig, AutoTokenizer
 
