@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import generate_race_cache
 from race import RaceError
 from race.data.cache import Cache, build_cache, open_cache, verify_cache, write_manifest
 from race.data.encoding import Template
+from race.train.checkpoints import Checkpoint
 
 
 def test_manifest_counts_real_text(real_cache):
@@ -50,6 +52,23 @@ def test_hidden_files_in_a_cache_are_passed_over(cache, tmp_path):
     assert verify_cache(out) == []
     (out / "model" / "added_tokens.json").write_text("{}")  # it would change what is loaded
     assert verify_cache(out) == [f"{out}/model/added_tokens.json: not in the manifest"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "added_tokens.json"])
+def test_the_model_folder_is_verified_when_it_is_opened(cache, tmp_path, name):
+    """A typed question, and a checkpoint of other code, would get other answers."""
+    shutil.copytree(cache, tmp_path / "cache")
+    with open(tmp_path / "cache" / "model" / name, "a") as file:
+        file.write(" ")
+    torch.save({"classifier.bias": torch.zeros(1)}, tmp_path / "foreign.ckpt")
+    asked = Cache(tmp_path / "cache")
+    asks = [
+        lambda: asked.encode_question("Tom has a dog.", "Who has a dog?", list("abcd")),
+        lambda: Checkpoint(tmp_path / "foreign.ckpt").load(asked),
+    ]
+    for ask in asks:
+        with pytest.raises(RaceError, match=f"model/{name}: (damaged|not in the manifest)"):
+            ask()
 
 
 def test_a_cache_is_kept_refused_or_replaced(corpus, cache, tmp_path, capsys):
