@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from race import OPTIONS, RaceError
 from race.attention import SHORT, has_varlen, packed_attention
-from race.models import check_family, load_config, local_copy, weights_problem
+from race.models import check_family, load_config, local_copy, weight_files, weights_problem
 
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # by the names that families give it
 
@@ -56,7 +56,7 @@ def _own_settings(config: PretrainedConfig, dropout: float | None) -> dict:
 def _pretrained(model: str | Path, settings: dict) -> nn.Module:
     """A pretrained encoder with a new multiple-choice head, in float32."""
     folder = local_copy(model)
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+    if not weight_files(folder):
         raise RaceError(f"{model} has no weights (model.safetensors); name a model that has, or give config= instead")
     settings |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:

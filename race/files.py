@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from race import ROOT, RaceError
@@ -75,8 +75,15 @@ def temporary_folder(out: Path) -> Iterator[Path]:
         yield temporary
 
 
-def move_into_place(folder: Path, out: Path) -> None:
-    """Flush a finished folder to disk and rename it to `out`; what is there moves away first, and back on an error."""
+def move_into_place(folder: Path, out: Path, known: Iterable[str] = ()) -> None:
+    """Flush a finished folder to disk and rename it to `out`; what is there moves away first, and back on an error.
+
+    Raises RaceError if `out` holds other files than the new one's names and `known`: only what was made is replaced.
+    """
+    made = {*known, *(path.relative_to(folder).as_posix() for path in folder.rglob("*"))}
+    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if others := sorted(there - made):
+        raise RaceError(f"{out} holds files that were not made with it: {', '.join(others[:5])}; move them away")
     for path in (*folder.rglob("*"), folder):
         flush(path)
     old = folder.parent / "replaced"

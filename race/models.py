@@ -34,12 +34,29 @@ def local_copy(model: str | Path) -> Path:
             if folder.exists() or str(model).startswith(".") or not HUB_ID.fullmatch(str(model)):
                 raise ValueError("no name of a model")
             folder = Path(huggingface_hub.snapshot_download(str(model), allow_patterns=MODEL_FILES))
-            if not any(folder.glob("*.safetensors")):  # the same weights are often there in both formats
+            if not any(folder.glob("model.safetensors*")):  # the same weights are often there in both formats
                 huggingface_hub.snapshot_download(str(model), allow_patterns=[*MODEL_FILES, "pytorch_model*.bin"])
         except (OSError, ValueError) as error:
             reason = _first_sentence(error)
             raise RaceError(f"{model}: no such folder, and from the hub it cannot be loaded ({reason})") from error
     return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights, as transformers chooses them: one, or those of an index; raises RaceError."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            try:
+                parts = sorted({*json.loads(index.read_bytes())["weight_map"].values()})
+                if parts and all((folder / Path(part).name).is_file() for part in parts):
+                    return [folder / Path(part).name for part in parts]
+                problem = f"not all of its files are there ({', '.join(parts)})"
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                problem = f"no index of weights ({error!r})"
+            raise RaceError(f"{index}: {problem}; fetch the model again")
+    return []
 
 
 def spiece_file(folder: Path) -> Path | None:
@@ -64,17 +81,19 @@ def keep_model(model: str, folder: Path):
 
 def _keep_weights(model: str, folder: Path) -> bool:
     """Copy the weights as safetensors; a model that has only an older format is converted."""
-    own = local_copy(model)
-    for path in (weights := [*own.glob("model*.safetensors*")]):
-        shutil.copyfile(path, folder / path.name)
-    older = sorted(own.glob("pytorch_model*.bin"))
-    if weights or not older:
+    weights = weight_files(local_copy(model))
+    if not weights or weights[0].suffix == ".safetensors":
+        index = [
+            path.with_name("model.safetensors.index.json") for path in weights[:1] if path.name != "model.safetensors"
+        ]
+        for path in (*weights, *index):
+            shutil.copyfile(path, folder / path.name)
         return bool(weights)
     from safetensors.torch import save_file
     from torch import load
 
     try:
-        state = {name: value for file in older for name, value in load(file, "cpu", weights_only=True).items()}
+        state = {name: value for file in weights for name, value in load(file, "cpu", weights_only=True).items()}
         apart = {name: value.contiguous().clone() for name, value in state.items()}
         save_file(apart, folder / "model.safetensors", {"format": "pt"})
     except Exception as error:  # damaged files make the libraries raise anything

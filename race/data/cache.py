@@ -1,5 +1,6 @@
 """The token cache: passages encoded once, written as Arrow files beside their text, and described by a manifest."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -32,7 +33,7 @@ SAMPLE = 48  # passages on which a tokenizer is checked, beside the longest
 class Cache:
     """An opened cache: its manifest is read and checked here, once. Raises RaceError if it is missing or damaged.
 
-    name: its folder as text. splits: those that it holds, in order. model: the folder of its base model.
+    name: its folder as text. splits: those that it holds, in order.
     """
 
     def __init__(self, folder: str | Path):
@@ -40,10 +41,15 @@ class Cache:
         self.manifest = _read_manifest(self.folder)
         self.splits = [split for split in SPLITS if split in self.manifest["splits"]]
         self.template = _template_of(self.manifest)
-        self.model = self.folder / "model"
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def model(self) -> Path:
+        """The folder of its base model, whose files are checked whenever they are to be read."""
+        self.check_files("model/")
+        return self.folder / "model"
 
     @functools.cached_property
     def tokenizer(self):
@@ -72,7 +78,10 @@ class Cache:
             raise RaceError("\n".join([*problems, f"{AGAIN}, or fetch a good copy"]))
 
     def problems(self, names: str = "") -> list[str]:
-        """Where files differ from the manifest; one is read once a process, and again if it has been written since."""
+        """Where files differ from the manifest; one is read once a process, and again if it has been written since.
+
+        names: how theirs begin; of a folder ("model/"), and of all (""), files that are not in the manifest count too.
+        """
         files, problems = self.manifest["files"], []
         for name in tqdm([name for name in files if name.startswith(names)], "verifying", delay=2, leave=False):
             path = self.folder / name
@@ -81,7 +90,12 @@ class Cache:
                     problems.append(f"{path}: damaged, its hash is another than the manifest's")
             except OSError as error:
                 problems.append(f"{path}: missing, or cannot be read ({error.strerror})")
-        return problems
+        if names.endswith("-"):
+            return problems
+        paths = [path for path in sorted((self.folder / names).rglob("*")) if path.is_file()]
+        others = {path.relative_to(self.folder).as_posix() for path in paths} - {"manifest.json", *files}
+        visible = sorted(name for name in others if not re.search(r"(^|/)\.", name))  # hidden ones are never read
+        return problems + [f"{self.folder / name}: not in the manifest" for name in visible]
 
     def check_tokenizer(self, model: str | Path) -> None:
         """Raise RaceError if a model has another tokenizer, by its vocabulary and by the ids of a text with all marks.
@@ -115,10 +129,7 @@ def verify_cache(folder: str | Path) -> list[str]:
     """Re-read every file of a cache and compare it with its manifest; returns what is wrong. Hidden files pass."""
     cache = Cache(folder)
     known_hash.cache_clear()  # read again what was read before
-    present = [path.relative_to(folder).as_posix() for path in sorted(cache.folder.rglob("*")) if path.is_file()]
-    visible = [name for name in present if not re.search(r"(^|/)\.", name)]
-    others = [name for name in visible if name not in {"manifest.json", *cache.manifest["files"]}]
-    return cache.problems() + [f"{cache.folder / name}: not in the manifest" for name in others]
+    return cache.problems()
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -170,7 +181,8 @@ def build_cache(
     """Encode `source` with the tokenizer of `model` into the folder `out`, atomically; returns the manifest.
 
     A cache of the same content is kept, another one replaced only with `force`. `skip_bad`: what is bad is left out and
-    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on. Raises RaceError.
+    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on; the manifest returned
+    has `places` of all questions. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check(max_qa_len=max_qa_len)
@@ -182,7 +194,8 @@ def build_cache(
         manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
         manifest["seconds"] = round(time.perf_counter() - started, 2)
         write_manifest(folder / "manifest.json", manifest)
-        return _install(folder, out, manifest, force)
+        places = {} if answers else {"places": [passage.asked_at for passage in splits["test"]]}
+        return _install(folder, out, manifest, force) | places
 
 
 def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], model: str, max_qa_len: int) -> dict:
@@ -282,7 +295,7 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     """Move the finished cache to `out`, unless a cache is there, perhaps from another process that was faster."""
     if force or not out.exists():
         try:
-            move_into_place(folder, out)
+            move_into_place(folder, out, _files_of(out))
             return manifest
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -294,3 +307,10 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     raise RaceError(
         f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); move it away, or --force"
     )
+
+
+def _files_of(out: Path) -> list[str]:
+    """The files that a cache's manifest names, of whatever format it is; none if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return [*json.loads((out / "manifest.json").read_bytes())["files"]]
+    return []

@@ -28,7 +28,7 @@ DIGITS = re.compile(r"(\d+)")  # 9.txt comes before 10.txt
 HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX(/|$))")  # what editors and macOS leave in folders and archives is no data
 WANTED = ("article", "question", "options", "answer")  # columns of a table
 OPTION = re.compile(r"(?:option)?([a-h])|option(\d)")  # or a column for each option: A, option_b, Option1
-LEVEL = re.compile(rf"({'|'.join(LEVELS)})(?![a-z])", re.IGNORECASE)  # with which a level or an id begins: high12.txt
+OF_RACE = re.compile(rf"({'|'.join(LEVELS)})\d+\.txt")  # an id that says the level: high12.txt
 Files = list[tuple[str, Any]]  # name, and what it holds: bytes, a Path to read, or a table of the library `datasets`
 Values = list[tuple[str, Any]]  # place, and what stands there: a record, a row, something else, or a RaceError
 
@@ -51,7 +51,8 @@ def read_records(source: str, answers: bool) -> tuple[dict[str, Values], list[st
                 problems.append(f"{place}: {record}")
                 continue
             if record.get("id") is None:
-                record["id"] = names.setdefault((split, level, str(record.get("article"))), place)
+                first = names.setdefault((split, level, str(record.get("article"))), place)
+                record["id"] = first if answers else place
             records.setdefault(split, []).append((place, record))
     return records, problems, notes
 
@@ -129,7 +130,7 @@ def _one_data_set(files: Files, answers: bool) -> tuple[list[tuple[str, str, str
     names = [name.encode("utf-8", "backslashreplace").decode() for name, _ in files]  # other bytes become \udcXX
     marked = [(*_marks(name), name, file) for name, (_, file) in zip(names, files, strict=True)]
     data_sets = sorted({data_set for data_set, split, *_ in marked if split})
-    if marked and not data_sets and not answers:  # questions that somebody wants answered: of no split
+    if not answers:  # questions that somebody wants answered, each of them: of no split
         return [("test", *file[2:]) for file in marked], []
     if not data_sets:
         raise RaceError("no questions found: expected files or folders that are named train, dev (or val) and test")
@@ -159,7 +160,7 @@ def _values(name: str, file: Any, answers: bool) -> Values:
     if suffix in (".csv", ".tsv"):
         return _csv_rows(name, content.decode("utf-8-sig"), answers)
     if suffix in (".txt", ".json", ".jsonl"):
-        return _json_values(name, content)
+        return _json_values(name, content, answers)
     if isinstance(content, bytes):
         table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
         table.validate(full=True)
@@ -169,12 +170,12 @@ def _values(name: str, file: Any, answers: bool) -> Values:
     return [(f"{name}, row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
 
 
-def _json_values(name: str, content: bytes) -> Values:
+def _json_values(name: str, content: bytes, answers: bool) -> Values:
     """A record, a list of records, or a record a line."""
     value = attempt(json.loads, content)
     if isinstance(value, list) and value:
         return [(f"{name}, item {number}", item) for number, item in enumerate(value, 1)]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and answers:
         value.setdefault("id", name.rpartition("/")[2])
     if isinstance(value, RaceError):
         lines = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
@@ -225,8 +226,8 @@ def _record(value: Any, level: str, answers: bool) -> dict:
         value = {"id": name, "level": row.get("level"), "article": row["article"]} | lists
     elif not answers and isinstance(value["questions"], list) and is_missing(value.get("answers") or None):
         value["answers"] = [None] * len(value["questions"])
-    matches = (LEVEL.match(str(value.get(key))) for key in ("level", "id"))
-    value["level"] = level or next((match[1].lower() for match in matches if match), "")
+    of_column, of_id = str(value.get("level")).strip().lower(), OF_RACE.fullmatch(str(value.get("id")))
+    value["level"] = level or (of_column if of_column in LEVELS else of_id[1] if of_id else "")
     return value
 
 

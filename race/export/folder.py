@@ -62,7 +62,7 @@ def export_checkpoint(
         model_card(facts, scores, repo or out.name).save(folder / "README.md")
         facts |= {"largest_logit_difference": difference, "articles": lineage[-1].lineage.get("articles")}
         (folder / "export.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
-        move_into_place(folder, out)
+        move_into_place(folder, out, known=["results.csv"])
     return out
 
 

@@ -265,24 +265,23 @@ def answer_question(
 def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out: str | Path, **how) -> pd.DataFrame:
     """A checkpoint's choice for every question of a source whose answers may be missing; kept as CSV and parquet.
 
-    Columns: split, id, question_index, question, choice ("A".."D"), option (its text), p_A … p_D; in the order of the
-    source. out: the folder; how: precision, accelerator of `predict`. Raises RaceError.
+    Columns: split ("test"), id, question_index, place (in the source), question, choice ("A".."D"), option (its text),
+    p_A … p_D; a row for each question of the source, in its order. out: the folder; how: precision, accelerator of
+    `predict`. Raises RaceError.
     """
-    cache, parts = data.cache, []
+    cache = data.cache
     checkpoint.check_encoding(cache)
     with tempfile.TemporaryDirectory() as folder:
-        build_cache(source, str(cache.model), f"{folder}/asked", cache.manifest["max_qa_len"], answers=False)
+        made = build_cache(source, str(cache.model), f"{folder}/asked", cache.manifest["max_qa_len"], answers=False)
         asked = RaceDataModule(f"{folder}/asked", data.batch_size, data.max_len)
-        for split in asked.cache.splits:
-            found, dataset = predict(checkpoint, asked, split, **how), asked.dataset(split)
-            texts = [dataset.text(row) for row in range(len(dataset))]
-            chosen = found["prediction"].map(LETTERS.index)
-            options = [text["options"][choice] for text, choice in zip(texts, chosen, strict=True)]
-            found = found.assign(split=split, question=[text["question"] for text in texts], option=options)
-            parts.append(found.rename(columns={"example_id": "id", "prediction": "choice"}))
-    columns = ["split", "id", "question_index", "question", "choice", "option", *PROBABILITIES]
-    table = pd.concat(parts, ignore_index=True)[columns].round(6)
-    path = Path(out) / f"{Path(source).stem}-{checkpoint.label}-{checkpoint.sha256[:8]}.csv"
+        found, dataset = predict(checkpoint, asked, "test", **how), asked.dataset("test")
+        texts = [dataset.text(row) for row in range(len(dataset))]
+    chosen = [text["options"][LETTERS.index(letter)] for text, letter in zip(texts, found["prediction"], strict=True)]
+    found = found.assign(split="test", place=made["places"], question=[it["question"] for it in texts], option=chosen)
+    columns = ["split", "id", "question_index", "place", "question", "choice", "option", *PROBABILITIES]
+    table = found.rename(columns={"example_id": "id", "prediction": "choice"})[columns].round(6)
+    place = hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]  # names occur in several folders
+    path = Path(out) / f"{Path(source).stem[:40]}-{checkpoint.label}-{checkpoint.sha256[:8]}-{place}.csv"
     atomic_write(path, lambda file: table.to_csv(file, index=False))
     atomic_write(path.with_suffix(".parquet"), lambda file: table.to_parquet(file, index=False))
     print(f"{len(table):,} questions answered; the table is {path}")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from race import HUB_ID, MAX_LEN, MONITORS, RaceError
 from race.data import Cache, open_cache
 from race.files import file_identity, known_hash, read_archive, save_archive
-from race.models import load_config, local_copy, weights_problem
+from race.models import load_config, local_copy, weight_files, weights_problem
 from race_module import RaceModule
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -69,7 +69,7 @@ class Checkpoint:
         """Of the content of the file, or of the files of a folder that decide what the model answers."""
         if self.path.is_file():
             return known_hash(file_identity(self.path))
-        hashes = [known_hash(file_identity(it)) for it in (self.path / "config.json", *_weight_files(self.path))]
+        hashes = [known_hash(file_identity(it)) for it in (self.path / "config.json", *weight_files(self.path))]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def check_encoding(self, cache: Cache) -> None:
@@ -133,13 +133,9 @@ def _of_folder(folder: Path) -> tuple[dict, bool]:
         raise RaceError(f"{folder}/export.json: damaged ({error!r}); make the export again") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-
-
 def _folder_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a Hugging Face folder, by name."""
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not files:
         raise RaceError(f"{folder} has no weights (model.safetensors or pytorch_model.bin)")
     try:

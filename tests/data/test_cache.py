@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import generate_race_cache
 from race import RaceError
 from race.data.cache import Cache, build_cache, open_cache, verify_cache, write_manifest
 from race.data.encoding import Template
+from race.train.checkpoints import Checkpoint
 
 
 def test_manifest_counts_real_text(real_cache):
@@ -52,6 +54,23 @@ def test_hidden_files_in_a_cache_are_passed_over(cache, tmp_path):
     assert verify_cache(out) == [f"{out}/model/added_tokens.json: not in the manifest"]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "added_tokens.json"])
+def test_the_model_folder_is_verified_when_it_is_opened(cache, tmp_path, name):
+    """A typed question, and a checkpoint of other code, would get other answers."""
+    shutil.copytree(cache, tmp_path / "cache")
+    with open(tmp_path / "cache" / "model" / name, "a") as file:
+        file.write(" ")
+    torch.save({"classifier.bias": torch.zeros(1)}, tmp_path / "foreign.ckpt")
+    asked = Cache(tmp_path / "cache")
+    asks = [
+        lambda: asked.encode_question("Tom has a dog.", "Who has a dog?", list("abcd")),
+        lambda: Checkpoint(tmp_path / "foreign.ckpt").load(asked),
+    ]
+    for ask in asks:
+        with pytest.raises(RaceError, match=f"model/{name}: (damaged|not in the manifest)"):
+            ask()
+
+
 def test_a_cache_is_kept_refused_or_replaced(corpus, cache, tmp_path, capsys):
     out = tmp_path / "cache"
     build_cache(str(corpus), "demo", out)
@@ -71,6 +90,23 @@ def test_a_folder_that_is_no_cache_is_not_touched(corpus, tmp_path):
     with pytest.raises(RaceError, match="is not a cache"):
         build_cache(str(corpus), "demo", tmp_path, force=True)
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoints/e1.ckpt", "e1.ckpt", ".git/HEAD", "notes"])
+def test_files_of_others_in_a_cache_are_never_replaced(corpus, cache, tmp_path, name, capsys):
+    """With --force, also where the manifest is damaged; and `race.chain demo` makes its cache without --force."""
+    out, mine = tmp_path / "cache", tmp_path / "cache" / name
+    shutil.copytree(cache, out)
+    mine.parent.mkdir(exist_ok=True)
+    mine.symlink_to(tmp_path) if name == "notes" else mine.write_text("mine")
+    made, options = (out / "manifest.json").read_bytes(), ["--source", str(corpus), "--model=demo", "--out", str(out)]
+    assert generate_race_cache.main([*options, "--max-qa-len=9", "--force"]) == 1
+    assert f"{out} holds files that were not made with it: {name};" in capsys.readouterr().err
+    assert generate_race_cache.main(options) == 0 and (out / "manifest.json").read_bytes() == made
+    (out / "manifest.json").write_bytes(made[:-9])
+    assert generate_race_cache.main([*options, "--force"]) == 1 and mine.is_symlink() | mine.is_file()
+    mine.unlink()
+    assert generate_race_cache.main([*options, "--force"]) == 0 and verify_cache(out) == []
 
 
 def test_summary_names_levels_truncation_and_missing_weights(corpus, cache, tmp_path, capsys):

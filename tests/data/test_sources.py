@@ -246,6 +246,15 @@ def test_csv_without_ids_and_with_levels(tmp_path):
     ]
 
 
+def test_levels_are_those_of_folders_columns_and_of_race_s_own_ids(tmp_path):
+    ids = ["high_school_biology-1", "highway-code-3", "high12", "high3.txt.bak", "high3.txt", "middle45.txt"]
+    columns = [{"level": "high school"}, {"level": "MIDDLE "}]
+    rows = [row(i, example_id=name, level="") for i, name in enumerate(ids)]
+    rows += [row(i + 10, example_id=f"high-{i}") | more for i, more in enumerate(columns)]
+    write(tmp_path, "train.csv", table(*rows))
+    assert [level for _, level, _ in found(tmp_path)] == ["", "", "", "", "high", "middle", "", "middle"]
+
+
 def test_problems_of_rows_come_together(tmp_path):
     """Rows are counted as a spreadsheet shows them; empty ones are nothing."""
     rows = table(row(1), row(2, answer="E"), row(3, options="a, b"), row(4, article=""))

@@ -194,6 +194,12 @@ def test_an_export_is_replaced_only_when_told_and_nothing_else_ever(albert, two_
     with pytest.raises(RaceError, match="--force replaces it"):
         export_checkpoint(two_stages[1], folder, albert.cache)
     assert json.loads((folder / "export.json").read_text())["checkpoint"] == "e1.ckpt"
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("mine")
+    with pytest.raises(RaceError, match=r"not made with it: .git/HEAD; move them away"):
+        export_checkpoint(two_stages[1], folder, albert.cache, force=True)
+    shutil.rmtree(folder / ".git")
+    (folder / "results.csv").touch()  # of the export before, with scores
     export_checkpoint(two_stages[1], folder, albert.cache, force=True)
     assert json.loads((folder / "export.json").read_text())["checkpoint"] == "e2.ckpt"
     mine.mkdir()

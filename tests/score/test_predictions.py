@@ -307,14 +307,37 @@ def test_questions_without_answers_get_a_choice_each(checkpoint, data, tmp_path)
     """The probabilities are those of the same questions typed one by one."""
     (tmp_path / "asked.json").write_text(json.dumps(RECORD | {"answers": ["", None]}))
     table = save_answers(checkpoint, str(tmp_path / "asked.json"), data, tmp_path / "out", accelerator="cpu")
-    assert list(table) == ["split", "id", "question_index", "question", "choice", "option", *PROBABILITIES]
+    columns = ["split", "id", "question_index", "place", "question", "choice", "option", *PROBABILITIES]
+    assert list(table) == columns
     for row, question, options in zip(table.itertuples(), RECORD["questions"], RECORD["options"], strict=True):
         typed = answer_question(checkpoint, data, RECORD["article"], question, options, "cpu")["probability"]
         found = np.array([getattr(row, name) for name in PROBABILITIES])
         np.testing.assert_allclose(found, typed, atol=2e-6)
         assert (row.question, row.choice, row.option) == (question, "ABCD"[found.argmax()], options[found.argmax()])
-    path = tmp_path / "out" / f"asked-mine-{checkpoint.sha256[:8]}.csv"
+    (path,) = (tmp_path / "out").glob(f"asked-mine-{checkpoint.sha256[:8]}-*.csv")
     assert pd.read_csv(path)["choice"].tolist() == pd.read_parquet(path.with_suffix(".parquet"))["choice"].tolist()
+
+
+def test_every_row_comes_back_in_its_order_with_its_place(checkpoint, data, tmp_path):
+    """Repeated rows, rows interleaved by article, files of one name, and of any split."""
+    rows = ["Tom has a dog.,Who?", "Ann has hens.,What?", "Tom has a dog.,What?", "Ann has hens.,What?"]
+    text = "article,question,A,B,C,D\n" + "".join(f"{row},cat,dog,hen,cow\n" for row in rows)
+    for name in ("b/1.json", "a/1.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(RECORD | {"article": f"{name}: Tom has a dog.", "id": "1"}))
+    for name in ("train.csv", "a/test.csv", "b/test.csv"):
+        (tmp_path / name).write_text(text)
+    table = save_answers(checkpoint, str(tmp_path), data, tmp_path / "out", accelerator="cpu")
+    of_record, of_rows = ["1.json, question 0", "1.json, question 1"], [f"test.csv, row {row}" for row in range(2, 6)]
+    expected = [f"{folder}/{place}" for folder in "ab" for place in (*of_record, *of_rows)]
+    assert list(table["place"]) == expected + [f"train.csv, row {row}" for row in range(2, 6)]
+    assert list(table["question"][-4:]) == ["Who?", "What?", "What?", "What?"]
+    assert not table.duplicated(["id", "question_index", "place"]).any() and list(table["id"][:2]) == ["1", "1"]
+    pd.testing.assert_frame_equal(table[PROBABILITIES][2:6], table[PROBABILITIES][8:12].set_index(table.index[2:6]))
+    assert list(table.loc[3, PROBABILITIES]) == list(table.loc[5, PROBABILITIES]) != list(table.loc[4, PROBABILITIES])
+    for folder in "ab":
+        save_answers(checkpoint, str(tmp_path / folder / "test.csv"), data, tmp_path / "one", accelerator="cpu")
+    assert len([*(tmp_path / "one").glob("test-*.csv")]) == 2
 
 
 def test_bad_questions_are_named_and_nothing_is_written(checkpoint, data, tmp_path):

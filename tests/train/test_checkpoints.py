@@ -3,11 +3,13 @@
 import argparse
 import json
 import os
+import shutil
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 from transformers import (
     AlbertForMultipleChoice,
     AlbertForPreTraining,
@@ -19,7 +21,9 @@ from transformers import (
 from race import RaceError
 from race.data import RaceDataModule, collate
 from race.data.cache import Cache
+from race.encoder import load_model
 from race.files import save_archive
+from race.models import keep_model
 from race.train.checkpoints import Checkpoint, short_names
 from race.train.stages import Stage
 from race.train.training import start_stage
@@ -109,6 +113,30 @@ def test_a_hugging_face_folder_answers_alike(safe, own, answers, model, tmp_path
     folder = Checkpoint(tmp_path / "my.albert")
     assert folder.stage is None and folder.label == "my.albert"
     assert torch.equal(answers(folder), answers(own))
+
+
+@pytest.mark.parametrize("stale", ["model_1.safetensors", "model-00009-of-00009.safetensors", "pytorch_model_1.bin"])
+def test_the_weights_are_those_of_the_index(stale, own, answers, model, cache, tmp_path):
+    """Whatever lies beside them: as a checkpoint, as the model of a cache, and as a base."""
+    folder, kept = tmp_path / "hf", tmp_path / "kept"
+    shutil.copytree(cache / "model", folder)
+    (folder / "model.safetensors").unlink()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    if stale.endswith(".bin"):
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        torch.save(zeros, folder / stale)
+    else:
+        model.save_pretrained(folder, max_shard_size="100KB" if "0009" in stale else "1GB")
+        save_file(zeros, folder / stale, {"format": "pt"})
+    kept.mkdir()
+    assert keep_model(str(folder), kept)[1] and stale not in {path.name for path in kept.iterdir()}
+    for made in (folder, kept):
+        assert torch.equal(answers(Checkpoint(made)), answers(own))
+        assert torch.equal(load_model(made, None, None).classifier.weight, model.classifier.weight)
+    if "0009" in stale:
+        next(kept.glob("model-00001*")).unlink()
+        with pytest.raises(RaceError, match=r"index.json: not all of its files are there"):
+            answers(Checkpoint(kept))
 
 
 def test_an_export_says_where_it_comes_from(own, model, tmp_path):
