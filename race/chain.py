@@ -88,9 +88,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise RaceError(gone)
     options = parser.parse_args(arguments)
     check(limit_questions=options.limit_questions, seeds=options.seeds)
-    with contextlib.chdir(ROOT):  # from which folders are meant
-        for stage in CHAIN:
-            read(parse_set(options.pairs, stage))
     options.recipes = named_recipes(options.recipes or [BASELINE], options.name)
     if len(options.recipes) > 1 and options.stages is not None:
         raise RaceError("--stages goes with one recipe")
@@ -100,24 +97,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.run = options.name + ("" if options.limit_questions is None else "-trial")  # apart from real results
     options.seeds = options.seeds and list(dict.fromkeys(options.seeds))
     options.several = bool(options.seeds) or len(options.recipes) > 1
-    own = OF_A_RUN if options.several else set()
-    if len(options.recipes) > 1:
-        own = own.union(*(given for recipe in options.recipes for given in recipe.stages.values()))
-    _check_taken(options)
-    if taken := own & {pair.partition("=")[0].rpartition(".")[2] for pair in options.pairs}:
-        what = "--seeds and the recipes set it for each run; recipes of your own go into a TOML file"
-        raise RaceError(f"--set {', '.join(sorted(taken))}: {what}")
+    check_taken(options)
     return options
 
 
-def _check_taken(options: argparse.Namespace) -> None:
-    """Raise RaceError for pairs of --set that no notebook takes; one without a stage may be of any of the chain."""
-    stages = {*itertools.chain(*(it.stages for it in options.recipes))}
-    ends = EVALUATIONS if len(options.recipes) == 1 else [COMPARISON]
-    known = set().union(*map(names_in, [*map(CHAIN.get, stages), *ends]))
-    known.update(f"{it}.{name}" for it in stages.intersection(options.stages or stages) for name in names_in(CHAIN[it]))
-    if lost := [pair for pair in options.pairs if pair.partition("=")[0] not in known]:
-        raise RaceError(f"--set {', '.join(lost)}: no notebook of this command takes it")
+def check_taken(options: argparse.Namespace) -> None:
+    """Raise RaceError for what is wrong with --set, or is taken by no notebook of this command, or set for each run."""
+    own, others = OF_A_RUN if options.several else set(), EVALUATIONS
+    if len(options.recipes) > 1:
+        own, others = own.union(*(given for it in options.recipes for given in it.stages.values())), [COMPARISON]
+    stages = {stage for recipe in options.recipes for stage in recipe.stages}
+    takers = {it: names_in(CHAIN[it]) - own for it in stages.intersection(options.stages or stages)}
+    takers[""] = set().union(*map(names_in, [*map(CHAIN.get, stages), *others])) - own
+    with contextlib.chdir(ROOT):  # from which folders are meant
+        for stage in CHAIN:
+            read(parse_set(options.pairs, stage, takers))
 
 
 def prepare_cache(folder: Path, options: argparse.Namespace) -> int:
@@ -226,9 +220,7 @@ def _end_kernels(told: set[psutil.Process]) -> None:
             kernel.terminate()
 
 
-class OwnKernel(AsyncKernelManager):
-    """Starts the Python of this environment, whatever is registered under the name of a notebook's kernel."""
-
+class OwnKernel(AsyncKernelManager):  # of this environment's Python, whatever kernel specs are registered
     kernel_spec = KernelSpecManager(kernel_dirs=[]).get_kernel_spec("python3")
 
 

@@ -1,7 +1,7 @@
 """One table of parameters: what each may be and what it is for. Notebooks, `--set` and recipes are read through it."""
 
 import argparse
-import json
+import functools
 import math
 import os
 import re
@@ -161,22 +161,25 @@ def read(given: dict) -> dict:
 
 
 def names_in(notebook: str) -> set[str]:
-    """The names of OF_NOTEBOOKS that are in the parameters cell of a notebook."""
-    cells = json.loads((ROOT / f"{notebook}.ipynb").read_bytes())["cells"]
-    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
-    return {*OF_NOTEBOOKS}.intersection(re.findall(r"\w+", " ".join(tagged)))
+    """The parameters to which a notebook gives a value."""
+    text = (ROOT / f"{notebook}.ipynb").read_text(encoding="utf-8")
+    return {*OF_NOTEBOOKS}.intersection(re.findall(r"\b[A-Z_]+(?=[A-Z_, ]* = )", text))
 
 
-def parse_set(pairs: list[str], stage: str | None = None) -> dict[str, str]:
-    """NAME=VALUE pairs of a command line → {name: value} for one stage; raises RaceError for names nobody takes."""
+def parse_set(pairs: list[str], stage: str | None = None, takers: dict[str, set] | None = None) -> dict[str, str]:
+    """NAME=VALUE pairs of a command line → {name: value} for one stage; raises RaceError for names that nobody takes.
+
+    takers: the names that each stage takes, and under "" all that are taken; None: as the notebooks are.
+    """
     general, own, problems = {}, {}, []
+    takers = takers or {"": {*OF_NOTEBOOKS}} | {it: names_in(notebook) for it, notebook in CHAIN.items()}
     for pair in pairs:
         (whose, dot, name), value = pair.partition("=")[0].rpartition("."), pair.partition("=")[2]
         if "=" not in pair or name not in OF_NOTEBOOKS or (dot and whose not in CHAIN):
             expected = f"expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of {', '.join(OF_NOTEBOOKS)}"
             problems.append(f"--set {pair}: {GONE.get(name, expected)}")
-        elif dot and name not in names_in(CHAIN[whose]):
-            problems.append(f"--set {pair}: {CHAIN[whose]}.ipynb has no {name}")
+        elif name not in takers.get(whose, ()):
+            problems.append(f"--set {pair}: no notebook takes it, or each run has its own")
         elif not dot or whose == stage:
             (own if dot else general)[name] = os.path.expanduser(value)
     if problems:
@@ -194,14 +197,11 @@ class Settings:
 
     def __init__(self, variables: dict):
         self._variables, self._given = variables, {}
-        cells = variables.get("In", [])
-        for number in [number for number, cell in enumerate(cells) if cell.startswith("# Parameters\n")]:  # papermill's
-            known = {*re.findall(r"\w+", " ".join(cells[:number]))}
-            lost = {*re.findall(r"^\w+(?= =)", cells[number], re.MULTILINE)} - known
-            if lost and known.intersection(OF_NOTEBOOKS):
-                raise RaceError(f"{', '.join(sorted(lost))}: given to this notebook, but none of its cells has that")
-        file = variables.get("__file__") or os.devnull  # a notebook may have one too; the command line is its kernel's
-        if variables.get("__name__") == "__main__" and os.path.realpath(file) == os.path.realpath(sys.argv[0]):
+        above, _, added = "\n\n".join(variables.get("In", [])).partition("\n\n# Parameters\n")  # the cell of papermill
+        lost = {*re.findall(r"^\w+(?= =)", added.partition("\n\n")[0], re.M)} - {*re.findall(r"\w+", above)}
+        if lost and "CACHE_DIR" in above:
+            raise RaceError(f"{', '.join(sorted(lost))}: given to this notebook, but none of its cells has that")
+        if os.path.realpath(variables.get("__file__") or os.devnull) == os.path.realpath(sys.argv[0]):  # as a script
             parser = argparse.ArgumentParser(description="A stage, as its notebook runs it.")
             parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="pairs")
             given = parse_set(parser.parse_args().pairs, variables.get("STAGE"))
@@ -220,17 +220,9 @@ class Settings:
         values = read(self._variables | self._given)
         return {name.lower(): values[name] for name in names if name in values} if names else values
 
-    def data(self) -> dict:
-        """What RaceDataModule takes."""
-        return self._values(OF_DATA)
-
-    def scoring(self) -> dict:
-        """What race.score takes, beside checkpoints and data."""
-        return self._values(OF_SCORING)
-
-    def module(self) -> dict:
-        """What RaceModule takes, beside its model."""
-        return self._values(OF_MODULE)
+    data = functools.partialmethod(_values, OF_DATA)  # what RaceDataModule takes
+    scoring = functools.partialmethod(_values, OF_SCORING)  # what race.score takes, beside checkpoints and data
+    module = functools.partialmethod(_values, OF_MODULE)  # what RaceModule takes, beside its model
 
     def training(self, *made) -> dict:
         """What train_stage takes, beside stage, module and data, which are given here as `made`.

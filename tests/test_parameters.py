@@ -115,7 +115,7 @@ def test_a_script_takes_parameters_from_its_command_line(monkeypatch):
             match=f"--set {wrong}: expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of CACHE_DIR",
         ):
             parse_set([wrong])
-    with pytest.raises(RaceError, match="--set e1.BASE_CHECKPOINT=x: ex01.ipynb has no BASE_CHECKPOINT"):
+    with pytest.raises(RaceError, match="--set e1.BASE_CHECKPOINT=x: no notebook takes it"):
         parse_set(["MAX_EPOCHS=1", "e1.BASE_CHECKPOINT=x"], "e3")
     assert parse_set(["CHECKPOINT=a/e1-epoch=00.ckpt"]) == {"CHECKPOINT": "a/e1-epoch=00.ckpt"}
 
@@ -131,7 +131,7 @@ def test_what_papermill_gives_and_no_cell_has_is_an_error(tmp_path):
     """Papermill itself only warns. What a cell of the user's own has is fine."""
     code = {
         "own": "import race.parameters\nMINE = 1",
-        "parameters": "SEED = 0",
+        "parameters": "CACHE_DIR = '/'\nSEED = 0",
         "last": "race.parameters.Settings(globals())",
     }
     cells = [nbformat.v4.new_code_cell(it, metadata={"tags": [tag]}) for tag, it in code.items()]

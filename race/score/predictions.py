@@ -86,9 +86,10 @@ def validation_predictions(
     checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir: str | Path, **how
 ) -> Predictions | None:
     """Predictions on validation, to fit a temperature for `split`; None if that makes no sense, the reason printed."""
-    if split == "validation" or "validation" not in data.cache.splits:
-        reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has none"
-        print(f"no temperature is fitted: {reason}")
+    data.setup()
+    if split == "validation" or data.val_dataset is None:
+        reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has no such ones"
+        print(f"no temperature is fitted on validation questions: {reason}")
         return None
     return kept_predictions(checkpoint, data, "validation", run_dir, **how)
 
@@ -267,6 +268,9 @@ def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out:
     source. out: the folder; how: precision, accelerator of `predict`. Raises RaceError.
     """
     cache, parts = data.cache, []
+    path = Path(out) / f"{Path(source).stem}-{checkpoint.label}-{checkpoint.sha256[:8]}.parquet"
+    if len(path.name.encode()) > 255:  # bytes, on all usual file systems
+        raise RaceError(f"{path.name}: the name of this table of answers is too long; give {source} a shorter one")
     checkpoint.check_encoding(cache)
     with tempfile.TemporaryDirectory() as folder:
         build_cache(source, str(cache.model), f"{folder}/asked", cache.manifest["max_qa_len"], answers=False)
@@ -280,9 +284,8 @@ def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out:
             parts.append(found.rename(columns={"example_id": "id", "prediction": "choice"}))
     columns = ["split", "id", "question_index", "question", "choice", "option", *PROBABILITIES]
     table = pd.concat(parts, ignore_index=True)[columns].round(6)
-    path = Path(out) / f"{Path(source).stem}-{checkpoint.label}-{checkpoint.sha256[:8]}.csv"
-    atomic_write(path, lambda file: table.to_csv(file, index=False))
-    atomic_write(path.with_suffix(".parquet"), lambda file: table.to_parquet(file, index=False))
+    atomic_write(path, lambda file: table.to_parquet(file, index=False))
+    atomic_write(path := path.with_suffix(".csv"), lambda file: table.to_csv(file, index=False))
     print(f"{len(table):,} questions answered; the table is {path}")
     return table
 
