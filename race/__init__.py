@@ -2,11 +2,14 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 # Every step has another number of tokens: blocks of rounded sizes are used again, instead of ever more being reserved.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "roundup_power2_divisions:4"  # read when CUDA starts
+if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 has no "─"
 
 LETTERS = ["A", "B", "C", "D"]
 OPTIONS = len(LETTERS)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,6 +16,8 @@ import nbformat
 import pandas as pd
 import papermill
 import psutil
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from nbclient.exceptions import DeadKernelError
 
 from generate_race_cache import main as generate_race_cache
@@ -22,7 +25,7 @@ from race import CHAIN, RaceError
 from race.data import Cache, RaceDataModule
 from race.device import CODE
 from race.files import atomic_write, file_hash
-from race.parameters import GONE, ROOT, Settings, check, parse_set, read, table
+from race.parameters import GONE, ROOT, Settings, check, names_in, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.sentences import over_seeds
 from race.score.predictions import RESULT_COLUMNS, write_json
@@ -39,7 +42,7 @@ OF_A_RUN = {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"}  # 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipes of "demo" or "race", once or with each seed; returns the exit status. Raises RaceError."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    folder = ROOT / read(parse_set(options.pairs)).get("CACHE_DIR", f"cache/{options.name}")
+    folder = ROOT / parse_set(options.pairs).get("CACHE_DIR", f"cache/{options.name}")
     if status := prepare_cache(folder, options):
         return status
     split = "test" if "test" in Cache(folder).splits else "validation"
@@ -72,11 +75,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("name", choices=MADE_FROM, help="RACE with albert-base-v2, or the embedded corpus")
-    add("--source", help="source of the cache (of 'race': ehovy/race)")
-    add("--model", help="base model (of 'race': albert-base-v2)")
+    add("--source", type=os.path.expanduser, help="source of the cache (of 'race': ehovy/race)")
+    add("--model", type=os.path.expanduser, help="base model (of 'race': albert-base-v2)")
     add("--limit-questions", type=int, metavar="N", help="trial run on N random questions of each split")
     named = "chain (the default), constant, resets, step, linear, cosine, or a TOML file; several are compared"
-    add("--recipe", nargs="+", action="extend", metavar="NAME", dest="recipes", help=named)
+    add("--recipe", nargs="+", action="extend", type=os.path.expanduser, metavar="NAME", dest="recipes", help=named)
     add("--stages", nargs="*", choices=CHAIN, help="only these; none: the evaluations only")
     add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished notebooks")
     given = "parameters in capitals below, such as MAX_EPOCHS=3; e3.MAX_EPOCHS=3 for one stage"
@@ -86,8 +89,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise RaceError(gone)
     options = parser.parse_args(arguments)
     check(limit_questions=options.limit_questions, seeds=options.seeds)
-    for stage in CHAIN:
-        read(parse_set(options.pairs, stage))
     options.recipes = named_recipes(options.recipes or [BASELINE], options.name)
     if len(options.recipes) > 1 and options.stages is not None:
         raise RaceError("--stages goes with one recipe")
@@ -97,13 +98,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.run = options.name + ("" if options.limit_questions is None else "-trial")  # apart from real results
     options.seeds = options.seeds and list(dict.fromkeys(options.seeds))
     options.several = bool(options.seeds) or len(options.recipes) > 1
-    own = OF_A_RUN if options.several else set()
-    if len(options.recipes) > 1:
-        own = own.union(*(given for recipe in options.recipes for given in recipe.stages.values()))
-    if taken := own & {pair.partition("=")[0].rpartition(".")[2] for pair in options.pairs}:
-        what = "--seeds and the recipes set it for each run; recipes of your own go into a TOML file"
-        raise RaceError(f"--set {', '.join(sorted(taken))}: {what}")
+    check_taken(options)
     return options
+
+
+def check_taken(options: argparse.Namespace) -> None:
+    """Raise RaceError for what is wrong with --set, or is taken by no notebook of this command, or set for each run."""
+    own, others = OF_A_RUN if options.several else set(), EVALUATIONS
+    if len(options.recipes) > 1:
+        own, others = own.union(*(given for it in options.recipes for given in it.stages.values())), [COMPARISON]
+    stages = {stage for recipe in options.recipes for stage in recipe.stages}
+    takers = {it: names_in(CHAIN[it]) - own for it in stages.intersection(options.stages or stages)}
+    takers[""] = set().union(*map(names_in, [*map(CHAIN.get, stages), *others])) - own
+    with contextlib.chdir(ROOT):  # from which folders are meant
+        for stage in CHAIN:
+            read(parse_set(options.pairs, stage, takers))
 
 
 def prepare_cache(folder: Path, options: argparse.Namespace) -> int:
@@ -140,8 +149,7 @@ def comparison(options: argparse.Namespace, split: str) -> tuple[str, dict]:
 
 def prepared(options: argparse.Namespace, notebook: str, own: dict, stage: str | None = None) -> tuple[str, dict]:
     """A notebook with its parameters: those of all notebooks, its own, and those of --set that it has."""
-    known = papermill.inspect_notebook(ROOT / f"{notebook}.ipynb")
-    given = {name: value for name, value in parse_set(options.pairs, stage).items() if name in known}
+    given = {name: value for name, value in parse_set(options.pairs, stage).items() if name in names_in(notebook)}
     return notebook, {"CACHE_DIR": f"cache/{options.name}", "LIMIT_QUESTIONS": options.limit_questions} | own | given
 
 
@@ -230,6 +238,10 @@ def _end_kernels(told: set[psutil.Process]) -> None:
             kernel.terminate()
 
 
+class OwnKernel(AsyncKernelManager):  # of this environment's Python, whatever kernel specs are registered
+    kernel_spec = KernelSpecManager(kernel_dirs=[]).get_kernel_spec("python3")
+
+
 def run_notebook(notebook: str, parameters: dict) -> None:
     """Execute one notebook and print what it prints; raises RaceError if a cell fails, or its process is ended."""
     finished = ROOT / parameters["RUN_DIR"] / f"{notebook}.ipynb"
@@ -237,9 +249,10 @@ def run_notebook(notebook: str, parameters: dict) -> None:
     executed.parent.mkdir(parents=True, exist_ok=True)
     what = f"── {parameters['RUN_DIR']}: {notebook}"
     print(f"\n{what}", flush=True)
-    shown = {"progress_bar": False, "stdout_file": sys.stdout, "extra_arguments": ["--log-level=40"]}  # errors only
+    how = {"progress_bar": False, "stdout_file": sys.stdout, "extra_arguments": ["--log-level=40"]}  # errors only
+    how |= {"cwd": ROOT, "kernel_manager_class": OwnKernel}
     try:
-        done = papermill.execute_notebook(ROOT / f"{notebook}.ipynb", executed, parameters, cwd=ROOT, **shown)
+        done = papermill.execute_notebook(ROOT / f"{notebook}.ipynb", executed, parameters, **how)
     except papermill.exceptions.PapermillExecutionError as error:
         told = f"{notebook}, cell {error.exec_count}: {error.ename}: {error.evalue}"
         raise RaceError(f"{told}\nthe executed cells are in {executed}") from None
@@ -256,5 +269,5 @@ def run_notebook(notebook: str, parameters: dict) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except RaceError as error:
+    except (RaceError, OSError) as error:
         sys.exit(f"error: {error}")

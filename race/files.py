@@ -212,8 +212,8 @@ def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = 
         raise RaceError(f"{path}: no such checkpoint") from error
     except pickle.UnpicklingError as error:
         raise RaceError(f"{path}: could run code (more than weights and plain values); save a state dict") from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        problem = f"not a checkpoint, or cut off or damaged ({str(error).partition(chr(10))[0]})"
+    except Exception as error:  # damaged files make the libraries raise anything
+        problem = f"not a checkpoint, or cut off or damaged ({error!r:.200})"
     raise RaceError(f"{path}: {problem}; put a good copy in its place, or move it away")
 
 

@@ -1,8 +1,11 @@
 """One table of parameters: what each may be and what it is for. Notebooks, `--set` and recipes are read through it."""
 
 import argparse
+import functools
 import math
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -74,10 +77,11 @@ def _one_of(*names: str) -> Kind:
     return Kind(f"one of {', '.join(names)}", lambda value: names[names.index(value)])
 
 
-FOLDER, PLACE = Kind("a folder", _path), Kind("a path or a name", _path)
+FOLDER = Kind("a folder", _path, lambda it: not any(map(os.path.isfile, (it, *Path(it).parents))))
+PLACE = Kind("a path or a name", _path)
 PLACES, NAME_LIST = PLACE.listed("a list of paths or names"), Kind("a name", str).listed("a list of names")
-FROM_0 = Kind("0 or more (a whole number)", _integer, lambda it: it >= 0)
 FROM_1 = Kind("1 or more (a whole number)", _integer, lambda it: it >= 1)
+SEED = Kind("a whole number from 0, below 2**32", _integer, lambda it: 0 <= it < 2**32)
 POSITIVE = Kind("a number above 0", _number, lambda it: it > 0)
 FINITE = Kind("0 or more", _number, lambda it: 0 <= it < math.inf)
 SHARE = Kind("a number from 0, below 1", _number, lambda it: 0 <= it < 1)
@@ -95,7 +99,7 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "QUESTIONS": ("a file or folder of questions without answers, to be answered", PLACE.or_none()),
     "EXPORT_DIR": ("a new folder for transformers to load", FOLDER.or_none()),
     "RECIPES": ("the first is what the others are compared with", NAME_LIST),
-    "SEEDS": ("seeds of the runs to compare", FROM_0.listed("a list of whole numbers from 0").or_none()),
+    "SEEDS": ("seeds of the runs to compare", SEED.listed("a list of whole numbers from 0, below 2**32").or_none()),
     "DIFFERENCE": ("points of accuracy that would matter", POSITIVE),
     "LEARNING_RATE": ("the highest of the stage", FINITE),
     "SCHEDULE": ("of the learning rate over a stage", Kind(NAMES, str, is_schedule)),
@@ -107,7 +111,7 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "BATCH_SIZE": ("questions of a step, four sequences each", FROM_1),
     "MAX_LEN": ("tokens of a sequence", FROM_1),
     "max_qa_len": ("tokens of question+option", FROM_1),
-    "SEED": ("of the new head, order, dropout and samples", FROM_0),
+    "SEED": ("of the new head, order, dropout and samples", SEED),
     "LIMIT_QUESTIONS": ("a random sample of each split; None: all", FROM_1.or_none()),
     "LEVEL": ("only these questions", _one_of(*LEVELS).or_none()),
     "MONITOR": ("what picks the best checkpoint", _one_of(*MONITORS)),
@@ -151,8 +155,8 @@ def _meant(given: dict) -> dict:
         kind = PARAMETERS[name][1]
         try:
             values[name] = kind.read(value)
-        except (ValueError, TypeError, KeyError, OverflowError, yaml.YAMLError):
-            problems.append(f"{name} is {value!r}, expected {kind.words}")
+        except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, yaml.YAMLError):  # too deep, ~nobody
+            problems.append(f"{name} is {value!r:.300}, expected {kind.words}")
     if problems:
         raise RaceError("; ".join(problems))
     return values
@@ -165,16 +169,28 @@ def read(given: dict) -> dict:
     return _meant({name: given[name] for name in given if name in OF_NOTEBOOKS})
 
 
-def parse_set(pairs: list[str], stage: str | None = None) -> dict[str, str]:
-    """NAME=VALUE pairs of a command line → {name: value} for one stage; raises RaceError for names nobody knows."""
+def names_in(notebook: str) -> set[str]:
+    """The parameters to which a notebook gives a value."""
+    text = (ROOT / f"{notebook}.ipynb").read_text(encoding="utf-8")
+    return {*OF_NOTEBOOKS}.intersection(re.findall(r"\b[A-Z_]+(?=[A-Z_, ]* = )", text))
+
+
+def parse_set(pairs: list[str], stage: str | None = None, takers: dict[str, set] | None = None) -> dict[str, str]:
+    """NAME=VALUE pairs of a command line → {name: value} for one stage; raises RaceError for names that nobody takes.
+
+    takers: the names that each stage takes, and under "" all that are taken; None: as the notebooks are.
+    """
     general, own, problems = {}, {}, []
+    takers = takers or {"": {*OF_NOTEBOOKS}} | {it: names_in(notebook) for it, notebook in CHAIN.items()}
     for pair in pairs:
-        whose, dot, name = pair.partition("=")[0].rpartition(".")
+        (whose, dot, name), value = pair.partition("=")[0].rpartition("."), pair.partition("=")[2]
         if "=" not in pair or name not in OF_NOTEBOOKS or (dot and whose not in CHAIN):
             expected = f"expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of {', '.join(OF_NOTEBOOKS)}"
             problems.append(f"--set {pair}: {GONE.get(name, expected)}")
+        elif name not in takers.get(whose, ()):
+            problems.append(f"--set {pair}: no notebook takes it, or each run has its own")
         elif not dot or whose == stage:
-            (own if dot else general)[name] = pair.partition("=")[2]
+            (own if dot else general)[name] = os.path.expanduser(value)
     if problems:
         raise RaceError("\n".join(problems))
     return general | own
@@ -190,7 +206,11 @@ class Settings:
 
     def __init__(self, variables: dict):
         self._variables, self._given = variables, {}
-        if variables.get("__name__") == "__main__" and "__file__" in variables:
+        above, _, added = "\n\n".join(variables.get("In", [])).partition("\n\n# Parameters\n")  # the cell of papermill
+        lost = {*re.findall(r"^\w+(?= =)", added.partition("\n\n")[0], re.M)} - {*re.findall(r"\w+", above)}
+        if lost and "CACHE_DIR" in above:
+            raise RaceError(f"{', '.join(sorted(lost))}: given to this notebook, but none of its cells has that")
+        if os.path.realpath(variables.get("__file__") or os.devnull) == os.path.realpath(sys.argv[0]):  # as a script
             parser = argparse.ArgumentParser(description="A stage, as its notebook runs it.")
             parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="pairs")
             given = parse_set(parser.parse_args().pairs, variables.get("STAGE"))
@@ -209,17 +229,9 @@ class Settings:
         values = read(self._variables | self._given)
         return {name.lower(): values[name] for name in names if name in values} if names else values
 
-    def data(self) -> dict:
-        """What RaceDataModule takes."""
-        return self._values(OF_DATA)
-
-    def scoring(self) -> dict:
-        """What race.score takes, beside checkpoints and data."""
-        return self._values(OF_SCORING)
-
-    def module(self) -> dict:
-        """What RaceModule takes, beside its model."""
-        return self._values(OF_MODULE)
+    data = functools.partialmethod(_values, OF_DATA)  # what RaceDataModule takes
+    scoring = functools.partialmethod(_values, OF_SCORING)  # what race.score takes, beside checkpoints and data
+    module = functools.partialmethod(_values, OF_MODULE)  # what RaceModule takes, beside its model
 
     def training(self, *made) -> dict:
         """What train_stage takes, beside stage, module and data, which are given here as `made`.

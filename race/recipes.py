@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 from race import CHAIN, RaceError
-from race.parameters import OF_MODULE, ROOT, read
+from race.parameters import FROM_1, OF_MODULE, ROOT, read
 
 FILES = {"race": ROOT / "race" / "recipes.toml", "demo": ROOT / "race" / "demo" / "recipes.toml"}
 ALLOWED = (*OF_MODULE, "MAX_EPOCHS", "BATCH_SIZE", "MONITOR", "EARLY_STOPPING")  # what a recipe may set
@@ -48,7 +48,7 @@ def named_recipes(names: list[str], corpus: str) -> list[Recipe]:
 def read_recipes(path: Path) -> dict[str, Recipe]:
     """The recipes of a TOML file by name; raises RaceError with everything that is wrong in it."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise RaceError(f"{path}: cannot be read as TOML ({error})") from error
     recipes, problems = {}, []
@@ -71,6 +71,8 @@ def _wrong(name: str, table) -> list[str]:
     stages = sorted(table.keys() - set(ABOUT))
     if stages != list(CHAIN)[: len(stages)] or not stages:
         problems.append(f"its stages are {', '.join(stages) or 'none'}: expected e1, or e1 and e2, or all three")
+    if type(tried := table.get("learning_rates_tried", 1)) is not int or tried < 1:
+        problems.append(f"learning_rates_tried is {tried!r}, expected {FROM_1.words}")
     for stage in stages:
         given = table[stage] if isinstance(table[stage], dict) else {stage: table[stage]}
         if unknown := sorted(given.keys() - set(ALLOWED)):

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -115,6 +117,8 @@ def test_parameters_from_the_command_line(ran):
 def test_some_stages_or_none(ran):
     assert ran("race", "--stages", "--set", "SPLIT=validation") == 0 and ran.names() == [*chain.EVALUATIONS]
     assert set(ran.values("SPLIT")) == {"validation"}
+    batch_file = ["e1.SEED=3", "e2.BASE_CHECKPOINT=x", "MAX_EPOCHS=4", "QUESTIONS=y"]  # what its stages got
+    assert ran("race", "--stages", "--set", *batch_file) == 0 and ran.values("QUESTIONS") == ["y", None]
     assert ran("race", "--stages", "e3", "e2", "--set", "e2.BASE_CHECKPOINT=e1.ckpt") == 0
     assert ran.names()[:2] == ["ex02", "ex03"] and ran.values("BASE_CHECKPOINT") == ["e1.ckpt", *[None] * 3]
 
@@ -211,16 +215,48 @@ def test_a_stopped_notebook_ends_the_chain(ran, monkeypatch, capsys, last):
         ("--recipe fast", "--recipe fast"),
         ("--recipe linear --stages e2", "--stages e2: recipe linear has e1 only"),
         ("--recipe chain linear --set RUN_DIR=x", "--set RUN_DIR"),
-        ("--seeds 1 2 --set e1.SEED=3", "--set SEED"),
-        ("--recipe chain --recipe linear --set e1.MAX_EPOCHS=1", "--set MAX_EPOCHS"),
+        ("--seeds 1 2 --set e1.SEED=3", "--set e1.SEED=3: no notebook takes it, or each run has its own"),
+        ("--recipe chain --recipe linear --set e1.MAX_EPOCHS=1", "--set e1.MAX_EPOCHS=1: no notebook"),
+        ("--set E1.MAX_EPOCHS=1", "--set E1.MAX_EPOCHS=1: expected NAME=VALUE"),
+        ("--set e1.BASE_CHECKPOINT=x", "--set e1.BASE_CHECKPOINT=x: no notebook takes it"),
+        ("--set MAX_EPOCHS=1 e3.SPLIT=test", "--set e3.SPLIT=test: no notebook takes it"),
+        ("--set DIFFERENCE=2", "--set DIFFERENCE=2: no notebook takes it"),
+        ("--recipe linear --set e1.SEED=1 e3.SEED=1", "--set e3.SEED=1: no notebook takes it"),
+        ("--recipe linear --set BASE_CHECKPOINT=x", "--set BASE_CHECKPOINT=x: no notebook takes it"),
+        ("--stages e1 --set e2.SEED=1", "--set e2.SEED=1: no notebook takes it"),
+        ("--recipe chain linear --set QUESTIONS=x", "--set QUESTIONS=x: no notebook takes it"),
+        ("--set SEED=4294967296", "SEED is '4294967296', expected a whole number from 0, below 2**32"),
+        ("--seeds 1 4294967296", "SEEDS is [1, 4294967296]"),
+        ("--set LOGGERS=" + "[" * 5000, "LOGGERS is '[[["),
         ("--fresh", "--fresh is gone: set another CHECKPOINT_DIR"),
         ("--jobs 2", "--jobs is gone: start the command once for each seed"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_what_makes_no_sense_or_is_gone_is_met_before_anything_runs(ran, arguments, named):
     with pytest.raises(RaceError, match=re.escape(named)):
         ran("race", *arguments.split())
     assert not ran.cache
+
+
+def test_a_folder_is_none_where_a_file_is(ran):
+    (ran.root / "notes").write_text("of the user")
+    with pytest.raises(RaceError, match="RUN_DIR is 'notes/x', expected a folder"):
+        ran("demo", "--set", "RUN_DIR=notes/x")
+
+
+def test_the_users_folder_is_meant_whoever_reads_it(ran, monkeypatch):
+    monkeypatch.setenv("HOME", str(ran.root / "ada"))
+    assert ran("demo", "--source=~/exams", "--model=~/bert", "--set", "RUN_DIR=~/x", "CACHE_DIR=~/c") == 0
+    assert set(ran.values("RUN_DIR")) == {f"{ran.root}/ada/x"} and set(ran.values("CACHE_DIR")) == {f"{ran.root}/ada/c"}
+    made = {"source": "exams", "model": "bert", "out": "c"}
+    assert ran.cache == [[f"--{part}={ran.root}/ada/{name}" for part, name in made.items()]]
+
+
+def test_an_output_that_is_not_utf_8():
+    settings = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", "import race; print('── runs/demo: ex01')"]
+    assert subprocess.check_output(command, env=settings, text=True) == "?? runs/demo: ex01\n"
 
 
 def test_help_shows_the_table_of_parameters(ran, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 import nbformat
 import pandas as pd
@@ -95,6 +96,19 @@ def test_a_failing_notebook_says_where_and_keeps_what_ran(tmp_path, monkeypatch)
         run_notebook("small", {"RUN_DIR": "run"})
     assert "first" in (tmp_path / "run" / "small-last-run.ipynb").read_text()
     assert (tmp_path / "run" / "small.ipynb").read_text() == "finished"
+
+
+def test_the_python_that_runs_the_chain_runs_its_notebooks(tmp_path, monkeypatch):
+    """Whatever another environment has registered under the name of their kernel."""
+    (spec := tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.setattr("race.chain.ROOT", tmp_path)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    code = [nbformat.v4.new_code_cell("import sys; print(sys.executable)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=kernel), tmp_path / "small.ipynb")
+    run_notebook("small", {"RUN_DIR": "run"})
+    assert sys.executable in (tmp_path / "run" / "small.ipynb").read_text()
 
 
 @pytest.mark.parametrize("notebook", DOCUMENTS)

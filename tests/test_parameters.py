@@ -1,17 +1,20 @@
 """Parameters: what is meant is taken, the rest is refused by name, and nothing is stale."""
 
+import functools
 import math
 import re
 import sys
 from pathlib import Path
 
+import nbformat
+import papermill
 import pytest
 import pytorch_lightning as pl
 from helpers import DOCUMENTS, ROOT, notebook_parameters
 
 from race import RaceError
 from race.data import RaceDataModule
-from race.parameters import OF_NOTEBOOKS, PARAMETERS, Settings, check, parse_set, read, table
+from race.parameters import OF_NOTEBOOKS, PARAMETERS, Settings, check, names_in, parse_set, read, table
 from race.train.stages import Stage
 from race.train.training import start_stage, train_stage
 
@@ -42,9 +45,10 @@ def test_what_is_meant_is_taken():
         *[("MAX_EPOCHS", value) for value in (0, 2.5, True, "1e400")],
         *[("WARMUP", value) for value in (-0.1, 1.5, math.inf)],
         *[("MAX_GRAD_NORM", 0), ("ATTENTION_DROPOUT", 1), ("SCHEDULE", "step 3/2"), ("SEED", -1), ("SEEDS", [1.5])],
+        *[("SEED", 2**32), ("RUN_DIR", "~no-such-user/x")],
         *[("RUN_DIR", None), ("RUN_DIR", " "), ("PRECISION", "bf16-true"), ("ACCELERATOR", "cuda"), ("COMPILE", "max")],
         *[("LOGGERS", "{A: 3}"), ("LOGGERS", "{A: "), ("DIFFERENCE", 0), ("TOKEN_BUDGET", 0), ("DETERMINISTIC", 2)],
-        *[("weight_decay", -0.1), ("max_qa_len", 0)],
+        *[("SAVE_MINUTES", math.nan), ("CHECKPOINT_DIR", __file__), ("weight_decay", -0.1), ("max_qa_len", 0)],
     ],
 )
 def test_the_rest_is_refused_by_name(name, wrong):
@@ -66,6 +70,7 @@ def test_every_parameter_is_in_a_notebook_and_each_default_is_allowed():
     for notebook in DOCUMENTS:
         values = notebook_parameters(notebook)
         given |= read(values).keys()
+        assert names_in(notebook) == values.keys()
         assert values.keys() <= set(OF_NOTEBOOKS)
     assert given == set(OF_NOTEBOOKS) and all(f"| `{name}` | " in table() for name in PARAMETERS)
 
@@ -110,7 +115,32 @@ def test_a_script_takes_parameters_from_its_command_line(monkeypatch):
             match=f"--set {wrong}: expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of CACHE_DIR",
         ):
             parse_set([wrong])
+    with pytest.raises(RaceError, match="--set e1.BASE_CHECKPOINT=x: no notebook takes it"):
+        parse_set(["MAX_EPOCHS=1", "e1.BASE_CHECKPOINT=x"], "e3")
     assert parse_set(["CHECKPOINT=a/e1-epoch=00.ckpt"]) == {"CHECKPOINT": "a/e1-epoch=00.ckpt"}
+
+
+@pytest.mark.parametrize("file", ["ex03.ipynb", "/nb/Notebook-1.ipynb"])
+def test_a_notebook_that_knows_its_file_leaves_the_command_line_to_the_kernel(monkeypatch, file):
+    """As %run sets it, VS Code, and other kernels."""
+    monkeypatch.setattr(sys, "argv", ["/env/ipykernel_launcher.py", "-f", "kernel.json"])
+    assert Settings({"SEED": 3, "__name__": "__main__", "__file__": file}).SEED == 3
+
+
+def test_what_papermill_gives_and_no_cell_has_is_an_error(tmp_path):
+    """Papermill itself only warns. What a cell of the user's own has is fine."""
+    code = {
+        "own": "import race.parameters\nMINE = 1",
+        "parameters": "CACHE_DIR = '/'\nSEED = 0",
+        "last": "race.parameters.Settings(globals())",
+    }
+    cells = [nbformat.v4.new_code_cell(it, metadata={"tags": [tag]}) for tag, it in code.items()]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "small.ipynb")
+    run = functools.partial(papermill.execute_notebook, tmp_path / "small.ipynb", None, progress_bar=False)
+    run({"SEED": 1, "MINE": 2})
+    with pytest.raises(papermill.PapermillExecutionError, match="SPLIT, WARM_UP: given to this notebook, but none"):
+        run({"SEED": 1, "WARM_UP": 2, "SPLIT": "test"})
 
 
 def test_parameters_changed_after_something_was_made_are_noticed(cache, tmp_path):

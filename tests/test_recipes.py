@@ -34,7 +34,9 @@ def test_the_chain_of_race_is_the_notebooks_own_and_they_have_what_a_recipe_may_
 
 def test_a_users_file(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text("[slow]\nlearning_rates_tried = 3\ne2 = {}\ne1 = { LEARNING_RATE = 1e-5, MAX_GRAD_NORM = inf }\n")
+    path.write_text(
+        "\ufeff[slow]\nlearning_rates_tried = 3\ne2 = {}\ne1 = { LEARNING_RATE = 1e-5, MAX_GRAD_NORM = inf }\n"
+    )
     chain, slow = named_recipes(["chain", str(path)], "race")
     assert chain.name == "chain" and list(slow.stages) == ["e1", "e2"] and slow.learning_rates_tried == 3
     with pytest.raises(RaceError, match="slow, slow: name each recipe once"):
@@ -56,18 +58,25 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     (path := tmp_path / "bad.toml").write_text(
         "lone = 3\n[Big]\ne1 = {}\n[trial]\ne1 = {}\n[gap]\ne1 = {}\ne3 = {}\n[none]\nabout = 'x'\n"
         '[odd]\ne1 = {}\ne4 = {}\n[folder]\ne1 = { RUN_DIR = "x" }\n[number]\ne1 = 3\n'
+        "[tried]\nlearning_rates_tried = 'three'\ne1 = {}\n"
         "[values]\ne1 = { LEARNING_RATE = nan, SCHEDULE = 'step' }\ne2 = { WARMUP = 1.5 }\n"
     )
     with pytest.raises(RaceError) as caught:
         read_recipes(path)
     lines = str(caught.value).splitlines()
     told = {"lone": "a table", "Big": "small letters", "trial": "small letters", "gap": "stages are e1, e3"}
-    told |= {"odd": "e1, e4", "none": "stages are none", "folder": "e1: RUN_DIR", "number": "e1: e1"}
+    told |= {
+        "odd": "e1, e4",
+        "none": "stages are none",
+        "folder": "e1: RUN_DIR",
+        "tried": "learning_rates_tried is 'three'",
+        "number": "e1: e1",
+    }
     for name, problem in told.items():
         assert any(f"{path}, recipe {name}: " in line and problem in line for line in lines), name
     values = [line for line in lines if "recipe values: " in line]
     assert "LEARNING_RATE is nan" in values[0] and "SCHEDULE is 'step'" in values[0] and "WARMUP is 1.5" in values[1]
-    assert len(lines) == 10
+    assert len(lines) == 11
 
 
 def test_each_recipe_and_seed_has_folders_of_its_own():

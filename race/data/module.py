@@ -133,10 +133,11 @@ class RaceDataModule(pl.LightningDataModule):
         return {"cache_dir": self.cache.name} | {name: getattr(self, name) for name in names}
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits that the cache holds."""
+        """Open the splits that the cache holds, with questions of the level."""
         if self.train_dataset or self.val_dataset or self.test_dataset:
             return
-        datasets = {split: self.open_split(split) for split in self.cache.splits}
+        levels = {split: counts["levels"] for split, counts in self.cache.manifest["splits"].items()}
+        datasets = {it: self.open_split(it) for it in self.cache.splits if self.level in (None, *levels[it])}
         self.train_dataset, self.val_dataset, self.test_dataset = map(datasets.get, SPLITS)
 
     def open_split(self, split: str) -> RaceDataset:

@@ -202,7 +202,11 @@ def _csv_rows(name: str, text: str, answers: bool) -> Values:
 @functools.lru_cache
 def _columns(names: tuple[str, ...], answers: bool) -> dict[str, Callable[[dict], Any]]:
     """What takes the article, question, options, answer, level and id out of a row with these columns, or RaceError."""
-    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in names}  # without case and punctuation
+    words = [re.sub(r"[\W_]", "", name.lower()) for name in names]  # without case and punctuation
+    twice = {it for it in words if words.count(it) > 1 and (it in (*WANTED, "level", "id") or OPTION.fullmatch(it))}
+    if twice:
+        raise RaceError(f"columns that occur twice: {', '.join(sorted(twice))}")
+    plain = dict(zip(words, names, strict=True))
     columns = {key: [plain[key]] for key in (*WANTED, "level", "id") if key in plain}
     if "exampleid" in plain:
         columns["id"] = [plain["exampleid"]]

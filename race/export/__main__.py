@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (RaceError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{out}: written; loaded by transformers alone, it has the logits of the checkpoint")
+    print(f"{out}: loaded by transformers alone, it has the logits of the checkpoint")
     print(f"to upload it: hf upload {options.repo or 'USER/NAME'} {out} .")
     return 0
 

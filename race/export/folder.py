@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import filecmp
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -38,13 +39,11 @@ def export_checkpoint(
 
     cache_dir: the cache of the checkpoint, which keeps its tokenizer. results: the results.csv whose rows of this
     checkpoint go into the card. repo: the hub repository (USER/NAME) it is meant for. The folder is written atomically,
-    after it has been loaded again and compared; an earlier export is replaced only with `force`. Raises RaceError.
+    after it has been loaded again and compared; one of other content is replaced only with `force`. Raises RaceError.
     """
     out, cache, lineage = Path(out_dir), open_cache(cache_dir), ancestry(checkpoint)
     if out.exists() and not (out / "export.json").is_file():
         raise RaceError(f"{out} exists and is no export; choose another folder")
-    if out.exists() and not force:
-        raise RaceError(f"{out} is an earlier export; --force replaces it")
     lineage[-1].check_encoding(cache)
     scores = None if results is None else _scores(Path(results), lineage[-1])
     module = lineage[-1].load(cache).float().eval()
@@ -61,6 +60,12 @@ def export_checkpoint(
             scores.to_csv(folder / "results.csv", index=False)
         model_card(facts, scores, repo or out.name).save(folder / "README.md")
         facts |= {"largest_logit_difference": difference, "articles": lineage[-1].lineage.get("articles")}
+        compared = filecmp.cmpfiles(folder, out, [it.name for it in folder.iterdir()], shallow=False)
+        if not (differ := [*compared[1], *compared[2]]):  # an earlier export of the same content
+            return out
+        if out.exists() and not force:
+            others = f"of other content ({', '.join(sorted(differ))}): choose another folder"
+            raise RaceError(f"{out} is an earlier export {others} (python -m race.export --force replaces it)")
         (folder / "export.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
         move_into_place(folder, out, known=["results.csv"])
     return out

@@ -86,9 +86,10 @@ def validation_predictions(
     checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir: str | Path, **how
 ) -> Predictions | None:
     """Predictions on validation, to fit a temperature for `split`; None if that makes no sense, the reason printed."""
-    if split == "validation" or "validation" not in data.cache.splits:
-        reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has none"
-        print(f"no temperature is fitted: {reason}")
+    data.setup()
+    if split == "validation" or data.val_dataset is None:
+        reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has no such ones"
+        print(f"no temperature is fitted on validation questions: {reason}")
         return None
     return kept_predictions(checkpoint, data, "validation", run_dir, **how)
 

@@ -191,7 +191,10 @@ def test_lineage_ends_where_a_base_is_missing_or_another(two_stages, tmp_path):
 
 def test_an_export_is_replaced_only_when_told_and_nothing_else_ever(albert, two_stages, tmp_path):
     folder, mine = export_checkpoint(two_stages[0], tmp_path / "e", albert.cache), tmp_path / "mine"
-    with pytest.raises(RaceError, match="--force replaces it"):
+    written = (folder / "export.json").stat().st_ino
+    assert export_checkpoint(two_stages[0], folder, albert.cache) == folder  # of the same content: kept
+    assert (folder / "export.json").stat().st_ino == written
+    with pytest.raises(RaceError, match=r"other content \(README.md\): choose another folder"):
         export_checkpoint(two_stages[1], folder, albert.cache)
     assert json.loads((folder / "export.json").read_text())["checkpoint"] == "e1.ckpt"
     (folder / ".git").mkdir()
@@ -236,4 +239,5 @@ def test_command_line(albert, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Path, "chmod", lambda *_: exec("raise PermissionError"))
     arguments = [str(albert.checkpoint), str(tmp_path / "e"), "--cache", str(albert.cache), "--repo", "ada/race"]
     assert main(arguments) == 0 and f"hf upload ada/race {tmp_path / 'e'} ." in capsys.readouterr().out
-    assert main(arguments) == 1 and "--force" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert main([*arguments[:-1], "ada/other"]) == 1 and "--force" in capsys.readouterr().err
