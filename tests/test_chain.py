@@ -51,7 +51,7 @@ class Ran:
     def generate(self, arguments: list[str]) -> int:
         self.cache.append(arguments)
         if arguments[-1].startswith("--out="):
-            self.write_cache(arguments[-1].rsplit("/")[-1])
+            self.write_cache(arguments[-1].removeprefix("--out="))
         return 0
 
     def run_notebook(self, name: str, parameters: dict) -> None:
