@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = {name: value for name, value in vars(options).items() if name not in ("verify", "workers")}
         manifest = build_cache(**given)
     except (RaceError, OSError, SafetensorError) as error:  # the last: a full disk
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *([] if isinstance(error, RaceError) else [f"{options.out}:"]), error, file=sys.stderr)
         return 1
     print(summary(manifest, options.out))
     return 0

@@ -14,7 +14,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -179,6 +179,8 @@ def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, stage: 
             make = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), kind)
             taken = inspect.signature(make).parameters
             made.append(make(**({key: it for key, it in defaults.items() if key in taken} | given)))
+            if not isinstance(made[-1], Logger):
+                raise TypeError("no logger of Lightning")
         except Exception as error:  # whatever its package raises: not installed, not logged in, unknown argument
             raise RaceError(f"LOGGERS, {name}: {error}") from error
     return made

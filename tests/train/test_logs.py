@@ -73,7 +73,14 @@ def test_a_logger_of_the_users_is_given_all_metrics_and_changes_nothing(cache, t
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("WandbLogger", {}), ("NoLogger", {}), ("CSVLogger", {"colour": 1}), ("nowhere.at.All", {})]
+    ("name", "arguments"),
+    [
+        ("WandbLogger", {}),
+        ("NoLogger", {}),
+        ("CSVLogger", {"colour": 1}),
+        ("nowhere.at.All", {}),
+        ("pathlib.Path", {}),
+    ],
 )
 def test_a_logger_that_cannot_be_made_stops_before_the_training(cache, tmp_path, name, arguments):
     """A package that is not installed, a name that nobody knows, an argument that it does not take."""
