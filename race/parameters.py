@@ -176,7 +176,7 @@ def parse_set(pairs: list[str], stage: str | None = None, takers: dict[str, set]
             expected = f"expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of {', '.join(OF_NOTEBOOKS)}"
             problems.append(f"--set {pair}: {GONE.get(name, expected)}")
         elif name not in takers.get(whose, ()):
-            problems.append(f"--set {pair}: no notebook takes it, or each run has its own")
+            problems.append(f"--set {pair}: no notebook takes it here (with --seeds or recipes, each run has its own)")
         elif not dot or whose == stage:
             (own if dot else general)[name] = os.path.expanduser(value)
     if problems:
@@ -198,9 +198,7 @@ class Settings:
         lost = {*re.findall(r"^\w+(?= =)", added.partition("\n\n")[0], re.M)} - {*re.findall(r"\w+", above)}
         if lost and "CACHE_DIR" in above:
             raise RaceError(f"{', '.join(sorted(lost))}: given to this notebook, but none of its cells has that")
-        if (
-            Path(sys.argv[0]).name == Path(variables.get("__file__") or os.devnull).name
-        ):  # this file is what was started
+        if Path(sys.argv[0]).name == Path(variables.get("__file__") or os.devnull).name:  # it is run as a script
             parser = argparse.ArgumentParser(description="A stage, as its notebook runs it.")
             parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="pairs")
             given = parse_set(parser.parse_args().pairs, variables.get("STAGE"))
