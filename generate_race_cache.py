@@ -17,8 +17,7 @@ from race import MAX_QA_LEN, RaceError
 def main(arguments: list[str] | None = None) -> int:
     """Build or verify a cache; returns the exit status."""
     options = parse(arguments)
-    # not before --help and usage errors: it takes seconds
-    from race.data.cache import build_cache, verify_cache
+    from race.data.cache import build_cache, verify_cache  # takes seconds: not before --help and usage errors
 
     try:
         if options.verify:
@@ -29,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         given = {name: value for name, value in vars(options).items() if name not in ("verify", "workers")}
         manifest = build_cache(**given)
     except (RaceError, OSError, SafetensorError) as error:  # the last: a full disk
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if isinstance(error, RaceError) else f"{options.out or options.verify}: "
+        print(f"error: {where}{error}", file=sys.stderr)
         return 1
     print(summary(manifest, options.out))
     return 0

@@ -180,12 +180,12 @@ class RaceModule(pl.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location="cpu", **settings) -> "RaceModule":
         """Weights and settings of a checkpoint, from this file alone; no code in it is run. Raises RaceError."""
         content, known = read_archive(checkpoint_path), inspect.signature(cls).parameters
-        saved = {name: value for name, value in content.get("hyper_parameters", {}).items() if name in known}
         try:
+            saved = {name: value for name, value in content.get("hyper_parameters", {}).items() if name in known}
             module = cls(**(saved | settings))
             module.load_state_dict(content["state_dict"])
         except RaceError as error:  # a setting that does not fit it
             raise RaceError(f"{checkpoint_path}: {error}") from error
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a configuration may hold anything
             raise RaceError(f"{checkpoint_path}: holds no RaceModule that can be loaded ({error})") from error
         return module.to(map_location)

@@ -92,27 +92,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.recipes = named_recipes(options.recipes or [BASELINE], options.name)
     if len(options.recipes) > 1 and options.stages is not None:
         raise RaceError("--stages goes with one recipe")
-    for recipe in options.recipes:
-        if missing := sorted(set(options.stages or ()) - recipe.stages.keys()):
-            raise RaceError(f"--stages {' '.join(missing)}: recipe {recipe.name} has {', '.join(recipe.stages)} only")
+    stages = sorted({stage for recipe in options.recipes for stage in recipe.stages})
+    if missing := sorted({*(options.stages or ())}.difference(stages)):
+        raise RaceError(f"--stages {' '.join(missing)}: recipe {options.recipes[0].name} has {', '.join(stages)} only")
     options.run = options.name + ("" if options.limit_questions is None else "-trial")  # apart from real results
     options.seeds = options.seeds and list(dict.fromkeys(options.seeds))
     options.several = bool(options.seeds) or len(options.recipes) > 1
-    check_taken(options)
-    return options
-
-
-def check_taken(options: argparse.Namespace) -> None:
-    """Raise RaceError for what is wrong with --set, or is taken by no notebook of this command, or set for each run."""
     own, others = OF_A_RUN if options.several else set(), EVALUATIONS
     if len(options.recipes) > 1:
         own, others = own.union(*(given for it in options.recipes for given in it.stages.values())), [COMPARISON]
-    stages = {stage for recipe in options.recipes for stage in recipe.stages}
-    takers = {it: names_in(CHAIN[it]) - own for it in stages.intersection(options.stages or stages)}
+    takers = {it: names_in(CHAIN[it]) - own for it in options.stages or stages}
     takers[""] = set().union(*map(names_in, [*map(CHAIN.get, stages), *others])) - own
     with contextlib.chdir(ROOT):  # from which folders are meant
         for stage in CHAIN:
             read(parse_set(options.pairs, stage, takers))
+    return options
 
 
 def prepare_cache(folder: Path, options: argparse.Namespace) -> int:

@@ -170,17 +170,14 @@ def read(given: dict) -> dict:
 
 
 def names_in(notebook: str) -> set[str]:
-    """The parameters to which a notebook gives a value."""
-    text = (ROOT / f"{notebook}.ipynb").read_text(encoding="utf-8")
-    return {*OF_NOTEBOOKS}.intersection(re.findall(r"\b[A-Z_]+(?=[A-Z_, ]* = )", text))
+    """The parameters to which a notebook gives a value: what stands before a "=" in one of its lines."""
+    before = re.findall(r'"([^"=]+)=', (ROOT / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+    return {*OF_NOTEBOOKS}.intersection(re.findall(r"\w+", " ".join(before)))
 
 
 def parse_set(pairs: list[str], stage: str | None = None, takers: dict[str, set] | None = None) -> dict[str, str]:
-    """NAME=VALUE pairs of a command line → {name: value} for one stage; raises RaceError for names that nobody takes.
-
-    takers: the names that each stage takes, and under "" all that are taken; None: as the notebooks are.
-    """
-    general, own, problems = {}, {}, []
+    """NAME=VALUE pairs of a command line → {name: value} for one stage; raises RaceError for names nobody takes."""
+    general, own, problems = {}, {}, []  # takers: by stage, and under "" what may stand without one
     takers = takers or {"": {*OF_NOTEBOOKS}} | {it: names_in(notebook) for it, notebook in CHAIN.items()}
     for pair in pairs:
         (whose, dot, name), value = pair.partition("=")[0].rpartition("."), pair.partition("=")[2]
@@ -188,7 +185,7 @@ def parse_set(pairs: list[str], stage: str | None = None, takers: dict[str, set]
             expected = f"expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of {', '.join(OF_NOTEBOOKS)}"
             problems.append(f"--set {pair}: {GONE.get(name, expected)}")
         elif name not in takers.get(whose, ()):
-            problems.append(f"--set {pair}: no notebook takes it, or each run has its own")
+            problems.append(f"--set {pair}: no notebook takes it here (with --seeds or recipes, each run has its own)")
         elif not dot or whose == stage:
             (own if dot else general)[name] = os.path.expanduser(value)
     if problems:
@@ -210,7 +207,7 @@ class Settings:
         lost = {*re.findall(r"^\w+(?= =)", added.partition("\n\n")[0], re.M)} - {*re.findall(r"\w+", above)}
         if lost and "CACHE_DIR" in above:
             raise RaceError(f"{', '.join(sorted(lost))}: given to this notebook, but none of its cells has that")
-        if os.path.realpath(variables.get("__file__") or os.devnull) == os.path.realpath(sys.argv[0]):  # as a script
+        if Path(sys.argv[0]).name == Path(variables.get("__file__") or os.devnull).name:  # it is run as a script
             parser = argparse.ArgumentParser(description="A stage, as its notebook runs it.")
             parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="pairs")
             given = parse_set(parser.parse_args().pairs, variables.get("STAGE"))

@@ -99,6 +99,22 @@ def test_every_damaged_checkpoint_is_refused_by_name(trained, tmp_path, kind):
                 assert found["race"] == lineage
 
 
+def test_a_damaged_file_of_a_torch_before_1_6_is_refused_or_read(trained, tmp_path):
+    """It has no checksums: a flipped weight is read, but nothing else is raised."""
+    path, rng = tmp_path / "old.ckpt", random.Random(2)
+    torch.save(read_archive(e1(trained).best().path), path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for damage in range(200):
+        at = rng.randrange(2, len(content) if damage % 2 else 5000)  # the structure comes first
+        path.write_bytes(content[:at] + (b"" if damage % 2 else bytes([rng.randrange(256)]) + content[at + 1 :]))
+        try:
+            read_archive(path)
+        except RaceError as error:
+            assert str(path) in str(error)
+        else:
+            assert not damage % 2
+
+
 def test_a_checkpoint_from_elsewhere_is_taken_if_it_is_whole(tmp_path):
     """By the checksums of the zip archive that torch.save writes."""
     path = tmp_path / "theirs.ckpt"
@@ -163,7 +179,8 @@ def test_full_disk_while_making_a_cache(corpus, small_disk, capsys, force):
         arguments += ["--force", "--max-qa-len", "9"]
     fill(small_disk, 300_000)
     assert generate_race_cache.main(arguments) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"error: {out}: " in said and "No space left on device" in said
     (small_disk / "filler").unlink()
     assert [path.name for path in small_disk.iterdir()] == (["cache"] if force else [])
     assert not force or (verify_cache(out) == [] and Cache(out).manifest["max_qa_len"] == 128)

@@ -136,8 +136,8 @@ class RaceDataModule(pl.LightningDataModule):
         """Open the splits that the cache holds, with questions of the level."""
         if self.train_dataset or self.val_dataset or self.test_dataset:
             return
-        levels = {split: counts["levels"] for split, counts in self.cache.manifest["splits"].items()}
-        datasets = {it: self.open_split(it) for it in self.cache.splits if self.level in (None, *levels[it])}
+        held = self.cache.manifest["splits"].items()
+        datasets = {split: self.open_split(split) for split, it in held if self.level in (None, *it["levels"])}
         self.train_dataset, self.val_dataset, self.test_dataset = map(datasets.get, SPLITS)
 
     def open_split(self, split: str) -> RaceDataset:

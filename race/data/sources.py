@@ -203,8 +203,7 @@ def _csv_rows(name: str, text: str, answers: bool) -> Values:
 def _columns(names: tuple[str, ...], answers: bool) -> dict[str, Callable[[dict], Any]]:
     """What takes the article, question, options, answer, level and id out of a row with these columns, or RaceError."""
     words = [re.sub(r"[\W_]", "", name.lower()) for name in names]  # without case and punctuation
-    twice = {it for it in words if words.count(it) > 1 and (it in (*WANTED, "level", "id") or OPTION.fullmatch(it))}
-    if twice:
+    if twice := {w for w in words if words.count(w) > 1 and (w in (*WANTED, "level", "id") or OPTION.fullmatch(w))}:
         raise RaceError(f"columns that occur twice: {', '.join(sorted(twice))}")
     plain = dict(zip(words, names, strict=True))
     columns = {key: [plain[key]] for key in (*WANTED, "level", "id") if key in plain}

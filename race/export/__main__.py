@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         out = export_checkpoint(**vars(options))
     except (RaceError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *([] if isinstance(error, RaceError) else [f"{options.out_dir}:"]), error, file=sys.stderr)
         return 1
     print(f"{out}: loaded by transformers alone, it has the logits of the checkpoint")
     print(f"to upload it: hf upload {options.repo or 'USER/NAME'} {out} .")

@@ -60,12 +60,12 @@ def export_checkpoint(
             scores.to_csv(folder / "results.csv", index=False)
         model_card(facts, scores, repo or out.name).save(folder / "README.md")
         facts |= {"largest_logit_difference": difference, "articles": lineage[-1].lineage.get("articles")}
-        compared = filecmp.cmpfiles(folder, out, [it.name for it in folder.iterdir()], shallow=False)
-        if not (differ := [*compared[1], *compared[2]]):  # an earlier export of the same content
+        _, *others = filecmp.cmpfiles(folder, out, [it.name for it in folder.iterdir()], shallow=False)
+        if not any(others):  # an earlier export of the same content
             return out
         if out.exists() and not force:
-            others = f"of other content ({', '.join(sorted(differ))}): choose another folder"
-            raise RaceError(f"{out} is an earlier export {others} (python -m race.export --force replaces it)")
+            differ = f"of other content ({', '.join(sorted(others[0] + others[1]))}): choose another folder"
+            raise RaceError(f"{out} is an earlier export {differ} (python -m race.export --force replaces it)")
         (folder / "export.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
         move_into_place(folder, out, known=["results.csv"])
     return out

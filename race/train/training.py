@@ -15,7 +15,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -204,6 +204,8 @@ def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, name: s
             own = {key: it for key, it in own.items() if key in taken}
             own |= {"purge_step": state["steps"]} if state and make is TensorBoardLogger else {}
             made.append(make(**(own | given)))
+            if not isinstance(made[-1], Logger):
+                raise TypeError("no logger of Lightning")
         except Exception as error:  # whatever its package raises: not installed, not logged in, unknown argument
             raise RaceError(f"LOGGERS, {named}: {error}") from error
     return made

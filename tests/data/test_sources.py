@@ -275,6 +275,13 @@ def test_a_table_without_the_columns_is_one_problem(tmp_path, name):
         assert "1 problem(s)" in said and f"{name}: expected the columns article, question, options, answer" in said
 
 
+@pytest.mark.parametrize(("header", "named"), [("Question,question", "question"), ("question,optionC", "optionc")])
+def test_columns_that_occur_twice_are_refused(tmp_path, header, named):
+    """Which is meant, nobody knows; others, such as empty ones, may."""
+    (tmp_path / "train.csv").write_text(f"article,{header},A,B,optionC,D,answer,,\nAnn sings.,Who?,x,a,b,c,d,A,,\n")
+    assert f"train.csv: columns that occur twice: {named}" in refusal(tmp_path)
+
+
 def test_parquet_and_saved_folders_as_the_hub_has_them(corpus, tmp_path):
     from_files, _ = read_source(str(corpus))
     saved = {}

@@ -17,7 +17,7 @@ from helpers import RECORD, ROOT, padded
 from predictions import made
 
 from race import RaceError
-from race.data import RaceDataModule, collate
+from race.data import RaceDataModule, build_cache, collate
 from race.files import file_hash
 from race.score import predictions as scoring
 from race.score.predictions import (
@@ -280,6 +280,20 @@ def test_temperature_needs_a_validation_split_of_its_own(cache, checkpoint, tmp_
     assert len(found.table) == 8 and not (tmp_path / "results.csv").exists()
 
 
+def test_a_level_that_a_split_lacks(checkpoint, tmp_path, capsys):
+    """No temperature is fitted on it, and the others are scored."""
+    for split, level in {"train": "high", "validation": "middle", "test": "high"}.items():
+        (tmp_path / "source" / split / level).mkdir(parents=True)
+        (tmp_path / "source" / split / level / "1.txt").write_text(json.dumps(RECORD | {"article": split}))
+    build_cache(str(tmp_path / "source"), "demo", tmp_path / "cache")
+    data = RaceDataModule(tmp_path / "cache", level="high")
+    assert score(checkpoint, data, "test", tmp_path, accelerator="cpu").results["questions"].tolist() == [2]
+    assert validation_predictions(checkpoint, data, "test", tmp_path, accelerator="cpu") is None
+    assert "no temperature is fitted on validation questions: " in capsys.readouterr().out
+    with pytest.raises(RaceError, match="no such questions in validation"):
+        data.dataset("validation")
+
+
 def test_a_cache_is_opened_and_a_folder_of_checkpoints_listed_once(before, tmp_path):
     """On the way of a checkpoint into the evaluation, as the first notebook goes it."""
     seen, watching = [], [True]
@@ -344,6 +358,9 @@ def test_bad_questions_are_named_and_nothing_is_written(checkpoint, data, tmp_pa
     (tmp_path / "asked.csv").write_text("article,question,A,B,C,D\nTom has a dog.,What has Tom?,a,b,c,\n")
     with pytest.raises(RaceError, match="row 2: option D"):
         save_answers(checkpoint, str(tmp_path / "asked.csv"), data, tmp_path / "out", accelerator="cpu")
+    name = "x" * 240
+    with pytest.raises(RaceError, match=f"{name}-mine-.*: the name of this table of answers is too long"):
+        save_answers(checkpoint, f"{tmp_path}/{name}.csv", data, tmp_path / "out")  # before it is read and scored
     assert not (tmp_path / "out").exists()
 
 

@@ -27,6 +27,7 @@ from race.models import keep_model
 from race.train.checkpoints import Checkpoint, short_names
 from race.train.stages import Stage
 from race.train.training import start_stage
+from race_module import RaceModule
 
 AUTHORS = "e1-albert-race-epoch=00-val_loss_epoch=0.78.ckpt"
 
@@ -97,6 +98,15 @@ def test_whatever_stands_before_the_names(prefix, own, answers, model, tmp_path)
     content = {"state_dict": {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}}
     torch.save(content if prefix != "module." else content["state_dict"], tmp_path / "x.ckpt")
     assert torch.equal(answers(Checkpoint(tmp_path / "x.ckpt")), answers(own))
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": "big"}, {"architectures": 5}, {"dtype": "big"}])
+def test_a_configuration_that_is_none_is_refused(wrong, own, tmp_path):
+    content = torch.load(own.path, weights_only=True)
+    content["hyper_parameters"]["config"] |= wrong
+    save_archive(content, tmp_path / "x.ckpt")
+    with pytest.raises(RaceError, match=r"x\.ckpt: "):
+        RaceModule.load_from_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_a_file_of_an_old_torch_is_read(own, answers, model, tmp_path):

@@ -99,7 +99,14 @@ def test_a_logger_is_closed_before_a_signal_ends_the_process(cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("WandbLogger", {}), ("NoLogger", {}), ("CSVLogger", {"colour": 1}), ("nowhere.at.All", {})]
+    ("name", "arguments"),
+    [
+        ("WandbLogger", {}),
+        ("NoLogger", {}),
+        ("CSVLogger", {"colour": 1}),
+        ("nowhere.at.All", {}),
+        ("pathlib.Path", {}),
+    ],
 )
 def test_a_logger_that_cannot_be_made_stops_before_the_training(cache, tmp_path, name, arguments):
     """A package that is not installed, a name that nobody knows, an argument that it does not take."""
