@@ -21,8 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from race import OPTIONS, RaceError
 from race.attention import SHORT, has_varlen, packed_attention
+from race.data import collate
 from race.models import check_family, load_config, local_copy, weight_files, weights_problem
 
+LOGIT_TOLERANCE = 1e-4  # of the largest; in float32, sums in another order differ by about 1e-6
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # by the names that families give it
 
 
@@ -34,11 +36,32 @@ def load_model(model: str | Path | None, config: PretrainedConfig | dict | None,
     if (model is None) == (config is None):
         raise RaceError("give either model= (a name or a folder with weights) or config= (random weights)")
     if model is not None:
-        return _prepared(_pretrained(model, _own_settings(load_config(model), dropout))).train()
-    config = AutoConfig.for_model(**config) if isinstance(config, dict) else copy.deepcopy(config)
+        return checked(_prepared(_pretrained(model, _own_settings(load_config(model), dropout))), model).train()
+    known = isinstance(config, dict)  # as a checkpoint of this repository keeps it
+    config = AutoConfig.for_model(**config) if known else copy.deepcopy(config)
     check_family(config)
     config.update(_own_settings(config, dropout))
-    return _prepared(AutoModelForMultipleChoice.from_config(config, dtype=torch.float32)).train()
+    made = _prepared(AutoModelForMultipleChoice.from_config(config, dtype=torch.float32))
+    return (made if known else checked(made, config.name_or_path or "this model")).train()
+
+
+def checked(model: nn.Module, name: str | Path) -> nn.Module:
+    """The model; raises RaceError unless a random question, beside a longer one, gets Hugging Face's logits for it."""
+    if model.config.model_type == "longformer":  # it pads to 512 tokens: half a minute
+        return model
+    draw, size = torch.Generator().manual_seed(0), model.config.vocab_size
+    questions = [
+        {"input_ids": torch.randint(size, (OPTIONS, length), generator=draw).numpy(), "label": 0}
+        | {"token_type_ids": [[0] * 3 + [1] * (length - 3)] * OPTIONS}
+        for length in (6, 12)
+    ]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        theirs = model.eval()(**padded_inputs(model, collate(questions[:1]))).logits.view(-1, 1)
+        error = (option_logits(model, collate(questions))[:OPTIONS] - theirs).abs().max().item()
+    if not error <= LOGIT_TOLERANCE * theirs.abs().max().item():
+        what = "its type, or a setting of its config.json, is not run here (docs/models.md)"
+        raise RaceError(f"{name}: {what}: beside a longer question, logits differ by {error:.2g} from Hugging Face's")
+    return model
 
 
 def _own_settings(config: PretrainedConfig, dropout: float | None) -> dict:
@@ -107,8 +130,13 @@ def option_logits(model: nn.Module, batch) -> torch.Tensor:
 
 def encode(model: nn.Module, batch) -> torch.Tensor:
     """PackedBatch of B questions → [4B, hidden], of each sequence the state of [CLS], or what the head reads."""
-    encoder, config = model.base_model, model.config
-    inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None] + first_position(model)}
+    encoder, config, places = model.base_model, model.config, batch.position_ids
+    if first := first_position(model):  # RoBERTa counts without the padding tokens that a text spells out
+        pads = (batch.input_ids == first - 1).int()
+        before = pads.cumsum(0, dtype=torch.int32) - pads
+        starts = torch.arange(len(pads), device=pads.device) - places
+        places = torch.where(pads > 0, first - 1, places + first - before + before[starts])
+    inputs = {"input_ids": batch.input_ids[None], "position_ids": places[None]}
     if takes_segments(model):
         inputs["token_type_ids"] = batch.token_type_ids[None]
     elif getattr(config, "type_vocab_size", 0):  # one segment; left out, its place would be looked up in int64
@@ -140,7 +168,7 @@ def layers_of(encoder: nn.Module) -> list[nn.Module]:
     if encoder.config.model_type != "albert":
         return [*encoder.encoder.layer]
     groups, count = encoder.encoder.albert_layer_groups, encoder.config.num_hidden_layers
-    return [layer for i in range(count) for layer in groups[i * len(groups) // count].albert_layers]
+    return [layer for i in range(count) for layer in groups[int(i / (count / len(groups)))].albert_layers]
 
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, batch, only_cls: bool = False) -> torch.Tensor:

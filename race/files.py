@@ -78,11 +78,9 @@ def temporary_folder(out: Path) -> Iterator[Path]:
 def move_into_place(folder: Path, out: Path, known: Iterable[str] = ()) -> None:
     """Flush a finished folder to disk and rename it to `out`; what is there moves away first, and back on an error.
 
-    Raises RaceError if `out` holds other files than the new one's names and `known`: only what was made is replaced.
+    Raises RaceError if other files are there than the new folder has or `known` names.
     """
-    made = {*known, *(path.relative_to(folder).as_posix() for path in folder.rglob("*"))}
-    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
-    if others := sorted(there - made):
+    if others := sorted(files_in(out) - files_in(folder) - {*known}):
         raise RaceError(f"{out} holds files that were not made with it: {', '.join(others[:5])}; move them away")
     for path in (*folder.rglob("*"), folder):
         flush(path)
@@ -96,6 +94,12 @@ def move_into_place(folder: Path, out: Path, known: Iterable[str] = ()) -> None:
             os.replace(old, out)
         raise
     flush(out.parent)
+
+
+def files_in(folder: Path) -> set[str]:
+    """All files below a folder, by their paths in it; a link counts as a file."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in paths}
 
 
 def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> None:

@@ -1,7 +1,9 @@
 """Every family of encoders computes what Hugging Face's own model computes, packed or padded."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAP
 from race import OPTIONS, RaceError
 from race.attention import packed_attention
 from race.data import collate
-from race.encoder import PACKED, attention_dropout, longest_input, pads_left, takes_segments
+from race.encoder import PACKED, attention_dropout, load_model, longest_input, option_logits, pads_left, takes_segments
 from race.models import REFUSED, check_family
 from race_module import RaceModule
 
@@ -99,11 +101,48 @@ def test_logits_loss_and_gradients_equal_hugging_face(pair, items, longest):
     assert torch.equal(again(batch), logits)
 
 
+SEEN = ["convbert", "fnet", "funnel", "nystromformer", "yoso"]  # refused by what they answer beside a longer question
+SUMMARIES = {"electra": ("last", "mean", "cls_index"), "xlnet": ("mean", "cls_index")}
+SETTINGS = [(family, {"summary_type": kind}) for family, kinds in SUMMARIES.items() for kind in kinds]
+SETTINGS += [("xlnet", {"bi_data": True}), *((family, {}) for family in SEEN)]
+
+
 def test_every_family_runs_or_is_refused_by_name():
-    assert {*PACKED, *PADDED, *REFUSED} == {*MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES}
+    assert {*PACKED, *PADDED, *REFUSED, *SEEN} == {*MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES}
     for family in REFUSED:
         with pytest.raises(RaceError, match=f"type '{family}' is not run here"):
             check_family(tiny_config(family))
+
+
+@pytest.mark.parametrize(("family", "settings"), SETTINGS)
+def test_what_answers_otherwise_than_hugging_face_is_refused(family, settings, tmp_path):
+    """When a model is opened: by its weights or its configuration. A checkpoint of this repository is not asked."""
+    config = tiny_config(family, **settings)
+    AutoModelForMultipleChoice.from_config(config).save_pretrained(tmp_path)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    with pytest.raises(
+        RaceError, match=f"^{tmp_path}: its type, or a setting of its config.json, is not run here .* by "
+    ):
+        load_model(tmp_path, None, None)
+    assert (torch.get_rng_state() == states[0]).all() and states[1:] == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+    )
+    with pytest.raises(RaceError, match="^this model: its type, or a setting"):
+        load_model(None, config, None)
+    assert load_model(None, config.to_dict(), None).training
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("albert", {"num_hidden_layers": 18, "num_hidden_groups": 14}), ("roberta", {})]
+)
+def test_groups_that_do_not_divide_the_layers_and_padding_tokens_in_a_text(family, settings, items):
+    model, (item, longer) = load_model(None, tiny_config(family, **settings), None).eval(), items(2)
+    for ids in item["input_ids"]:
+        ids[2:4] = 1  # padding, as a text may spell it out
+    with torch.no_grad():
+        alone = theirs_for(model, item)
+        assert torch.allclose(option_logits(model, collate([longer, item]))[4:].view(1, 4), alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
 from race.data.passages import Passage, read_source, record_problems
-from race.files import file_hash, file_identity, known_hash, move_into_place, temporary_folder
+from race.files import file_hash, file_identity, files_in, known_hash, move_into_place, temporary_folder
 from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, local_copy, tokenizer_hash
 from race.parameters import check
 
@@ -78,10 +78,7 @@ class Cache:
             raise RaceError("\n".join([*problems, f"{AGAIN}, or fetch a good copy"]))
 
     def problems(self, names: str = "") -> list[str]:
-        """Where files differ from the manifest; one is read once a process, and again if it has been written since.
-
-        names: how theirs begin; of a folder ("model/"), and of all (""), files that are not in the manifest count too.
-        """
+        """Where files differ from the manifest; one is read once a process, and again if it has been written since."""
         files, problems = self.manifest["files"], []
         for name in tqdm([name for name in files if name.startswith(names)], "verifying", delay=2, leave=False):
             path = self.folder / name
@@ -90,12 +87,9 @@ class Cache:
                     problems.append(f"{path}: damaged, its hash is another than the manifest's")
             except OSError as error:
                 problems.append(f"{path}: missing, or cannot be read ({error.strerror})")
-        if names.endswith("-"):
-            return problems
-        paths = [path for path in sorted((self.folder / names).rglob("*")) if path.is_file()]
-        others = {path.relative_to(self.folder).as_posix() for path in paths} - {"manifest.json", *files}
-        visible = sorted(name for name in others if not re.search(r"(^|/)\.", name))  # hidden ones are never read
-        return problems + [f"{self.folder / name}: not in the manifest" for name in visible]
+        there = {names + name for name in files_in(self.folder / names) if not re.search(r"(^|/)\.", name)}
+        others = sorted(there - {"manifest.json", *files})  # of a folder, such as "model/", or of all
+        return problems + [f"{self.folder / name}: not in the manifest" for name in others]
 
     def check_tokenizer(self, model: str | Path) -> None:
         """Raise RaceError if a model has another tokenizer, by its vocabulary and by the ids of a text with all marks.
@@ -181,8 +175,8 @@ def build_cache(
     """Encode `source` with the tokenizer of `model` into the folder `out`, atomically; returns the manifest.
 
     A cache of the same content is kept, another one replaced only with `force`. `skip_bad`: what is bad is left out and
-    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on; the manifest returned
-    has `places` of all questions. Raises RaceError.
+    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on, and the manifest as it
+    is returned has the `places` of its questions. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check(max_qa_len=max_qa_len)
@@ -194,7 +188,7 @@ def build_cache(
         manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
         manifest["seconds"] = round(time.perf_counter() - started, 2)
         write_manifest(folder / "manifest.json", manifest)
-        places = {} if answers else {"places": [passage.asked_at for passage in splits["test"]]}
+        places = {} if answers else {"places": [place for passage in splits["test"] for place in passage.asked_at]}
         return _install(folder, out, manifest, force) | places
 
 
@@ -294,8 +288,11 @@ def source_fingerprint(splits: dict[str, list[Passage]]) -> str:
 def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     """Move the finished cache to `out`, unless a cache is there, perhaps from another process that was faster."""
     if force or not out.exists():
+        known = []
+        with contextlib.suppress(RaceError):  # of a damaged one
+            known = _read_manifest(out)["files"]
         try:
-            move_into_place(folder, out, _files_of(out))
+            move_into_place(folder, out, known)
             return manifest
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -307,10 +304,3 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     raise RaceError(
         f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); move it away, or --force"
     )
-
-
-def _files_of(out: Path) -> list[str]:
-    """The files that a cache's manifest names, of whatever format it is; none if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return [*json.loads((out / "manifest.json").read_bytes())["files"]]
-    return []

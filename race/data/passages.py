@@ -1,6 +1,5 @@
 """RACE as passages: records are checked, and what is wrong is said with its place; each question is counted once."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ class Passage(NamedTuple):
     options: list[list[str]]  # [questions][4]
     labels: list[int]  # [questions], 0..3, or -1 where the answer is missing
     places: list[int]  # [questions], of each question in its record, from 0
-    asked_at: str = ""  # of a question to be answered: where it stands in the source
+    asked_at: list[str]  # [questions], where they stand in the source; "" if they are not to be answered
 
 
 def read_source(
@@ -30,18 +29,15 @@ def read_source(
     """Passages per split, in a fixed order, and a line for each thing left out; splits that a source lacks are absent.
 
     `source`: "demo", a folder, archive or file of records or tables, or a hub id. Raises RaceError with all problems at
-    once, unless `skip_bad`. With `answers=False` answers may be missing, and each question is a passage of "test":
-    in the order of the source, repeated or not.
+    once, unless `skip_bad`. With `answers=False` answers may be missing, and all questions are of "test": a passage for
+    each record, in their order, repeated or not.
     """
     found = attempt(read_records, source, answers)
     if isinstance(found, RaceError):
         here = "" if Path(source).exists() else "no such folder or file, and from the hub: "
         raise RaceError(f"{source}: {here}{found}") from found
     records, problems, lines = found
-    if answers:
-        checked = {split: _checked(split, records.get(split, []), problems, lines) for split in SPLITS}
-    else:
-        checked = {"test": _asked(records.get("test", []), problems)}
+    checked = {split: _checked(split, records.get(split, []), answers, problems, lines) for split in SPLITS}
     passages = {split: passages for split, passages in checked.items() if passages}
     if not passages and (skip_bad or not problems):
         problems.append("no questions found")
@@ -51,32 +47,18 @@ def read_source(
     return passages, [*lines, *(f"{problem}; left out" for problem in problems)]
 
 
-def _asked(records: list, problems: list[str]) -> list[Passage]:
-    """A passage for each question to be answered; adds to `problems`."""
-    passages, asked = [], Counter()
-    for place, record in records:
-        if wrong := record_problems(record, answers=False):
-            problems += [f"{_place(place, record, i)}: {problem}" for i, problem in wrong]
-            continue
-        of, article = (record["id"], record["article"]), (record["id"], record["level"], record["article"])
-        for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
-            rest = [LABELS.get(answer, -1)], [asked[of]], _place(place, record, i)
-            passages.append(Passage(*article, [question], [options], *rest))
-            asked[of] += 1
-    return passages
-
-
-def _checked(split: str, records: list, problems: list[str], lines: list[str]) -> list[Passage]:
+def _checked(split: str, records: list, answers: bool, problems: list[str], lines: list[str]) -> list[Passage]:
     """The passages of a split; adds to `problems`, and to `lines` what is left out and no problem.
 
     Records with the same id, level and article, such as rows of a table, are one passage.
     """
     passages: dict[tuple, Passage] = {}
     ids: dict[tuple, tuple[str, str]] = {}  # (id, level) → article and place of the first record that has them
+    starts: dict[tuple, int] = {}  # the place of a passage's next question
     firsts: dict[tuple, tuple[str, int]] = {}  # (article, question, *options) → place and label of the first
     repeats = 0
     for place, record in records:
-        wrong = record_problems(record)
+        wrong = record_problems(record, answers)
         problems += [f"{_place(place, record, i)}: {problem}" for i, problem in wrong]
         bad = {i for i, _ in wrong}
         if None in bad:
@@ -84,14 +66,14 @@ def _checked(split: str, records: list, problems: list[str], lines: list[str]) -
         if not record["questions"]:
             lines.append(f"{place}: a passage without questions, left out")
         passage, kept = (record["id"], record["level"], record["article"]), []
-        start = passages[passage].places[-1] + 1 if passage in passages else 0
+        start = starts.get(passage, 0)
         for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
             if i in bad:
                 continue
-            here, label, known = _place(place, record, i), LABELS[answer], len(firsts)
+            here, label, known = _place(place, record, i), LABELS.get(answer, -1), len(firsts)
             first, first_label = firsts.setdefault((record["article"], question, *options), (here, label))
-            if len(firsts) > known:
-                kept.append((question, options, label, start + i))
+            if len(firsts) > known or not answers:
+                kept.append((question, options, label, start + i, "" if answers else here))
             elif label == first_label:
                 repeats += 1
             else:
@@ -99,10 +81,11 @@ def _checked(split: str, records: list, problems: list[str], lines: list[str]) -
         if not kept:
             continue
         article, first = ids.setdefault(passage[:2], (record["article"], place))
-        if article != record["article"]:
+        if answers and article != record["article"]:
             problems.append(f"{place}: id {record['id']!r} is used by {first} already")
             continue
-        lists = passages.setdefault(passage, Passage(*passage, [], [], [], []))[3:7]
+        starts[passage] = kept[-1][3] + 1
+        lists = passages.setdefault(passage if answers else (place,), Passage(*passage, [], [], [], [], []))[3:]
         for values, more in zip(lists, zip(*kept, strict=True), strict=True):
             values.extend(more)
     if repeats:
