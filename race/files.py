@@ -26,7 +26,7 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file beside `path`, flush and rename it; if anything fails, the old file stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(path.parent, path.name, older_than=3600.0)
+    remove_unfinished(path.parent, path.name[:100], older_than=3600.0)
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         write(temporary)
@@ -105,9 +105,11 @@ def files_in(folder: Path) -> set[str]:
 def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> None:
     """Remove temporary files older than `older_than` seconds, and temporary folders that no living process holds.
 
-    name: how the finished one's name begins. A folder that was moved away for one that was never finished comes back.
+    name: of the finished one, or how it begins if it ends with "-"; "": any. A folder that was moved away for one that
+    was never finished comes back.
     """
-    for left in folder.glob(f".{glob.escape(name)}*{UNFINISHED}"):
+    rest = ".????????" if name.rstrip("-") == name != "" else "*"  # with other characters, it is of a longer name
+    for left in folder.glob(f".{glob.escape(name)}{rest}{UNFINISHED}"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             age = time.time() - left.stat().st_mtime
             if left.is_dir():
@@ -217,8 +219,9 @@ def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = 
     except pickle.UnpicklingError as error:
         raise RaceError(f"{path}: could run code (more than weights and plain values); save a state dict") from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        problem = f"not a checkpoint, or cut off or damaged ({str(error).partition(chr(10))[0]})"
-    raise RaceError(f"{path}: {problem}; put a good copy in its place, or move it away")
+        problem = f"no file of torch.save, or cut off or damaged ({str(error).partition(chr(10))[0]})"
+    other = "its folder" if Path(path).suffix == ".safetensors" else "another file, or fetch a good copy of this one"
+    raise RaceError(f"{path}: {problem}; name {other}")
 
 
 @functools.lru_cache(maxsize=256)

@@ -202,7 +202,7 @@ def check_tokenizer_of_source(model: str | Path, tokenizer, texts: list[str]) ->
         if not any(token in text.lower() for token in added) and differs(text):
             word = next(filter(differs, text.split()), text[:60])
             split = f"its tokenizer splits {word!r} into {' '.join(tokenizer.tokenize(word))}, unlike {spiece.name}"
-            raise RaceError(f"{model}: {split}; fetch its tokenizer.json, or remove a {spiece.name} of another model")
+            raise RaceError(f"{model}: {split}; fetch its tokenizer.json, or move a {spiece.name} of another away")
 
 
 def plain(text: str) -> str:

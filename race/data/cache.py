@@ -20,7 +20,15 @@ from tqdm.auto import tqdm
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
 from race.data.passages import Passage, read_source, record_problems
-from race.files import file_hash, file_identity, files_in, known_hash, move_into_place, temporary_folder
+from race.files import (
+    file_hash,
+    file_identity,
+    files_in,
+    known_hash,
+    move_into_place,
+    remove_unfinished,
+    temporary_folder,
+)
 from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, local_copy, tokenizer_hash
 from race.parameters import check
 
@@ -38,6 +46,9 @@ class Cache:
 
     def __init__(self, folder: str | Path):
         self.folder, self.name = Path(folder), str(folder)
+        if not self.folder.exists():  # perhaps a kill left it moved away for a new one
+            with contextlib.suppress(OSError):
+                remove_unfinished(self.folder.parent, self.folder.name)
         self.manifest = _read_manifest(self.folder)
         self.splits = [split for split in SPLITS if split in self.manifest["splits"]]
         self.template = _template_of(self.manifest)
@@ -211,10 +222,10 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
     digest, files = tokenizer_hash(tokenizer), sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format": FORMAT,
-        "source": {"name": source, "sha256": source_fingerprint(splits)},
+        "source": {"name": source, "sha256": source_fingerprint(splits), "path": Path(source).exists()},
         "tokenizer": {"name": model, "class": type(tokenizer).__name__, "vocabulary": len(tokenizer), "sha256": digest},
         "template": {name: [*ids] for name, ids in dataclasses.asdict(template).items()},
-        "model": {"name": model, "weights": has_weights},
+        "model": {"name": model, "weights": has_weights, "path": Path(model).exists()},
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "pyarrow", "numpy")},
         "max_qa_len": max_qa_len,
         "notes": left_out,
