@@ -80,7 +80,7 @@ def move_into_place(folder: Path, out: Path, known: Iterable[str] = ()) -> None:
 
     Raises RaceError if other files are there than the new folder has or `known` names.
     """
-    if others := sorted(files_in(out) - files_in(folder) - {*known}):
+    if others := sorted(below(out) - below(folder) - {*known}):
         raise RaceError(f"{out} holds files that were not made with it: {', '.join(others[:5])}; move them away")
     for path in (*folder.rglob("*"), folder):
         flush(path)
@@ -96,7 +96,7 @@ def move_into_place(folder: Path, out: Path, known: Iterable[str] = ()) -> None:
     flush(out.parent)
 
 
-def files_in(folder: Path) -> set[str]:
+def below(folder: Path) -> set[str]:
     """All files below a folder, by their paths in it; a link counts as a file."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix() for path in paths}

@@ -20,15 +20,7 @@ from tqdm.auto import tqdm
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
 from race.data.passages import Passage, read_source, record_problems
-from race.files import (
-    file_hash,
-    file_identity,
-    files_in,
-    known_hash,
-    move_into_place,
-    remove_unfinished,
-    temporary_folder,
-)
+from race.files import below, file_hash, file_identity, known_hash, move_into_place, remove_unfinished, temporary_folder
 from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, local_copy, tokenizer_hash
 from race.parameters import check
 
@@ -98,7 +90,7 @@ class Cache:
                     problems.append(f"{path}: damaged, its hash is another than the manifest's")
             except OSError as error:
                 problems.append(f"{path}: missing, or cannot be read ({error.strerror})")
-        there = {names + name for name in files_in(self.folder / names) if not re.search(r"(^|/)\.", name)}
+        there = {names + name for name in below(self.folder / names) if not re.search(r"(^|/)\.", name)}
         others = sorted(there - {"manifest.json", *files})  # of a folder, such as "model/", or of all
         return problems + [f"{self.folder / name}: not in the manifest" for name in others]
 

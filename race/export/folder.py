@@ -124,17 +124,14 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
 
 def is_race(data: dict, source: dict, counts: dict[str, int]) -> bool:
     """Whether the training data is RACE: by its hub name; or it is the cache's source, with RACE's numbers."""
-    of_cache = data.items() <= source.items()
-    by_name = data["name"] == "ehovy/race" and not (of_cache and source.get("path"))
-    return by_name or (of_cache and counts.items() <= RACE_QUESTIONS.items())
+    if not data.items() <= source.items():
+        return data["name"] == "ehovy/race"
+    return public_name(data["name"], source) == "ehovy/race" or counts.items() <= RACE_QUESTIONS.items()
 
 
 def public_name(name: str, noted: dict) -> str:
-    """A source or model as others may know it: a hub id, or the last part of a path of this machine.
-
-    noted: the cache's own one, perhaps with whether its name was a path; of another, what is there now decides.
-    """
-    was_path = noted.get("path", Path(name).exists()) if noted["name"] == name else Path(name).exists()
+    """A source or model as others may know it: a hub id, or the last part of what is, or was noted as, a path."""
+    was_path = noted["path"] if noted["name"] == name and "path" in noted else Path(name).exists()
     return name if HUB_ID.fullmatch(name) and not was_path else Path(name).name
 
 
