@@ -78,7 +78,7 @@ def temporary_folder(out: Path) -> Iterator[Path]:
 def move_into_place(folder: Path, out: Path, known: Iterable[str] = ()) -> None:
     """Flush a finished folder to disk and rename it to `out`; what is there moves away first, and back on an error.
 
-    Raises RaceError if other files are there than the new folder has or `known` names.
+    Raises RaceError if a file is there whose name neither the new folder has nor `known`.
     """
     if others := sorted(below(out) - below(folder) - {*known}):
         raise RaceError(f"{out} holds files that were not made with it: {', '.join(others[:5])}; move them away")
@@ -98,8 +98,7 @@ def move_into_place(folder: Path, out: Path, known: Iterable[str] = ()) -> None:
 
 def below(folder: Path) -> set[str]:
     """All files below a folder, by their paths in it; a link counts as a file."""
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {path.relative_to(folder).as_posix() for path in paths}
+    return {it.relative_to(folder).as_posix() for it in folder.rglob("*") if it.is_symlink() or not it.is_dir()}
 
 
 def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> None:
@@ -110,7 +109,7 @@ def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> 
     """
     rest = ".????????" if name.rstrip("-") == name != "" else "*"  # with other characters, it is of a longer name
     for left in folder.glob(f".{glob.escape(name)}{rest}{UNFINISHED}"):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        with contextlib.suppress(OSError):  # held by another process, gone, or of a folder that is read only
             age = time.time() - left.stat().st_mtime
             if left.is_dir():
                 _remove_folder(left, age)
@@ -220,8 +219,7 @@ def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = 
         raise RaceError(f"{path}: could run code (more than weights and plain values); save a state dict") from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         problem = f"no file of torch.save, or cut off or damaged ({str(error).partition(chr(10))[0]})"
-    other = "its folder" if Path(path).suffix == ".safetensors" else "another file, or fetch a good copy of this one"
-    raise RaceError(f"{path}: {problem}; name {other}")
+    raise RaceError(f"{path}: {problem}; name another file (of a *.safetensors, its folder), or fetch a good copy")
 
 
 @functools.lru_cache(maxsize=256)

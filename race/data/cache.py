@@ -39,8 +39,7 @@ class Cache:
     def __init__(self, folder: str | Path):
         self.folder, self.name = Path(folder), str(folder)
         if not self.folder.exists():  # perhaps a kill left it moved away for a new one
-            with contextlib.suppress(OSError):
-                remove_unfinished(self.folder.parent, self.folder.name)
+            remove_unfinished(self.folder.parent, self.folder.name)
         self.manifest = _read_manifest(self.folder)
         self.splits = [split for split in SPLITS if split in self.manifest["splits"]]
         self.template = _template_of(self.manifest)
@@ -124,9 +123,8 @@ def open_cache(cache: "str | Path | Cache") -> Cache:
 
 def verify_cache(folder: str | Path) -> list[str]:
     """Re-read every file of a cache and compare it with its manifest; returns what is wrong. Hidden files pass."""
-    cache = Cache(folder)
     known_hash.cache_clear()  # read again what was read before
-    return cache.problems()
+    return Cache(folder).problems()
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -178,8 +176,7 @@ def build_cache(
     """Encode `source` with the tokenizer of `model` into the folder `out`, atomically; returns the manifest.
 
     A cache of the same content is kept, another one replaced only with `force`. `skip_bad`: what is bad is left out and
-    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on, and the manifest as it
-    is returned has the `places` of its questions. Raises RaceError.
+    listed in `out`/left-out.txt. Without `answers`, some may be missing; `places` are returned too. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check(max_qa_len=max_qa_len)
