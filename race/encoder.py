@@ -50,11 +50,8 @@ def checked(model: nn.Module, name: str | Path) -> nn.Module:
     if model.config.model_type == "longformer":  # it pads to 512 tokens: half a minute
         return model
     draw, size = torch.Generator().manual_seed(0), model.config.vocab_size
-    questions = [
-        {"input_ids": torch.randint(size, (OPTIONS, length), generator=draw).numpy(), "label": 0}
-        | {"token_type_ids": [[0] * 3 + [1] * (length - 3)] * OPTIONS}
-        for length in (6, 12)
-    ]
+    drawn = [torch.randint(size, (OPTIONS, length), generator=draw).numpy() for length in (6, 12)]
+    questions = [{"input_ids": ids, "token_type_ids": ids % 2, "label": 0} for ids in drawn]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         theirs = model.eval()(**padded_inputs(model, collate(questions[:1]))).logits.view(-1, 1)
         error = (option_logits(model, collate(questions))[:OPTIONS] - theirs).abs().max().item()

@@ -26,7 +26,7 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file beside `path`, flush and rename it; if anything fails, the old file stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(path.parent, path.name, older_than=3600.0)
+    remove_unfinished(path.parent, path.name[:100], older_than=3600.0)
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         write(temporary)
@@ -78,9 +78,9 @@ def temporary_folder(out: Path) -> Iterator[Path]:
 def move_into_place(folder: Path, out: Path, known: Iterable[str] = ()) -> None:
     """Flush a finished folder to disk and rename it to `out`; what is there moves away first, and back on an error.
 
-    Raises RaceError if other files are there than the new folder has or `known` names.
+    Raises RaceError if a file is there whose name neither the new folder has nor `known`.
     """
-    if others := sorted(files_in(out) - files_in(folder) - {*known}):
+    if others := sorted(below(out) - below(folder) - {*known}):
         raise RaceError(f"{out} holds files that were not made with it: {', '.join(others[:5])}; move them away")
     for path in (*folder.rglob("*"), folder):
         flush(path)
@@ -96,19 +96,20 @@ def move_into_place(folder: Path, out: Path, known: Iterable[str] = ()) -> None:
     flush(out.parent)
 
 
-def files_in(folder: Path) -> set[str]:
+def below(folder: Path) -> set[str]:
     """All files below a folder, by their paths in it; a link counts as a file."""
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {path.relative_to(folder).as_posix() for path in paths}
+    return {it.relative_to(folder).as_posix() for it in folder.rglob("*") if it.is_symlink() or not it.is_dir()}
 
 
 def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> None:
     """Remove temporary files older than `older_than` seconds, and temporary folders that no living process holds.
 
-    name: how the finished one's name begins. A folder that was moved away for one that was never finished comes back.
+    name: of the finished one, or how it begins if it ends with "-"; "": any. A folder that was moved away for one that
+    was never finished comes back.
     """
-    for left in folder.glob(f".{glob.escape(name)}*{UNFINISHED}"):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+    rest = ".????????" if name.rstrip("-") == name != "" else "*"  # with other characters, it is of a longer name
+    for left in folder.glob(f".{glob.escape(name)}{rest}{UNFINISHED}"):
+        with contextlib.suppress(OSError):  # held by another process, gone, or of a folder that is read only
             age = time.time() - left.stat().st_mtime
             if left.is_dir():
                 _remove_folder(left, age)
@@ -217,8 +218,8 @@ def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = 
     except pickle.UnpicklingError as error:
         raise RaceError(f"{path}: could run code (more than weights and plain values); save a state dict") from error
     except Exception as error:  # damaged files make the libraries raise anything
-        problem = f"not a checkpoint, or cut off or damaged ({error!r:.200})"
-    raise RaceError(f"{path}: {problem}; put a good copy in its place, or move it away")
+        problem = f"no file of torch.save, or cut off or damaged ({f'{error}'.partition(chr(10))[0]:.200})"
+    raise RaceError(f"{path}: {problem}; name another file (of a *.safetensors, its folder), or fetch a good copy")
 
 
 @functools.lru_cache(maxsize=256)

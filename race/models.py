@@ -21,17 +21,8 @@ LINE = "“Ada’s” CAFÉ -- ``naïve'' … it's £1,234.50, 2,5 or 30, in 201
 NUMBER_FIRST = ("albert", "xlnet")  # pieces such as "2010," come last: the number and its comma are two pieces
 OTHER_IDS = ("camembert", "xlm-roberta", "xlm-roberta-xl")  # the ids of pieces are not those of the SentencePiece model
 CASED = 0.05  # of the pieces in a vocabulary with capital letters; vocabularies without have next to none
-REFUSED = [
-    "canine",
-    "flaubert",
-    "luke",
-    "mobilebert",
-    "mra",
-    "roc_bert",
-    "roformer",
-    "xlm",
-    "xmod",
-]  # docs/models.md says why
+# docs/models.md says why
+REFUSED = ["canine", "flaubert", "luke", "mobilebert", "mra", "roc_bert", "roformer", "xlm", "xmod"]
 
 
 @functools.cache  # the hub is asked once
@@ -89,11 +80,9 @@ def _keep_weights(model: str, folder: Path) -> bool:
     """Copy the weights as safetensors; a model that has only an older format is converted."""
     weights = weight_files(local_copy(model))
     if not weights or weights[0].suffix == ".safetensors":
-        index = [
-            path.with_name("model.safetensors.index.json") for path in weights[:1] if path.name != "model.safetensors"
-        ]
-        for path in (*weights, *index):
-            shutil.copyfile(path, folder / path.name)
+        parts = [*weights, weights[0].with_name("model.safetensors.index.json")] if len(weights) > 1 else []
+        for path in parts or weights:
+            shutil.copyfile(path, folder / (path.name if parts else "model.safetensors"))
         return bool(weights)
     from safetensors.torch import save_file
     from torch import load
@@ -202,7 +191,7 @@ def check_tokenizer_of_source(model: str | Path, tokenizer, texts: list[str]) ->
         if not any(token in text.lower() for token in added) and differs(text):
             word = next(filter(differs, text.split()), text[:60])
             split = f"its tokenizer splits {word!r} into {' '.join(tokenizer.tokenize(word))}, unlike {spiece.name}"
-            raise RaceError(f"{model}: {split}; fetch its tokenizer.json, or remove a {spiece.name} of another model")
+            raise RaceError(f"{model}: {split}; fetch its tokenizer.json, or move a {spiece.name} of another away")
 
 
 def plain(text: str) -> str:

@@ -24,7 +24,7 @@ import race.files
 from race import RaceError
 from race.data import RaceDataModule
 from race.data.cache import Cache, build_cache, verify_cache, write_manifest
-from race.files import atomic_write, file_hash, read_archive, save_archive
+from race.files import atomic_write, file_hash, read_archive, save_archive, temporary_folder
 from race.train.checkpoints import Checkpoint
 from race.train.stages import Stage
 from race.train.training import DISK_FULL, start_stage
@@ -311,6 +311,8 @@ def test_a_killed_maker_leaves_the_cache_before(corpus, out):
 def test_a_cache_moved_away_for_a_new_one_comes_back(corpus, out):
     """Killed between the two renames: the old cache is put back on the next start."""
     assert maker(corpus, out, 9, "between the renames").wait(300) == -signal.SIGKILL and not out.exists()
+    assert Cache(out).manifest["max_qa_len"] == 128 and alone_and_whole(out)  # also for who opens it
+    assert maker(corpus, out, 9, "between the renames").wait(300) == -signal.SIGKILL and not out.exists()
     assert build_cache(str(corpus), "demo", out)["kept"] and alone_and_whole(out)
 
 
@@ -327,6 +329,20 @@ def test_a_replacement_that_fails_puts_the_old_cache_back(corpus, out, monkeypat
     with pytest.raises(type(error)):
         build_cache(str(corpus), "demo", out, max_qa_len=9, force=True)
     assert alone_and_whole(out) and Cache(out).manifest["max_qa_len"] == 128
+
+
+def test_a_name_that_begins_like_another_file_s_leaves_its_temporary_file(tmp_path):
+    """Of a checkpoint that is being written while a cache or an export is made beside it."""
+    for out in ("e1", "e1-albert", "e1-albert.x"):
+        atomic_write(tmp_path / "e1-albert.x.ckpt", lambda path, out=out: made(tmp_path / out, path))
+    assert {path.name for path in tmp_path.iterdir()} == {"e1", "e1-albert", "e1-albert.x", "e1-albert.x.ckpt"}
+
+
+def made(out, beside) -> None:
+    beside.write_text("whole")
+    with temporary_folder(out) as folder:
+        (folder / out.name).mkdir()
+        race.files.move_into_place(folder / out.name, out)
 
 
 def test_writers_of_one_file_do_not_mix(tmp_path):

@@ -260,7 +260,7 @@ BERT = {"vocab_txt": PIECES}
         ("bert", {"config_json": "{"}, "its config.json cannot be loaded"),
         ("bert", {"config_json": {"model_type": "bert", "hidden_size": "big"}}, "its config.json cannot be loaded"),
         ("bert", {"config_json": {"model_type": "t5"}}, "'t5' is not run here .* albert, bert"),
-        ("fnet", {}, "'fnet' is not run here .docs/models.md"),
+        ("mra", {}, "'mra' is not run here .docs/models.md"),
         ("albert", {}, "has no tokenizer files .* tokenizer.json"),
         ("albert", BERT, "has no tokenizer files .* tokenizer.json"),
         ("albert", {"spiece_model": b"junk"}, "its tokenizer cannot be loaded .* tokenizer.json"),

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
 from race.data.passages import Passage, read_source, record_problems
-from race.files import file_hash, file_identity, files_in, known_hash, move_into_place, temporary_folder
+from race.files import below, file_hash, file_identity, known_hash, move_into_place, remove_unfinished, temporary_folder
 from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, local_copy, tokenizer_hash
 from race.parameters import check
 
@@ -38,6 +38,8 @@ class Cache:
 
     def __init__(self, folder: str | Path):
         self.folder, self.name = Path(folder), str(folder)
+        if not self.folder.exists():  # perhaps a kill left it moved away for a new one
+            remove_unfinished(self.folder.parent, self.folder.name)
         self.manifest = _read_manifest(self.folder)
         self.splits = [split for split in SPLITS if split in self.manifest["splits"]]
         self.template = _template_of(self.manifest)
@@ -87,7 +89,7 @@ class Cache:
                     problems.append(f"{path}: damaged, its hash is another than the manifest's")
             except OSError as error:
                 problems.append(f"{path}: missing, or cannot be read ({error.strerror})")
-        there = {names + name for name in files_in(self.folder / names) if not re.search(r"(^|/)\.", name)}
+        there = {names + name for name in below(self.folder / names) if not re.search(r"(^|/)\.", name)}
         others = sorted(there - {"manifest.json", *files})  # of a folder, such as "model/", or of all
         return problems + [f"{self.folder / name}: not in the manifest" for name in others]
 
@@ -121,9 +123,8 @@ def open_cache(cache: "str | Path | Cache") -> Cache:
 
 def verify_cache(folder: str | Path) -> list[str]:
     """Re-read every file of a cache and compare it with its manifest; returns what is wrong. Hidden files pass."""
-    cache = Cache(folder)
     known_hash.cache_clear()  # read again what was read before
-    return cache.problems()
+    return Cache(folder).problems()
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -175,8 +176,7 @@ def build_cache(
     """Encode `source` with the tokenizer of `model` into the folder `out`, atomically; returns the manifest.
 
     A cache of the same content is kept, another one replaced only with `force`. `skip_bad`: what is bad is left out and
-    listed in `out`/left-out.txt. Without `answers`, some may be missing: a cache to predict on, and the manifest as it
-    is returned has the `places` of its questions. Raises RaceError.
+    listed in `out`/left-out.txt. Without `answers`, some may be missing; `places` are returned too. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check(max_qa_len=max_qa_len)
@@ -211,10 +211,10 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
     digest, files = tokenizer_hash(tokenizer), sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format": FORMAT,
-        "source": {"name": source, "sha256": source_fingerprint(splits)},
+        "source": {"name": source, "sha256": source_fingerprint(splits), "path": Path(source).exists()},
         "tokenizer": {"name": model, "class": type(tokenizer).__name__, "vocabulary": len(tokenizer), "sha256": digest},
         "template": {name: [*ids] for name, ids in dataclasses.asdict(template).items()},
-        "model": {"name": model, "weights": has_weights},
+        "model": {"name": model, "weights": has_weights, "path": Path(model).exists()},
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "pyarrow", "numpy")},
         "max_qa_len": max_qa_len,
         "notes": left_out,

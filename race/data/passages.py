@@ -29,8 +29,7 @@ def read_source(
     """Passages per split, in a fixed order, and a line for each thing left out; splits that a source lacks are absent.
 
     `source`: "demo", a folder, archive or file of records or tables, or a hub id. Raises RaceError with all problems at
-    once, unless `skip_bad`. With `answers=False` answers may be missing, and all questions are of "test": a passage for
-    each record, in their order, repeated or not.
+    once, unless `skip_bad`. With `answers=False` they may be missing, and each record is a passage of "test", in order.
     """
     found = attempt(read_records, source, answers)
     if isinstance(found, RaceError):

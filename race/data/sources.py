@@ -51,8 +51,8 @@ def read_records(source: str, answers: bool) -> tuple[dict[str, Values], list[st
                 problems.append(f"{place}: {record}")
                 continue
             if record.get("id") is None:
-                first = names.setdefault((split, level, str(record.get("article"))), place)
-                record["id"] = first if answers else place
+                article = str(record.get("article")) if answers else place
+                record["id"] = names.setdefault((split, level, article), place)
             records.setdefault(split, []).append((place, record))
     return records, problems, notes
 

@@ -94,17 +94,17 @@ def _scores(results: Path, checkpoint: Checkpoint) -> pd.DataFrame:
 
 def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
     """What export.json and the card say of the model, in plain values."""
-    checkpoint, source = lineage[-1], cache.manifest["source"]
+    checkpoint, source, model = lineage[-1], cache.manifest["source"], cache.manifest["model"]
     trained_on = checkpoint.lineage.get("cache") or {}
     data = {"name": trained_on.get("source", source["name"])}
     data |= {"sha256": trained_on.get("source_sha256", source["sha256"])}
     counts = {split: counts["questions"] for split, counts in cache.manifest["splits"].items()}
     base = lineage[0].base or "demo"
-    on_hub = base != "demo" and public_name(base) == base and not lineage[0].chain
+    on_hub = base != "demo" and public_name(base, model) == base and not lineage[0].chain
     links = []
     for link in lineage:  # the cache is said once, under data; the articles at the end
         known = {name: value for name, value in link.lineage.items() if name not in ("cache", "articles")}
-        links.append({"checkpoint": link.name} | known | {"base": public_name(str(link.base or "unknown"))})
+        links.append({"checkpoint": link.name} | known | {"base": public_name(str(link.base or "unknown"), model)})
     template = dataclasses.asdict(cache.template)
     tokens = [cache.tokenizer.convert_ids_to_tokens(list(template[part])) for part in ("before", "between", "after")]
     return {
@@ -121,7 +121,7 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
         "template": template | {"tokens": tokens, "has_segments": takes_segments(module.model)},
         "lineage": links,
         "base_model": base if on_hub else None,
-        "data": data | {"name": public_name(data["name"]), "is_race": is_race(data, source, counts)},
+        "data": data | {"name": public_name(data["name"], source), "is_race": is_race(data, source, counts)},
         "questions": counts,
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
     }
@@ -129,12 +129,15 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
 
 def is_race(data: dict, source: dict, counts: dict[str, int]) -> bool:
     """Whether the training data is RACE: by its hub name; or it is the cache's source, with RACE's numbers."""
-    return data["name"] == "ehovy/race" or (data == source and counts.items() <= RACE_QUESTIONS.items())
+    if not data.items() <= source.items():
+        return data["name"] == "ehovy/race"
+    return public_name(data["name"], source) == "ehovy/race" or counts.items() <= RACE_QUESTIONS.items()
 
 
-def public_name(name: str) -> str:
-    """A source or model as others may know it: a hub id, or the last part of a path of this machine."""
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name
+def public_name(name: str, noted: dict) -> str:
+    """A source or model as others may know it: a hub id, or the last part of what is, or was noted as, a path."""
+    was_path = noted["path"] if noted["name"] == name and "path" in noted else Path(name).exists()
+    return name if HUB_ID.fullmatch(name) and not was_path else Path(name).name
 
 
 def _write_model(module: RaceModule, cache: Cache, folder: Path) -> None:

@@ -266,9 +266,8 @@ def answer_question(
 def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out: str | Path, **how) -> pd.DataFrame:
     """A checkpoint's choice for every question of a source whose answers may be missing; kept as CSV and parquet.
 
-    Columns: split ("test"), id, question_index, place (in the source), question, choice ("A".."D"), option (its text),
-    p_A … p_D; a row for each question of the source, in its order. out: the folder; how: precision, accelerator of
-    `predict`. Raises RaceError.
+    Columns: split ("test"), id, question_index, place, question, choice ("A".."D"), option (its text), p_A … p_D; a row
+    for each question, in the order of the source. out: the folder; how: those of `predict`. Raises RaceError.
     """
     cache = data.cache
     checkpoint.check_encoding(cache)

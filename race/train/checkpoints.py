@@ -36,7 +36,8 @@ class Checkpoint:
         if not self.path.exists() and HUB_ID.fullmatch(str(source)) and self.path.suffix not in SUFFIXES:
             self.path, self.name = local_copy(str(source)), str(source)
         if not (self.path / "config.json" if self.path.is_dir() else self.path).exists():
-            raise RaceError(f"{self.path}: no such checkpoint (a file, or a folder with config.json)")
+            expected = "a file, such as one of a stage's folder, or a folder with config.json"
+            raise RaceError(f"{self.path}: no such checkpoint ({expected})")
         self.lineage, self.own = _of_folder(self.path) if self.path.is_dir() else _of_file(file_identity(self.path))
         self.stage: str | None = self.lineage.get("stage")
         self.epoch: int | None = self.lineage.get("epoch")  # from 0
@@ -116,8 +117,10 @@ def read_checkpoints(checkpoint_dir: str | Path) -> list[Checkpoint]:
 def _of_file(identity: tuple) -> tuple[dict, bool]:
     """(lineage, whether it is a checkpoint of RaceModule)"""
     content = read_archive(identity[0], mmap=True, inert=LIBRARIES)
-    parameters = content.get("hyper_parameters")
-    return content.get("race", {}), isinstance(parameters, dict) and isinstance(parameters.get("config"), dict)
+    lineage, parameters = content.get("race"), content.get("hyper_parameters")
+    if not isinstance(lineage, dict):
+        return {}, False
+    return lineage, isinstance(parameters, dict) and isinstance(parameters.get("config"), dict)
 
 
 def _of_folder(folder: Path) -> tuple[dict, bool]:

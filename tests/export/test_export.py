@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from race import RaceError
 from race.data import collate
-from race.data.cache import build_cache
+from race.data.cache import Cache, build_cache
 from race.data.module import RaceDataset
 from race.export.__main__ import main
 from race.export.folder import ancestry, export_checkpoint, is_race, model_card, public_name
@@ -179,7 +179,24 @@ def test_paths_of_this_machine_stay_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     names = ("albert-base-v2", "albert/albert-base-v2", "/home/ada/RACE.tar.gz", "models/mine")
-    assert [public_name(name) for name in names] == [*names[:2], "RACE.tar.gz", "mine"]
+    assert [public_name(name, {"name": "x", "path": True}) for name in names] == [*names[:2], "RACE.tar.gz", "mine"]
+
+
+def test_a_name_was_a_path_if_the_cache_says_so(albert, tmp_path, monkeypatch):
+    """Folders that are called like something on the hub, and are no longer there when a card is written."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(albert.cache / "model", "google/albert")
+    (tmp_path / "ehovy" / "race" / "test").mkdir(parents=True)
+    (tmp_path / "ehovy" / "race" / "test" / "1.json").write_text(json.dumps(LONG))
+    build_cache("ehovy/race", "google/albert", "cache")
+    content, cache = torch.load(albert.checkpoint, weights_only=True), Cache("cache")
+    content["race"] |= {"base": "google/albert", "cache": cache.identity, "tokenizer": cache.identity["tokenizer"]}
+    torch.save(content, "e1.ckpt")
+    for folder in ("google", "ehovy"):
+        shutil.rmtree(folder)
+    facts = json.loads((export_checkpoint("e1.ckpt", "out", "cache") / "export.json").read_text())
+    assert facts["base_model"] is None and facts["lineage"][0]["base"] == "albert"
+    assert facts["data"]["name"] == "race" and not facts["data"]["is_race"]
 
 
 def test_lineage_ends_where_a_base_is_missing_or_another(two_stages, tmp_path):

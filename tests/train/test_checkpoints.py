@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+import re
 import shutil
+import zipfile
 
 import pytest
 import pytorch_lightning as pl
@@ -107,6 +109,32 @@ def test_a_configuration_that_is_none_is_refused(wrong, own, tmp_path):
     save_archive(content, tmp_path / "x.ckpt")
     with pytest.raises(RaceError, match=r"x\.ckpt: "):
         RaceModule.load_from_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_hyper_parameters_of_other_code_may_hold_a_config(own, answers, model, tmp_path):
+    """As Lightning saves those of a module whose argument is a dict `config`."""
+    parameters = {"config": model.config.to_dict() | {"model_type": "t5"}, "learning_rate": 1e-5}
+    save_archive({"state_dict": model.state_dict(), "hyper_parameters": parameters, "race": "1"}, tmp_path / "x.ckpt")
+    assert torch.equal(answers(Checkpoint(tmp_path / "x.ckpt")), answers(own))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.safetensors", "name another file .of a .*safetensors, its folder"),
+        ("/dev/null", "name another file"),
+        ("mine.zip", "name another file"),
+        (".", "no such checkpoint .a file, such as one of a stage's folder"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_from_a_damaged_one(name, said, own, tmp_path):
+    shutil.copy(own.path, tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:
+        archive.writestr("notes.txt", "mine")
+    with pytest.raises(RaceError, match=said) as error:
+        Checkpoint(tmp_path / name)
+    assert not re.search("remove|delete|move", str(error.value))
 
 
 def test_a_file_of_an_old_torch_is_read(own, answers, model, tmp_path):
