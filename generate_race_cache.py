@@ -11,13 +11,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from race import MAX_QA_LEN, RaceError
+from race import MAX_QA_LEN, OPTIONS, RaceError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Build or verify a cache; returns the exit status."""
     options = parse(arguments)
-    from race.data.cache import build_cache, verify_cache  # takes seconds: not before --help and usage errors
+    from race.data.cache import Reading, build_cache, verify_cache  # takes seconds: not before --help, usage errors
 
     try:
         if options.verify:
@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(problems) or f"{options.verify}: every file agrees with the manifest")
             return 1 if problems else 0
         os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # of the tokenizers
-        given = {name: value for name, value in vars(options).items() if name not in ("verify", "workers")}
-        manifest = build_cache(**given)
+        given = {name: getattr(options, name) for name in ("source", "model", "out", "max_qa_len", "force", "skip_bad")}
+        manifest = build_cache(**given, how=Reading(True, options.columns, options.numbering))
     except (RaceError, OSError, SafetensorError) as error:  # the last: a full disk
         where = "" if isinstance(error, RaceError) else f"{options.out or options.verify}: "
         print(f"error: {where}{error}", file=sys.stderr)
@@ -44,6 +44,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", help="the cache folder to make, such as cache/race")
     last = "truncate question+option from the left to N tokens"
     add("--max-qa-len", type=int, metavar="N", default=MAX_QA_LEN, help=last)
+    stands = "what stands for article (article=: there are none), question, options (options=a,b,c), answer, id, level"
+    add("--columns", nargs="+", metavar="NAME=COLUMN", default=[], help=f"{stands}; question.stem is nested")
+    numbered = "how answers are written: letters (the default), numbers from 0 or from 1, or the text of the option"
+    add("--answers", choices=("letters", "0", "1", "text"), default="letters", dest="numbering", help=numbered)
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)")
     add("--force", action="store_true", help="replace a cache with other content")
     add("--skip-bad", action="store_true", help="leave out bad questions and passages, and list them in the cache")
@@ -51,6 +55,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.source == "demo":
         options.model = options.model or "demo"
+    pairs = [pair.partition("=") for pair in options.columns]
+    if wrong := [name for name, *_ in pairs if name not in ("article", "question", "options", "answer", "id", "level")]:
+        parser.error(f"--columns {', '.join(wrong)}: expected article=, question=, options=, answer=, id= or level=")
+    options.columns = tuple((name, tuple(filter(None, given.split(",")))) for name, _, given in pairs)
     missing = [f"--{name}" for name in ("source", "model", "out") if not getattr(options, name)]
     if missing and not options.verify:
         parser.error(f"{', '.join(missing)} needed (or --verify CACHE)")
@@ -69,6 +77,8 @@ def summary(manifest: dict, out: str | Path) -> str:
             f"{counts['tokens'] / counts['sequences']:.1f} tokens per sequence, "
             f"{100 * counts['truncated'] / counts['sequences']:.1f} % truncated"
         )
+    what = "" if manifest.get("template", {"between": 1})["between"] else "; no articles"
+    lines.append(f"  {manifest.get('options', OPTIONS)} options a question{what}")
     lines.append(f"  articles in more than one split: {manifest['articles_in_more_than_one_split']:,}")
     lines += [f"  {note}" for note in manifest["notes"][:20]]
     if more := manifest["notes"][20:]:

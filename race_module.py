@@ -1,9 +1,9 @@
 """The method on one page: a batch and its loss, several processes, AdamW, an epoch, a checkpoint.
 
-A question is four sequences, one for each option: [CLS] article [SEP] question+option [SEP]. A batch of B questions is
-one 1-D tensor with the token ids of all 4B sequences, and `cu_seqlens`, the start of each (race.data.batches); there
-are no padding tokens. The encoder gives a vector for each sequence, the head a number (race.encoder), and the softmax
-over a question's four numbers gives the probabilities of its options.
+A question has k options (RACE: 4), and a sequence for each: [CLS] article [SEP] question+option [SEP]. A batch of B
+questions is one 1-D tensor with the token ids of all kB sequences, and `cu_seqlens`, the start of each
+(race.data.batches); there are no padding tokens. The encoder gives a vector for each sequence, the head a number
+(race.encoder), and the softmax over a question's k numbers gives the probabilities of its options.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig
 
-from race import OPTIONS, RaceError
+from race import RaceError
 from race.device import random_state, set_random_state
 from race.encoder import is_packed, load_model, option_logits
 from race.files import read_archive
@@ -61,8 +61,8 @@ class RaceModule(pl.LightningModule):
         self.save_hyperparameters({"config": self.model.config.to_dict()} | recipe, logger=False)
 
     def forward(self, batch) -> torch.Tensor:
-        """PackedBatch of B questions → logits [B, 4]"""
-        return option_logits(self.model, batch).view(-1, OPTIONS)
+        """PackedBatch of B questions → logits [B, k]"""
+        return option_logits(self.model, batch).view(-1, batch.options)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """What training minimises, summed over B questions; validation is always measured by cross-entropy."""

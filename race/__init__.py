@@ -11,9 +11,8 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 if hasattr(sys.stdout, "reconfigure"):
     sys.stdout.reconfigure(errors="replace")  # an output that is not UTF-8 has no "─"
 
-LETTERS = ["A", "B", "C", "D"]
-OPTIONS = len(LETTERS)
-CHANCE = 1 / OPTIONS
+LETTERS = [*"ABCDEFGH"]  # of the options of a question, two to eight
+OPTIONS = 4  # of RACE; the number of another exam is in its cache
 LEVELS = ("middle", "high")
 CHAIN = {"e1": "ex01", "e2": "ex02", "e3": "ex03"}  # stages and their notebooks; each starts from the one before
 SPLITS = ("train", "validation", "test")

@@ -200,11 +200,11 @@ class LayerRunner(nn.Module):
 
 
 def padded_inputs(model: nn.Module, batch) -> dict[str, torch.Tensor]:
-    """PackedBatch of B questions → input_ids, attention_mask, perhaps token_type_ids: each [B, 4, longest] int64."""
+    """PackedBatch of B questions → input_ids, attention_mask, perhaps token_type_ids: each [B, k, longest] int64."""
     columns = torch.stack([batch.input_ids, torch.ones_like(batch.input_ids), batch.token_type_ids], 1).long()
     side = "left" if pads_left(model) else "right"
     rows = pad_sequence(columns.split(batch.lengths), batch_first=True, padding_side=side)
-    ids, mask, segments = rows.view(-1, OPTIONS, *rows.shape[1:]).unbind(-1)
+    ids, mask, segments = rows.view(-1, batch.options, *rows.shape[1:]).unbind(-1)
     inputs = {"input_ids": ids.masked_fill(mask == 0, model.config.pad_token_id or 0), "attention_mask": mask}
     return inputs | ({"token_type_ids": segments} if takes_segments(model) else {})
 

@@ -94,16 +94,16 @@ def bert_config() -> BertConfig:
 def items():
     """make(n, seed): n questions of random tokens and unequal lengths, as RaceDataset gives them."""
 
-    def make(count: int, seed: int = 0, vocabulary: int = 100, longest: int = 40) -> list[dict]:
+    def make(count: int, seed: int = 0, vocabulary: int = 100, longest: int = 40, options: int = 4) -> list[dict]:
         rng = np.random.default_rng(seed)
         made = []
         for _ in range(count):
-            lengths = rng.integers(5, longest, 4)
+            lengths = rng.integers(5, longest, options)
             made.append(
                 {
                     "input_ids": [rng.integers(5, vocabulary, length) for length in lengths],
                     "token_type_ids": [np.repeat([0, 1], [length - 3, 3]) for length in lengths],
-                    "label": int(rng.integers(4)),
+                    "label": int(rng.integers(options)),
                     "example_id": "made.txt",
                 }
             )

@@ -40,7 +40,9 @@ def padded(batch, left: bool = False, padding: int = 0) -> dict[str, torch.Tenso
         segments[i, row] = batch.token_type_ids[start : start + length]
         mask[i, row] = 1
     tensors = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
-    return {name: tensor.view(-1, 4, shape[1]) for name, tensor in tensors.items()} | {"labels": batch.labels}
+    return {name: tensor.view(-1, batch.options, shape[1]) for name, tensor in tensors.items()} | {
+        "labels": batch.labels
+    }
 
 
 def recipes_by_hand(first, second, passages, levels) -> tuple[float, float, float]:

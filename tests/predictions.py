@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from race import LETTERS
-from race.score.statistics import KINDS, PROBABILITIES
+from race.score.statistics import KINDS
+
+LETTERS = [*"ABCD"]
+PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 
 
 def made(answers: str, chosen: str, sure=None, levels=None, **columns) -> pd.DataFrame:
@@ -50,7 +52,7 @@ def on_passages(seed: int, icc: float, levels=((350, 0.72), (150, 0.77))) -> pd.
         correct = rng.random(len(rates)) < rates
         names = np.repeat([f"{level}{number}" for number in range(passages)], sizes)
         parts.append(pd.DataFrame({"example_id": names, "level": level, "prediction": np.where(correct, "A", "B")}))
-    return pd.concat(parts, ignore_index=True).assign(answer="A")
+    return pd.concat(parts, ignore_index=True).assign(answer="A", **dict.fromkeys(PROBABILITIES, 0.25))
 
 
 def two(both: int, gained: int, lost: int, neither: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -33,9 +33,9 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, scale: float, family: str) -
     return (ours - theirs).abs().max().item() <= tolerance * scale
 
 
-def questions(items, family: str, count: int, longest: int) -> list[dict]:
+def questions(items, family: str, count: int, longest: int, options: int = 4) -> list[dict]:
     """Questions that begin with 0, end with 2, and have one segment where the family knows no second one."""
-    made = items(count, longest=longest)
+    made = items(count, longest=longest, options=options)
     for item in made:
         for ids, segments in zip(item["input_ids"], item["token_type_ids"], strict=True):
             ids[0], ids[-1] = 0, 2
@@ -68,6 +68,18 @@ def theirs_for(reference, item: dict) -> torch.Tensor:
     if not takes_segments(reference):
         inputs.pop("token_type_ids")
     return reference(**inputs).logits
+
+
+@pytest.mark.parametrize("options", [2, 3, 5])
+def test_other_numbers_of_options(pair, items, options):
+    family, module, reference = pair
+    chosen = questions(items, family, 2, 40, options=options)
+    expected = torch.cat([theirs_for(reference, item) for item in chosen])
+    assert expected.shape == (2, options) and close(
+        module(collate(chosen)), expected, expected.abs().max().item(), family
+    )
+    parts = torch.cat([module(part) for part in collate(chosen).micro_batches(1)])
+    assert close(parts, expected, expected.abs().max().item(), family)
 
 
 @pytest.mark.parametrize("longest", [40, 200], ids=["short", "long"])

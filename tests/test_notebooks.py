@@ -13,7 +13,7 @@ from helpers import DOCUMENTS, NOTEBOOKS, ROOT, STAGES, notebook_parameters
 from small_stage import stage
 from tiny_models import write_tiny_model
 
-from race import LETTERS, RaceError
+from race import RaceError
 from race.chain import run_notebook
 from race.data import RaceDataModule
 from race.data.cache import build_cache
@@ -107,7 +107,8 @@ def test_the_python_that_runs_the_chain_runs_its_notebooks(tmp_path, monkeypatch
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     code = [nbformat.v4.new_code_cell("import sys; print(sys.executable)")]
     nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=kernel), tmp_path / "small.ipynb")
-    run_notebook("small", {"RUN_DIR": "run"})
+    (tmp_path / "manifest.json").touch()
+    run_notebook("small", {"RUN_DIR": "run", "CHECKPOINT_DIR": ".", "CACHE_DIR": "."})
     assert sys.executable in (tmp_path / "run" / "small.ipynb").read_text()
 
 
@@ -153,5 +154,5 @@ def test_another_family_goes_the_same_way(corpus, tmp_path):
         text = texts.text(index)
         with torch.no_grad():
             logits = card["model"](**card["encode"](text["article"], text["question"], text["options"])).logits[0]
-        ours = torch.tensor(row[[f"p_{letter}" for letter in LETTERS]].to_numpy(float))
+        ours = torch.tensor(row[[f"p_{letter}" for letter in "ABCD"]].to_numpy(float))
         assert (logits.softmax(0) - ours).abs().max() < 1e-5

@@ -3,7 +3,13 @@
 import importlib
 
 HOMES = {"collate": "batches", "RaceDataModule": "module", "RaceDataset": "module", "Cache": "cache"}
-HOMES |= {"build_cache": "cache", "open_cache": "cache", "seen_before": "seen", "seen_articles": "seen"}
+HOMES |= {
+    "Reading": "sources",
+    "build_cache": "cache",
+    "open_cache": "cache",
+    "seen_before": "seen",
+    "seen_articles": "seen",
+}
 
 
 def __getattr__(name: str):

@@ -12,7 +12,7 @@ from race import OPTIONS
 
 @dataclasses.dataclass
 class PackedBatch:
-    """B questions, 4 sequences each, concatenated into one 1-D tensor of T token ids: no padding (sequence packing).
+    """B questions of k options, a sequence for each, in one 1-D tensor of T token ids: no padding (sequence packing).
 
     `cu_seqlens` holds the start of each sequence, and T at its end. Two sequences of 3 and 2 tokens:
 
@@ -20,19 +20,24 @@ class PackedBatch:
         position_ids 0 1 2 0 1
         cu_seqlens   0     3   5
 
-    so sequence s is `input_ids[cu_seqlens[s]:cu_seqlens[s + 1]]`, and sequences 4q to 4q + 3 are options A to D of
+    so sequence s is `input_ids[cu_seqlens[s]:cu_seqlens[s + 1]]`, and sequences kq to kq + k - 1 are the options of
     question q. Attention stays inside a sequence; every other layer works on the T tokens.
     """
 
     input_ids: torch.Tensor  # int32 [T]
     token_type_ids: torch.Tensor  # int32 [T], the segments
     position_ids: torch.Tensor  # int32 [T], from 0 in each sequence
-    cu_seqlens: torch.Tensor  # int32 [4B+1]
+    cu_seqlens: torch.Tensor  # int32 [kB+1]
     labels: torch.Tensor  # int64 [B]
-    lengths: list[int]  # [4B] tokens of each sequence, on the CPU: shapes are known without waiting for a GPU
+    lengths: list[int]  # [kB] tokens of each sequence, on the CPU: shapes are known without waiting for a GPU
 
     def __len__(self) -> int:
-        return len(self.lengths) // OPTIONS
+        return len(self.labels)
+
+    @property
+    def options(self) -> int:
+        """How many each question has; of no question, as many as RACE."""
+        return len(self.lengths) // len(self) if len(self) else OPTIONS
 
     @property
     def max_seqlen(self) -> int:
@@ -61,7 +66,7 @@ class PackedBatch:
 
         padded: as of a model to which every sequence is padded to the longest of its part.
         """
-        lengths, start = np.reshape(self.lengths, (-1, OPTIONS)), 0
+        lengths, start = np.reshape(self.lengths, (-1, self.options)), 0
         for end in range(1, len(self)) if token_budget is not None else ():
             if _tokens(lengths[start : end + 1], padded) > token_budget:
                 yield self._part(start, end)
@@ -70,7 +75,7 @@ class PackedBatch:
 
     def _part(self, first: int, last: int) -> "PackedBatch":
         """Questions `first` to `last` - 1."""
-        sequences = slice(OPTIONS * first, OPTIONS * last)
+        sequences = slice(self.options * first, self.options * last)
         lengths = self.lengths[sequences]
         start = sum(self.lengths[: sequences.start])
         tokens = slice(start, start + sum(lengths))

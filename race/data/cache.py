@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from race import LEVELS, MAX_LEN, MAX_QA_LEN, OPTIONS, SPLITS, RaceError
 from race.data.encoding import Template, check_encoding, keep_last, question_option, tokenize
-from race.data.passages import Passage, read_source, record_problems
+from race.data.passages import PLAIN, Passage, Reading, read_source, record_problems
 from race.files import below, file_hash, file_identity, known_hash, move_into_place, remove_unfinished, temporary_folder
 from race.models import LINE, check_tokenizer_of_source, keep_model, load_tokenizer, local_copy, tokenizer_hash
 from race.parameters import check
@@ -43,6 +43,7 @@ class Cache:
         self.manifest = _read_manifest(self.folder)
         self.splits = [split for split in SPLITS if split in self.manifest["splits"]]
         self.template = _template_of(self.manifest)
+        self.options: int = self.manifest.get("options", OPTIONS)  # of each question
 
     def __str__(self) -> str:
         return self.name
@@ -108,7 +109,7 @@ class Cache:
     def encode_question(self, article: str, question: str, options: list[str], max_len: int = MAX_LEN) -> dict:
         """A typed question as an item of RaceDataset, with the same ids as in the cache; raises RaceError."""
         record = {"id": "typed", "article": article, "questions": [question], "options": [options], "answers": ["A"]}
-        if problems := record_problems(record):
+        if problems := record_problems(record, Reading(options=len(options), articles=bool(self.template.between))):
             raise RaceError("; ".join(problem for _, problem in problems))
         (article_ids,) = tokenize(self.tokenizer, [article]).to_pylist()
         texts = [question_option(question, option) for option in options]
@@ -171,24 +172,25 @@ def build_cache(
     max_qa_len: int = MAX_QA_LEN,
     force: bool = False,
     skip_bad: bool = False,
-    answers: bool = True,
+    how: Reading = PLAIN,
 ) -> dict:
     """Encode `source` with the tokenizer of `model` into the folder `out`, atomically; returns the manifest.
 
     A cache of the same content is kept, another one replaced only with `force`. `skip_bad`: what is bad is left out and
-    listed in `out`/left-out.txt. Without `answers`, some may be missing; `places` are returned too. Raises RaceError.
+    listed in `out`/left-out.txt. Without `how.answers` some may be missing; returns `places` too. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check(max_qa_len=max_qa_len)
     if out.exists() and not (out / "manifest.json").is_file():
         raise RaceError(f"{out} exists and is not a cache; choose another --out")
-    splits, left_out = read_source(source, skip_bad, answers)
+    splits, left_out = read_source(source, skip_bad, how)
     with temporary_folder(out) as temporary:
         folder = temporary / out.name
         manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
+        manifest |= {"columns": how.columns, "numbering": how.numbering} if how.columns else {}
         manifest["seconds"] = round(time.perf_counter() - started, 2)
         write_manifest(folder / "manifest.json", manifest)
-        places = {} if answers else {"places": [place for passage in splits["test"] for place in passage.asked_at]}
+        places = {} if how.answers else {"places": [place for passage in splits["test"] for place in passage.asked_at]}
         return _install(folder, out, manifest, force) | places
 
 
@@ -197,17 +199,17 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
     if left_out:
         (folder / "left-out.txt").write_text("".join(f"{line}\n" for line in left_out), encoding="utf-8")
     tokenizer, has_weights = keep_model(model, folder / "model")
-    template = Template.of(tokenizer)
+    passages = [*itertools.chain(*splits.values())]
+    template = Template.of(tokenizer, any(passage.article for passage in passages))
     if max_qa_len > MAX_LEN - template.specials:
         raise RaceError(f"--max-qa-len {max_qa_len}: expected 1 to {MAX_LEN - template.specials} tokens")
-    passages = [*itertools.chain(*splits.values())]
     sample = [*passages[:: max(1, len(passages) // SAMPLE)], max(passages, key=lambda passage: len(passage.article))]
     articles = [passage.article for passage in sample]
     texts = [question_option(p.questions[0], p.options[0][p.labels[0]]) for p in sample]
     check_tokenizer_of_source(model, tokenizer, articles + texts)
     check_encoding(tokenizer, template, articles, texts, max_qa_len)
     counts = {split: _write_split(folder, split, splits[split], tokenizer, template, max_qa_len) for split in splits}
-    occurs = Counter(text for passages in splits.values() for text in {passage.article for passage in passages})
+    occurs = Counter(text for passages in splits.values() for text in {passage.article for passage in passages} - {""})
     digest, files = tokenizer_hash(tokenizer), sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format": FORMAT,
@@ -217,6 +219,7 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
         "model": {"name": model, "weights": has_weights, "path": Path(model).exists()},
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "pyarrow", "numpy")},
         "max_qa_len": max_qa_len,
+        "options": len(passages[0].options[0]),
         "notes": left_out,
         "splits": counts,
         "articles_in_more_than_one_split": sum(count > 1 for count in occurs.values()),
@@ -237,7 +240,7 @@ def _write_split(
         for question in zip(passage.places, passage.questions, passage.options, passage.labels, strict=True)
     ]
     passage_of, places, questions, options, labels = zip(*rows, strict=True)
-    texts = [question_option(question, option) for _, _, question, four, _ in rows for option in four]
+    texts, count = [question_option(row[2], option) for row in rows for option in row[3]], len(options[0])
     article_ids = tokenize(tokenizer, articles, f"{split}: articles")
     qa_ids = keep_last(tokenize(tokenizer, texts, f"{split}: questions and options"), max_qa_len)
     tables = {
@@ -251,9 +254,9 @@ def _write_split(
             "passage": pa.array(passage_of, pa.int32()),
             "question_index": pa.array(places, pa.int32()),
             "question": pa.array(questions, pa.large_string()),
-            "options": pa.array(options, pa.list_(pa.large_string(), OPTIONS)),
+            "options": pa.array(options, pa.list_(pa.large_string(), count)),
             "label": pa.array(labels, pa.int8()),
-            "qa_ids": pa.FixedSizeListArray.from_arrays(qa_ids, OPTIONS),
+            "qa_ids": pa.FixedSizeListArray.from_arrays(qa_ids, count),
         },
     }
     for name, columns in tables.items():
@@ -261,7 +264,7 @@ def _write_split(
         with pa.ipc.new_file(str(folder / f"{split}-{name}.arrow"), batch.schema) as writer:
             writer.write_batch(batch)
     article_lengths, qa_lengths = (np.diff(ids.offsets.to_numpy()) for ids in (article_ids, qa_ids))
-    article_lengths = article_lengths[np.repeat(passage_of, OPTIONS)]
+    article_lengths = article_lengths[np.repeat(passage_of, count)]
     asked = Counter(levels[number] for number in passage_of)
     return {
         "passages": len(passages),

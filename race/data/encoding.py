@@ -71,8 +71,15 @@ class Template:
     segments: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer) -> "Template":
-        """Read from a pair that the tokenizer encodes; raises RaceError if none stand between the texts."""
+    def of(cls, tokenizer, has_articles: bool = True) -> "Template":
+        """Read from a pair that the tokenizer encodes; raises RaceError if none stand between the texts.
+
+        Without articles from a single text: that of question and option, behind an empty article.
+        """
+        if not has_articles:
+            one = tokenizer("b", return_token_type_ids=True, return_special_tokens_mask=True)
+            ids, kinds, at = one["input_ids"], one["token_type_ids"], one["special_tokens_mask"].index(0)
+            return cls(tuple(ids[:at]), (), tuple(ids[at + 1 :]), (*kinds[:at], 0, *kinds[at:]))
         pair = tokenizer("a", "b", return_token_type_ids=True, return_special_tokens_mask=True)
         tokens = zip(pair["special_tokens_mask"], pair["input_ids"], pair["token_type_ids"], strict=True)
         runs = [(special, [*run]) for special, run in itertools.groupby(tokens, key=lambda token: token[0])]
@@ -123,7 +130,8 @@ def check_encoding(tokenizer, template: Template, articles: list[str], texts: li
     """
     ours = zip(tokenize(tokenizer, articles).to_pylist(), tokenize(tokenizer, texts).to_pylist(), strict=True)
     asked = {"max_length": MAX_LEN, "return_token_type_ids": True, "verbose": False}
-    pairs = tokenizer(articles, texts, truncation="longest_first", **asked)  # which never fails
+    given = (articles, texts) if template.between else (texts,)
+    pairs = tokenizer(*given, truncation="longest_first", **asked)  # which never fails
     theirs = zip(pairs["input_ids"], pairs["token_type_ids"], strict=True)
     for text, (article, qa), pair in zip(texts, ours, theirs, strict=True):
         sequence = tuple(ids.tolist() for ids in template.sequence(article, qa, MAX_LEN))

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from race import MAX_LEN, OPTIONS, SPLITS, RaceError
+from race import MAX_LEN, SPLITS, RaceError
 from race.data.batches import ShuffledBatches, collate
 from race.data.cache import Cache, open_cache
 from race.parameters import check
@@ -43,11 +43,11 @@ class RaceDataset(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict:
-        """{"input_ids": [4 int arrays], "token_type_ids": [4 int arrays], "label": int, "example_id": str}"""
+        """{"input_ids": [k int arrays], "token_type_ids": [k int arrays], "label": int, "example_id": str}"""
         row = self._rows[index]
         passage = self._passage[row]
         article = self._article_ids[self._article_offsets[passage] : self._article_offsets[passage + 1]]
-        bounds = self._qa_offsets[OPTIONS * row : OPTIONS * (row + 1) + 1]
+        bounds = self._qa_offsets[self.cache.options * row : self.cache.options * (row + 1) + 1]
         options = [self._qa_ids[start:end] for start, end in itertools.pairwise(bounds)]
         example_id = self._passages["example_id"][passage].as_py()
         return self._template.item(article, options, self.max_len, int(self._label[row]), example_id)
@@ -60,13 +60,13 @@ class RaceDataset(Dataset):
         return passage.to_pylist()[0] | question.to_pylist()[0]
 
     def lengths(self) -> np.ndarray:
-        """[N, 4] tokens of each sequence, after truncation."""
+        """[N, k] tokens of each sequence, after truncation."""
         return self._template.lengths(*self._part_lengths(), self.max_len)
 
     def _part_lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of the articles [N, 1] and of question+option [N, 4]."""
+        """Tokens of the articles [N, 1] and of question+option [N, k]."""
         articles = np.diff(self._article_offsets)[self._passage[self._rows], None]
-        return articles, np.diff(self._qa_offsets).reshape(-1, OPTIONS)[self._rows]
+        return articles, np.diff(self._qa_offsets).reshape(-1, self.cache.options)[self._rows]
 
     def columns(self) -> dict[str, np.ndarray]:
         """[N] arrays example_id, question_index, level and label, in the order of the dataset."""
@@ -87,10 +87,14 @@ class RaceDataset(Dataset):
         return pd.DataFrame({"question": questions, "article_tokens": lengths[0][:, 0], "truncated": truncated})
 
     def article_hashes(self) -> np.ndarray:
-        """[N] uint64 of each question's article: equal texts, equal numbers, whatever their spacing and capitals."""
-        texts = (" ".join(text.casefold().split()) for text in self._passages["article"].to_pylist())
+        """[N] uint64 of each question's article: equal texts, equal numbers, whatever their spacing and capitals.
+
+        Of a source without passages, of the question.
+        """
+        known = self._passages["article"] if self._template.between else self._questions["question"]
+        texts = (" ".join(text.casefold().split()) for text in known.to_pylist())
         hashes = b"".join(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8] for text in texts)
-        return np.frombuffer(hashes, "<u8")[self._passage[self._rows]]
+        return np.frombuffer(hashes, "<u8")[self._passage[self._rows] if self._template.between else self._rows]
 
     def length_order(self) -> np.ndarray:
         """[N] question indices, longest first: a memory peak comes at once, and like lengths go together."""

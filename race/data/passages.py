@@ -1,10 +1,11 @@
 """RACE as passages: records are checked, and what is wrong is said with its place; each question is counted once."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from race import LETTERS, OPTIONS, SPLITS, RaceError
-from race.data.sources import attempt, is_missing, read_records
+from race.data.sources import PLAIN, Reading, attempt, is_missing, read_records
 
 LABELS = {letter: label for label, letter in enumerate(LETTERS)}
 LISTS = ("questions", "options", "answers")  # of a record
@@ -17,26 +18,27 @@ class Passage(NamedTuple):
     level: str
     article: str
     questions: list[str]
-    options: list[list[str]]  # [questions][4]
-    labels: list[int]  # [questions], 0..3, or -1 where the answer is missing
+    options: list[list[str]]  # [questions][k]
+    labels: list[int]  # [questions], from 0, or -1 where the answer is missing
     places: list[int]  # [questions], of each question in its record, from 0
     asked_at: list[str]  # [questions], where they stand in the source; "" if they are not to be answered
 
 
 def read_source(
-    source: str, skip_bad: bool = False, answers: bool = True
+    source: str, skip_bad: bool = False, how: Reading = PLAIN
 ) -> tuple[dict[str, list[Passage]], list[str]]:
     """Passages per split, in a fixed order, and a line for each thing left out; splits that a source lacks are absent.
 
     `source`: "demo", a folder, archive or file of records or tables, or a hub id. Raises RaceError with all problems at
-    once, unless `skip_bad`. With `answers=False` they may be missing, and each record is a passage of "test", in order.
+    once, unless `skip_bad`. Without `how.answers` they may be missing; each record is a passage of "test", in order.
     """
-    found = attempt(read_records, source, answers)
+    found = attempt(read_records, source, how)
     if isinstance(found, RaceError):
         here = "" if Path(source).exists() else "no such folder or file, and from the hub: "
         raise RaceError(f"{source}: {here}{found}") from found
     records, problems, lines = found
-    checked = {split: _checked(split, records.get(split, []), answers, problems, lines) for split in SPLITS}
+    how = _expected([record for of_split in records.values() for _, record in of_split], how)
+    checked = {split: _checked(split, records.get(split, []), how, problems, lines) for split in SPLITS}
     passages = {split: passages for split, passages in checked.items() if passages}
     if not passages and (skip_bad or not problems):
         problems.append("no questions found")
@@ -46,7 +48,18 @@ def read_source(
     return passages, [*lines, *(f"{problem}; left out" for problem in problems)]
 
 
-def _checked(split: str, records: list, answers: bool, problems: list[str], lines: list[str]) -> list[Passage]:
+def _expected(records: list[dict], how: Reading) -> Reading:
+    """Each question is to have as many options as most; a source may have no article at all: they become empty."""
+    lists = (record["options"] for record in records if isinstance(record.get("options"), list))
+    sizes = Counter(len(options) for of_record in lists for options in of_record if isinstance(options, list))
+    articles = not all(is_missing(record.get("article")) for record in records)
+    for record in () if articles else records:
+        record["article"] = ""
+    options = max(sizes, key=lambda size: (sizes[size], size == OPTIONS), default=OPTIONS)
+    return how._replace(options=options, articles=articles)
+
+
+def _checked(split: str, records: list, how: Reading, problems: list[str], lines: list[str]) -> list[Passage]:
     """The passages of a split; adds to `problems`, and to `lines` what is left out and no problem.
 
     Records with the same id, level and article, such as rows of a table, are one passage.
@@ -57,7 +70,7 @@ def _checked(split: str, records: list, answers: bool, problems: list[str], line
     firsts: dict[tuple, tuple[str, int]] = {}  # (article, question, *options) → place and label of the first
     repeats = 0
     for place, record in records:
-        wrong = record_problems(record, answers)
+        wrong = record_problems(record, how)
         problems += [f"{_place(place, record, i)}: {problem}" for i, problem in wrong]
         bad = {i for i, _ in wrong}
         if None in bad:
@@ -71,8 +84,8 @@ def _checked(split: str, records: list, answers: bool, problems: list[str], line
                 continue
             here, label, known = _place(place, record, i), LABELS.get(answer, -1), len(firsts)
             first, first_label = firsts.setdefault((record["article"], question, *options), (here, label))
-            if len(firsts) > known or not answers:
-                kept.append((question, options, label, start + i, "" if answers else here))
+            if len(firsts) > known or not how.answers:
+                kept.append((question, options, label, start + i, "" if how.answers else here))
             elif label == first_label:
                 repeats += 1
             else:
@@ -80,11 +93,11 @@ def _checked(split: str, records: list, answers: bool, problems: list[str], line
         if not kept:
             continue
         article, first = ids.setdefault(passage[:2], (record["article"], place))
-        if answers and article != record["article"]:
+        if how.answers and article != record["article"]:
             problems.append(f"{place}: id {record['id']!r} is used by {first} already")
             continue
         starts[passage] = kept[-1][3] + 1
-        lists = passages.setdefault(passage if answers else (place,), Passage(*passage, [], [], [], [], []))[3:]
+        lists = passages.setdefault(passage if how.answers else (place,), Passage(*passage, [], [], [], [], []))[3:]
         for values, more in zip(lists, zip(*kept, strict=True), strict=True):
             values.extend(more)
     if repeats:
@@ -97,23 +110,25 @@ def _place(place: str, record: Any, question: int | None) -> str:
     return place if question is None or len(record["questions"]) == 1 else f"{place}, question {question}"
 
 
-def record_problems(record: dict, answers: bool = True) -> list[tuple[int | None, str]]:
-    """What is wrong with a RACE record: (question from 0 or None, text); without `answers`, some may be missing."""
+def record_problems(record: dict, how: Reading = PLAIN) -> list[tuple[int | None, str]]:
+    """What is wrong with a RACE record: (question from 0 or None, text); without `how.answers`, some may be missing."""
     sizes = {len(record[key]) if isinstance(record.get(key), list) else None for key in LISTS}
     if len(sizes) > 1 or None in sizes or not {*record} <= {"article", "id", "level", *LISTS}:
         found = (f"{key!r} of {len(value)}" if isinstance(value, list) else repr(key) for key, value in record.items())
         expected = "article, id, and lists of one length: questions, options, answers"
         return [(None, f"expected {expected}; found: {', '.join(found)[:300]}")]
     problems: list[tuple[int | None, str]] = []
-    texts = [(None, key, record.get(key)) for key in ("article", "id")]
+    texts = [(None, key, record.get(key)) for key in (["article"] if how.articles else []) + ["id"]]
+    letters = LETTERS[: how.options]
     for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
         texts.append((i, "question", question))
-        if isinstance(options, list) and len(options) == OPTIONS:
-            texts += [(i, f"option {letter}", option) for letter, option in zip(LETTERS, options, strict=True)]
+        if isinstance(options, list) and len(options) == how.options and how.options in range(2, len(LETTERS) + 1):
+            texts += [(i, f"option {letter}", option) for letter, option in zip(letters, options, strict=True)]
         else:
-            problems.append((i, f"expected a list of {OPTIONS} options, found {options!r:.60}"))
-        if answer not in LETTERS and (answers or not is_missing(answer)):
-            problems.append((i, f"the answer is {answer!r:.60}, not one of {', '.join(LETTERS)}"))
+            expected = f"a list of {how.options} options (as most questions; 2 to {len(LETTERS)})"
+            problems.append((i, f"expected {expected}, found {options!r:.60}"))
+        if answer not in letters and (how.answers or not is_missing(answer)):
+            problems.append((i, f"the answer is {answer!r:.60}, not one of {', '.join(letters)}"))
     expected = "expected text that is not empty, without NUL and half surrogate pairs"
     return problems + [(i, f"{key}: {expected}, found {text!r:.60}") for i, key, text in texts if not _is_text(text)]
 

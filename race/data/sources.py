@@ -5,7 +5,6 @@ import csv
 import functools
 import io
 import json
-import operator
 import os
 import re
 import tarfile
@@ -13,45 +12,59 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from race import LEVELS, SPLITS, RaceError
+from race import LETTERS, LEVELS, OPTIONS, SPLITS, RaceError
 from race.demo.corpus import write_corpus
 
-SPLIT_OF = {split: split for split in SPLITS} | {"dev": "validation", "val": "validation"}
+SPLIT_OF = {split: split for split in SPLITS} | dict.fromkeys(("dev", "val", "valid"), "validation")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 DIGITS = re.compile(r"(\d+)")  # 9.txt comes before 10.txt
 HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX(/|$))")  # what editors and macOS leave in folders and archives is no data
 WANTED = ("article", "question", "options", "answer")  # columns of a table
 OPTION = re.compile(r"(?:option)?([a-h])|option(\d)")  # or a column for each option: A, option_b, Option1
 OF_RACE = re.compile(rf"({'|'.join(LEVELS)})\d+\.txt")  # an id that says the level: high12.txt
+Columns = tuple[tuple[str, tuple[str, ...]], ...]  # what stands for the columns WANTED: ("options", ("end0", "end1"))
 Files = list[tuple[str, Any]]  # name, and what it holds: bytes, a Path to read, or a table of the library `datasets`
 Values = list[tuple[str, Any]]  # place, and what stands there: a record, a row, something else, or a RaceError
 
 
-def read_records(source: str, answers: bool) -> tuple[dict[str, Values], list[str], list[str]]:
+class Reading(NamedTuple):
+    """How to read a source; numbering: answers are "letters", numbers from "0" or "1" on, or the option's "text"."""
+
+    answers: bool = True  # are needed
+    columns: Columns = ()
+    numbering: str = "letters"
+    options: int = OPTIONS  # of each question
+    articles: bool = True
+
+
+PLAIN = Reading()
+
+
+def read_records(source: str, how: Reading) -> tuple[dict[str, Values], list[str], list[str]]:
     """(place, record) per split, in a fixed order, not checked; problems with places; a line if files are left out."""
     if source == "demo":
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(Path(folder))
-            return read_records(folder, answers)
-    chosen, notes = _one_data_set(_files(source), answers)
+            return read_records(folder, how)
+    chosen, notes = _one_data_set(_files(source), how.answers)
     records: dict[str, Values] = {}
     problems: list[str] = []
     names: dict[tuple, str] = {}  # of passages without id: the place where the article is met first
     for split, level, name, file in tqdm(chosen, desc="reading", unit=" files", delay=2, leave=False):
-        values = attempt(_values, name, file, answers)
+        values = attempt(_values, name, file, how)
         for place, value in [(name, values)] if isinstance(values, RaceError) else values:
-            record = attempt(_record, value, level, answers)
+            record = attempt(_record, value, level, how)
             if isinstance(record, RaceError):
                 problems.append(f"{place}: {record}")
                 continue
             if record.get("id") is None:
-                article = str(record.get("article")) if answers else place
+                article = str(record.get("article") or place) if how.answers else place
                 record["id"] = names.setdefault((split, level, article), place)
             records.setdefault(split, []).append((place, record))
     return records, problems, notes
@@ -155,18 +168,18 @@ def _marks(name: str) -> tuple[str, str | None, str]:
     return "/".join(folders[:at]), splits.pop() if len(splits) == 1 else None, level
 
 
-def _values(name: str, file: Any, answers: bool) -> Values:
+def _values(name: str, file: Any, how: Reading) -> Values:
     content, suffix = file.read_bytes() if isinstance(file, Path) else file, Path(name).suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return _csv_rows(name, content.decode("utf-8-sig"), answers)
+        return _csv_rows(name, content.decode("utf-8-sig"), how)
     if suffix in (".txt", ".json", ".jsonl"):
-        return _json_values(name, content, answers)
+        return _json_values(name, content, how.answers)
     if isinstance(content, bytes):
         table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
         table.validate(full=True)
     else:
         table = content.with_format("arrow")[:]
-    _columns(tuple(table.column_names), answers)
+    _columns(tuple(table.column_names), how)
     return [(f"{name}, row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
 
 
@@ -185,12 +198,12 @@ def _json_values(name: str, content: bytes, answers: bool) -> Values:
     return [(name, value)]
 
 
-def _csv_rows(name: str, text: str, answers: bool) -> Values:
+def _csv_rows(name: str, text: str, how: Reading) -> Values:
     """Rows are counted as a spreadsheet shows them: the header is row 1. Commas, semicolons or tabs."""
     csv.field_size_limit(2**31 - 1)
     mark = max(",;\t", key=text.split("\n", 1)[0].count)
     header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    _columns(tuple(header), answers)
+    _columns(tuple(header), how)
     wrong = RaceError(f"expected as many cells as the header has, {len(header)}")
     return [
         (f"{name}, row {number}", dict(zip(header, cells, strict=True)) if len(cells) == len(header) else wrong)
@@ -200,7 +213,7 @@ def _csv_rows(name: str, text: str, answers: bool) -> Values:
 
 
 @functools.lru_cache
-def _columns(names: tuple[str, ...], answers: bool) -> dict[str, Callable[[dict], Any]]:
+def _columns(names: tuple[str, ...], how: Reading) -> dict[str, Callable[[dict], Any]]:
     """What takes the article, question, options, answer, level and id out of a row with these columns, or RaceError."""
     words = [re.sub(r"[\W_]", "", name.lower()) for name in names]  # without case and punctuation
     if twice := {w for w in words if words.count(w) > 1 and (w in (*WANTED, "level", "id") or OPTION.fullmatch(w))}:
@@ -210,28 +223,55 @@ def _columns(names: tuple[str, ...], answers: bool) -> dict[str, Callable[[dict]
     if "exampleid" in plain:
         columns["id"] = [plain["exampleid"]]
     options = {match[1] or match[2]: name for word, name in plain.items() if (match := OPTION.fullmatch(word))}
-    if "".join(sorted(options)) in ("abcd", "0123", "1234"):
+    if len(options) > 1 and any(it.startswith("".join(sorted(options))) for it in ("abcdefgh", "01234567", "12345678")):
         columns.setdefault("options", [options[key] for key in sorted(options)])
-    if not {*WANTED[: 4 if answers else 3]} <= columns.keys():
-        found = ", ".join(map(repr, names))[:200] or "none"
-        raise RaceError(f"expected the columns {', '.join(WANTED)} (or A, B, C, D in place of options); found: {found}")
-    return {key: operator.itemgetter(*names) for key, names in columns.items()}
+    unknown = [it for _, given in how.columns for it in given if not {it, it.partition(".")[0]} & {*names}]
+    columns |= {key: given for key, given in how.columns if not {*given} & {*unknown}}
+    if not {*WANTED[: 4 if how.answers else 3]} <= columns.keys():
+        found = f"found: {', '.join(map(repr, names))[:200] or 'none'}; --columns says what stands for them"
+        wanted = f"{', '.join(WANTED)} (or A, B, C … in place of options)"
+        raise RaceError(f"expected the columns {', '.join(unknown) if unknown else wanted}; {found}")
+    return {key: functools.partial(_cell, tuple(paths)) for key, paths in columns.items()}
 
 
-def _record(value: Any, level: str, answers: bool) -> dict:
+def _cell(paths: tuple[str, ...], row: dict) -> Any:
+    """What a row has under a name, or a list of what it has under several; "a.b" is b of a, or of each in a list a."""
+    found = []
+    for path in paths:
+        value = row
+        for part in [path] if path in row else path.split("."):
+            value = [it[part] for it in value] if isinstance(value, list) else value[part]
+        found.append(value)
+    return found[0] if len(found) == 1 else found or ""
+
+
+def _record(value: Any, level: str, how: Reading) -> dict:
     """A record or a row (a record of one question) with a level: that of the folder, or else its own, or its id's."""
+    if isinstance(value, list) and [*map(type, value)] == [list, list, str]:  # DREAM's
+        lists = {"questions": "question", "options": "choice", "answers": "answer"}
+        lists = {name: [it.get(key) for it in value[1]] for name, key in lists.items()}
+        value, how = {"article": "\n".join(value[0]), "id": value[2]} | lists, how._replace(numbering="text")
     if not isinstance(value, dict):
         raise value if isinstance(value, RaceError) else RaceError(f"expected an object, found {type(value).__name__}")
     if "questions" not in value:
-        row = {key: cell(value) for key, cell in _columns(tuple(value), answers=False).items()}
+        row = {key: cell(value) for key, cell in _columns(tuple(value), how._replace(answers=False)).items()}
         lists = {"questions": [row["question"]], "options": [_listed(row["options"])], "answers": [row.get("answer")]}
         name = None if is_missing(row.get("id")) else str(row["id"])
         value = {"id": name, "level": row.get("level"), "article": row["article"]} | lists
-    elif not answers and isinstance(value["questions"], list) and is_missing(value.get("answers") or None):
+    elif not how.answers and isinstance(value["questions"], list) and is_missing(value.get("answers") or None):
         value["answers"] = [None] * len(value["questions"])
     of_column, of_id = str(value.get("level")).strip().lower(), OF_RACE.fullmatch(str(value.get("id")))
     value["level"] = level or (of_column if of_column in LEVELS else of_id[1] if of_id else "")
+    if how.numbering != "letters":
+        pairs = zip(value["answers"], value["options"], strict=True)
+        value["answers"] = [_letter(answer, options, how.numbering) for answer, options in pairs]
     return value
+
+
+def _letter(answer: Any, options: list, numbering: str) -> Any:
+    """The letter of an answer that is a number, or the text of an option; anything else as it is."""
+    found = attempt(lambda: options.index(answer) if numbering == "text" else int(answer) - int(numbering))
+    return LETTERS[found] if isinstance(found, int) and 0 <= found < len(LETTERS) else answer
 
 
 def _listed(options: Any) -> Any:

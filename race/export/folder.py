@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
-from race import HUB_ID, LETTERS, OPTIONS, RACE_QUESTIONS, RaceError
+from race import HUB_ID, LETTERS, RACE_QUESTIONS, RaceError
 from race.data import Cache, RaceDataset, collate, open_cache
 from race.encoder import attention_dropout, longest_input, pads_left, takes_segments
 from race.files import file_identity, known_hash, move_into_place, temporary_folder
@@ -118,6 +118,7 @@ def _facts(module: RaceModule, lineage: list[Checkpoint], cache: Cache) -> dict:
         "max_len": min(checkpoint.max_len, longest_input(module.model) or checkpoint.max_len),
         "attention_dropout": attention_dropout(module.model.config),
         "max_qa_len": cache.manifest["max_qa_len"],
+        "options": cache.options,
         "template": template | {"tokens": tokens, "has_segments": takes_segments(module.model)},
         "lineage": links,
         "base_model": base if on_hub else None,
@@ -144,8 +145,8 @@ def _write_model(module: RaceModule, cache: Cache, folder: Path) -> None:
     """Weights, configuration and tokenizer in the form that transformers reads."""
     if not module.padded:
         module.model.set_attn_implementation("sdpa")  # a choice of the process; "packed" is this repository's
-    module.model.config.id2label = dict(enumerate(LETTERS))
-    module.model.config.label2id = {letter: label for label, letter in enumerate(LETTERS)}
+    module.model.config.id2label = dict(enumerate(LETTERS[: cache.options]))
+    module.model.config.label2id = {letter: label for label, letter in module.model.config.id2label.items()}
     module.model.save_pretrained(folder)
     cache.tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
@@ -161,12 +162,13 @@ def _write_model(module: RaceModule, cache: Cache, folder: Path) -> None:
 
 
 def _logits(folder: Path, items: list[dict]) -> torch.Tensor:
-    """[B, 4] of the exported folder as transformers loads it, for items of RaceDataset."""
+    """[B, k] of the exported folder as transformers loads it, for items of RaceDataset."""
     tokenizer, model = (it.from_pretrained(folder) for it in (AutoTokenizer, AutoModelForMultipleChoice))
     names = [name for name in tokenizer.model_input_names if name != "attention_mask"]
-    rows = [{name: item[name][option].tolist() for name in names} for item in items for option in range(OPTIONS)]
+    count = len(items[0]["input_ids"])  # options of a question
+    rows = [{name: item[name][option].tolist() for name in names} for item in items for option in range(count)]
     padded = tokenizer.pad(rows, return_tensors="pt")
-    return model.eval()(**{name: tensor.view(len(items), OPTIONS, -1) for name, tensor in padded.items()}).logits
+    return model.eval()(**{name: tensor.view(len(items), count, -1) for name, tensor in padded.items()}).logits
 
 
 # ------------------------------------------------------------------------------------------------- the model card
@@ -203,7 +205,7 @@ def _sequence(template: dict) -> dict:
     before, between, after = map(" ".join, template["tokens"])
     segments = template["segments"]
     return {
-        "sequence": f"{before} article {between} question+option {after}".strip(),
+        "sequence": f"{before} {f'article {between} ' if between else ''}question+option {after}".strip(),
         "special_ids": ", ".join(str(list(part)) for part in parts),
         "special_tokens": ", ".join(text or "none" for text in (before, between, after)),
         "specials": sum(map(len, parts)),

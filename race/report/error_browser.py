@@ -58,7 +58,7 @@ def _card(predictions: pd.DataFrame, dataset, row: int) -> str:
     if (answer["example_id"], answer["question_index"]) != (text["example_id"], text["question_index"]):
         question = f"row {row} of the predictions, {answer['example_id']}, is {text['example_id']} in the dataset"
         raise RaceError(f"{question}: open it with their split, LIMIT_QUESTIONS and SEED")
-    sure, is_good = answer[PROBABILITIES].max(), answer["answer"] == answer["prediction"]
+    sure, is_good = answer.filter(items=PROBABILITIES).max(), answer["answer"] == answer["prediction"]
     data = {"answer": "correct" if is_good else "wrong", "level": answer["level"], "kind": answer["kind"]}
     data |= {"confidence": next(name for name, end in CONFIDENCES.items() if sure < end)}
     attributes = " ".join(f'data-{name}="{escape(value)}"' for name, value in data.items())
@@ -67,7 +67,7 @@ def _card(predictions: pd.DataFrame, dataset, row: int) -> str:
     fields = f"{'✓' if is_good else '✗'} {data['answer']}", percent(sure), escape(data["level"]), escape(data["kind"])
     head = FIELDS.format(*fields, escape(text["question"]) + choice)
     options = ""
-    for letter, option in zip(LETTERS, text["options"], strict=True):
+    for letter, option in zip(LETTERS, text["options"], strict=False):
         notes = ["correct answer"] * (letter == answer["answer"]) + ["chosen"] * (letter == answer["prediction"])
         words = f"{letter}. {escape(option)}" + (f" — <strong>{', '.join(notes)}</strong>" if notes else "")
         width, color = f"{100 * answer[f'p_{letter}']:.1f}%", COLORS[notes[0] if notes else ""]

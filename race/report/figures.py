@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from race import CHANCE, LEVELS, MONITORS
+from race import LEVELS, MONITORS, OPTIONS
 from race.files import atomic_write
 from race.report.formats import RULES, SIGNIFICANT, percent, points, rate
 
@@ -22,8 +22,6 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"  # Okab
 MARKS = {"middle": (GREEN, "^"), "high": (PURPLE, "v"), "all": (BLUE, "o")}  # colour and marker of each level
 LOOKS = list(zip((BLUE, ORANGE, GREEN, PURPLE, INK, GREY), "os^vDx", ("-", "--", "-.", ":", "-", "--"), strict=True))
 WIDTH = 8.6  # inches of every figure
-CHANCE_WORDS = f"chance ({100 * CHANCE:.0f} %)"
-CHANCE_LINES = "chance (ln 4; 25 %)"
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
@@ -91,9 +89,9 @@ def percent_axis(axis, label: str) -> None:
     axis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
 
 
-def accuracy_axis(axes, label: str, start: float = -0.02) -> None:
+def accuracy_axis(axes, label: str, options: int, start: float = -0.02) -> None:
     """A horizontal axis from 0 to 100 % with a dotted line at chance; marks at its ends are whole."""
-    axes.axvline(CHANCE, color=GREY, linestyle=":", linewidth=1)
+    axes.axvline(1 / options, color=GREY, linestyle=":", linewidth=1)
     axes.set_xlim(start, 1.02)
     percent_axis(axes.xaxis, label)
 
@@ -122,8 +120,13 @@ def key(label: str, color: str = GREY, marker: str = "", line: str = "", fill: b
     return Line2D([], [], color=color, marker=marker, ls=line, label=label, markerfacecolor=face, markersize=size)
 
 
+def chance_key(options: int, of_loss: str = "") -> Line2D:
+    """The entry of the dotted lines at chance."""
+    return key(f"chance ({of_loss}{100 / options:.3g} %)", line=":")
+
+
 @plt.style.context(STYLE)
-def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: str) -> Figure:
+def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: str, options: int = OPTIONS) -> Figure:
     """Accuracy of checkpoints, a row each (tables.comparison_table); reported: other people's numbers by stage."""
     table = table.rename(columns=lambda name: name.replace("accuracy", "all"))
     theirs, keys = table["stage"].map(reported).astype(float), []
@@ -140,8 +143,8 @@ def comparison_figure(table: pd.DataFrame, reported: dict[str, float], title: st
             keys.append(key(level if levels else "measured", *MARKS[level]))
     for place, accuracy in enumerate(table["all"]):
         beside(axes, place - 0.1 * (len(drawn) - 1), percent(accuracy))  # level with its mark
-    accuracy_axis(axes, f"accuracy, 95 % interval by passage{' (at the right: all levels)' if levels else ''}")
-    return finish(figure, *keys, key(CHANCE_WORDS, line=":"), title=title)
+    accuracy_axis(axes, f"accuracy, 95 % interval by passage{' (at the right: all levels)' if levels else ''}", options)
+    return finish(figure, *keys, chance_key(options), title=title)
 
 
 @plt.style.context(STYLE)
@@ -180,7 +183,7 @@ def differences_figure(pairs: pd.DataFrame, title: str, margin: float | None = N
 
 
 @plt.style.context(STYLE)
-def training_curves(log: pd.DataFrame, stage: str, monitor: str = MONITORS[0]) -> Figure:
+def training_curves(log: pd.DataFrame, stage: str, monitor: str = MONITORS[0], options: int = OPTIONS) -> Figure:
     """Loss, accuracy and rate over the optimizer steps of a stage (stages.read_log); monitor: what picks the best."""
     figure, loss, accuracy, schedule = panels(2.2, 2.2, 0.8)
     wanted = ["train_loss_step", "train_acc", "val_loss_epoch", "learning_rate", "val_acc"]
@@ -189,7 +192,7 @@ def training_curves(log: pd.DataFrame, stage: str, monitor: str = MONITORS[0]) -
     loss.plot(train["step"], train["train_loss_step"], color=GREY, linewidth=0.6)
     loss.plot(train["step"], train["train_loss_step"].ewm(span=max(2, len(train) // 20)).mean(), color=BLUE)
     accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE)
-    _chance(loss, accuracy)
+    _chance(loss, accuracy, options)
     loss.set(title=f"{wrapped(stage, 5, 10)}: not validated yet", ylabel="cross-entropy loss\n(nats)")
     percent_axis(accuracy.yaxis, "accuracy")
     accuracy.set_ylim(-0.03, 1.03)
@@ -208,11 +211,11 @@ def training_curves(log: pd.DataFrame, stage: str, monitor: str = MONITORS[0]) -
     keys = key("training, each logged step", line="-"), key("training, smoothed", BLUE, line="-")
     keys += key("training (mean over the epoch)", BLUE, "s", "--"), key("validation", ORANGE, "o", "-")
     ring = key(RULES[monitor], ORANGE, "o", fill=False, size=10)
-    return finish(figure, *keys, ring, key(CHANCE_LINES, line=":"), columns=3)
+    return finish(figure, *keys, ring, chance_key(options, f"ln {options}; "), columns=3)
 
 
-def _chance(loss, accuracy) -> None:
-    for axes, chance in ((loss, -np.log(CHANCE)), (accuracy, CHANCE)):
+def _chance(loss, accuracy, options: int) -> None:
+    for axes, chance in ((loss, np.log(options)), (accuracy, 1 / options)):
         axes.axhline(chance, color=GREY, linestyle=":")
 
 
@@ -270,7 +273,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
 
 
 @plt.style.context(STYLE)
-def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
+def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame, options: int = OPTIONS) -> Figure:
     """Validation loss, accuracy and learning rate over the questions (runs.training_curves), a column for each recipe.
 
     The first recipe is drawn in grey in the columns of the others.
@@ -297,7 +300,7 @@ def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
                 axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.13, linewidth=0)
             for _, stage in rate_of.drop_duplicates(["stage", "questions"]).groupby("stage"):
                 column[2].plot(stage["questions"], stage["learning_rate"], color=color, linestyle=line)
-        _chance(*column[:2])
+        _chance(*column[:2], options)
         column[0].set_title(wrapped(recipe, 1.4, 10))
     band = f"mean of {seeds} seeds; band: lowest to highest" if seeds > 1 else "one seed"
     for loss, accuracy, schedule in columns[::across]:
@@ -309,4 +312,4 @@ def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame) -> Figure:
     drawn[-1, 0].set_xlabel("questions trained on", loc="left")
     title = "Cross-entropy loss and accuracy on validation after each epoch"
     keys = [key(f"the column's recipe ({band})", BLUE, "o", "-", size=3), key(names[0], GREY, "o", "--", size=3)]
-    return finish(figure, *keys[: len(names)], key(CHANCE_LINES, line=":"), title=title)
+    return finish(figure, *keys[: len(names)], chance_key(options, f"ln {options}; "), title=title)

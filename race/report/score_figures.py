@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from race import CHANCE, LETTERS
+from race import LETTERS, OPTIONS
 from race.report import figures
-from race.report.figures import BLUE, CHANCE_WORDS, GREY, LOOKS, MARKS, STYLE, WIDTH, key, wrapped
+from race.report.figures import BLUE, GREY, LOOKS, MARKS, STYLE, WIDTH, chance_key, key, wrapped
 from race.report.formats import SIGNIFICANT, percent, points, questions_of
 from race.score.calibration import BINS, coverage_groups
 from race.score.statistics import quoted_interval
@@ -25,14 +25,14 @@ def accuracy_figure(table: pd.DataFrame) -> Figure:
     for place, (_, row) in enumerate(table.iterrows()):
         figures.marks(axes, MARKS[row["level"]], [place], row["accuracy"], *quoted_interval(row)[:2])
         figures.beside(axes, place, percent(row["accuracy"]))
-    figures.accuracy_axis(axes, "accuracy, 95 % interval (in brackets: questions)")
     row = table.iloc[0]
+    figures.accuracy_axis(axes, "accuracy, 95 % interval (in brackets: questions)", row["options"])
     title = f"{row['stage']}: {percent(row['accuracy'])} of {questions_of(row)} correct"
-    return figures.finish(figure, key(CHANCE_WORDS, line=":"), title=title)
+    return figures.finish(figure, chance_key(row["options"]), title=title)
 
 
 @plt.style.context(STYLE)
-def groups_figure(table: pd.DataFrame, title: str) -> Figure:
+def groups_figure(table: pd.DataFrame, title: str, options: int = OPTIONS) -> Figure:
     """Accuracy by group and level (statistics.group_accuracies), a panel for each grouping with more than one group."""
     several = table.groupby("grouping")["group"].transform("nunique") > 1
     panels = dict(list((table[several] if several.any() else table).groupby("grouping", sort=False)))
@@ -56,13 +56,13 @@ def groups_figure(table: pd.DataFrame, title: str) -> Figure:
                 axes.axvline(own, color=MARKS[level][0], linewidth=1, linestyle=LINES[level])
         figures.label_rows(axes, labels[name])
         axes.set_title(wrapped(name, 5, 10))
-        figures.accuracy_axis(axes, "")
+        figures.accuracy_axis(axes, "", options)
     split = "" if levels == ["all"] else f", {' + '.join(levels)}"
     axes.set_xlabel(f"accuracy, 95 % Wilson interval, unadjusted (in brackets: questions{split})")
     keys = [key(f"{level} (line: the whole level)", *MARKS[level], LINES[level]) for level in levels]
     keys += [key("filled: differs significantly from the rest of its level", marker="o")]
     keys += [key("hollow: no significant difference, or not tested", marker="o", fill=False)]
-    return figures.finish(figure, *keys, key(CHANCE_WORDS, line=":"), title=title, columns=3)
+    return figures.finish(figure, *keys, chance_key(options), title=title, columns=3)
 
 
 @plt.style.context(STYLE)
@@ -72,9 +72,9 @@ def confusion_figure(counts: np.ndarray) -> Figure:
     axes.imshow(counts / counts.max(), cmap="Blues", vmin=0, vmax=1.8)  # light enough for dark words
     for (row, column), value in np.ndenumerate(counts):
         axes.text(column, row, f"{value:,}", ha="center", va="center", fontsize=9)
-    places = np.arange(len(LETTERS))
+    places, letters = np.arange(len(counts)), LETTERS[: len(counts)]
     axes.set(title="Number of questions", xlabel="prediction", ylabel="correct answer")
-    axes.set(xticks=places, xticklabels=LETTERS, yticks=places, yticklabels=LETTERS)
+    axes.set(xticks=places, xticklabels=letters, yticks=places, yticklabels=letters)
     axes.grid(False)
     correct, chosen = counts.sum(1) / counts.sum(), counts.sum(0) / counts.sum()
     for side, values, fill, edge in ((-0.2, correct, "white", GREY), (0.2, chosen, BLUE, BLUE)):
@@ -85,7 +85,7 @@ def confusion_figure(counts: np.ndarray) -> Figure:
     widest = abs(gaps).argmax()
     title = f"Largest difference, chosen − correct (points): {LETTERS[widest]} {points(gaps[widest])}"
     bars.set_title(wrapped(title if gaps.any() else "Chosen as often as correct, for every letter", 4.2, 10))
-    figures.label_rows(bars, LETTERS)
+    figures.label_rows(bars, letters)
     bars.set_ylabel("letter")
     figures.percent_axis(bars.xaxis, "fraction of the questions")
     keys = Patch(facecolor="white", edgecolor=GREY, label="correct"), Patch(color=BLUE, label="chosen")
@@ -93,7 +93,7 @@ def confusion_figure(counts: np.ndarray) -> Figure:
 
 
 @plt.style.context(STYLE)
-def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFrame, curve: pd.DataFrame) -> Figure:
+def confidence_figure(versions: dict, calibration: pd.DataFrame, curve: pd.DataFrame, options: int = OPTIONS) -> Figure:
     """Reliability diagram with the questions in each bin, and accuracy against coverage (race.score.calibration).
 
     versions: name → reliability, uncalibrated first; calibration: calibration_table; curve: coverage_curve.
@@ -123,7 +123,7 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
     coverage.fill_between(curve["coverage"], curve["ci_low"], curve["ci_high"], **band)
     coverage.plot(curve["coverage"], curve["accuracy"], color=BLUE)
     coverage.plot(half["questions"] / curve["questions"].iloc[-1], half["accuracy"], "o", color=BLUE)
-    coverage.axhline(CHANCE, color=GREY, linestyle=":", linewidth=1)
+    coverage.axhline(1 / options, color=GREY, linestyle=":", linewidth=1)
     coverage.set_title(wrapped(f"{half['group'].capitalize()}: {percent(half['accuracy'])} correct", 3.2, 10))
     figures.percent_axis(diagram.xaxis, "")
     figures.percent_axis(diagram.yaxis, "accuracy, 95 % interval")
@@ -132,7 +132,7 @@ def confidence_figure(versions: dict[str, pd.DataFrame], calibration: pd.DataFra
     figures.percent_axis(coverage.yaxis, "accuracy on the answered questions")
     plt.setp(axes.values(), xlim=(-0.02, 1.02))
     plt.setp([diagram, coverage], ylim=(-0.03, 1.03))
-    keys += [key("perfectly calibrated", line="-."), key(CHANCE_WORDS, line=":")]
+    keys += [key("perfectly calibrated", line="-."), chance_key(options)]
     return figures.finish(figure, *keys, Patch(label="95 % interval of each point by itself", **band), columns=3)
 
 
@@ -148,5 +148,5 @@ def options_figure(answers: pd.DataFrame) -> Figure:
         figures.beside(axes, place, percent(value))
     best = answers.loc[answers["probability"].idxmax()]
     title = f"The model chooses {best['letter']}, with a probability of {percent(best['probability'])}"
-    figures.accuracy_axis(axes, "probability", 0)
-    return figures.finish(figure, key(CHANCE_WORDS, line=":"), title=title)
+    figures.accuracy_axis(axes, "probability", len(answers), 0)
+    return figures.finish(figure, chance_key(len(answers)), title=title)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from race import CHANCE
 from race.report.formats import SIGNIFICANT, interval, listed, p_value, percent, points, questions_of, signed
 from race.score import comparison, statistics
 from race.score.comparison import POWER, RECIPES_DIFFER, RUNS_DIFFER, SD, power, seeds_needed
@@ -53,8 +52,9 @@ def headline(table: pd.DataFrame) -> str:
     text = f"{row['stage']} answers {row['correct']:,} of {questions_of(row)} correctly: "
     text += f"accuracy {percent(row['accuracy'])} (95 % interval {interval(low, high)}{how})"
     if pd.isna(row["trained_on"]) or row["trained_on"] <= row["questions"] / 2:
-        where = "inside" if low <= CHANCE <= high else "below" if low > CHANCE else "above"
-        text += f"; chance, {100 * CHANCE:.0f} %, is {where} it"
+        chance = 1 / row["options"]
+        where = "inside" if low <= chance <= high else "below" if low > chance else "above"
+        text += f"; chance, {100 * chance:.3g} %, is {where} it"
     for _, level in table[1:].iterrows():
         ends = interval(*quoted_interval(level)[:2])
         text += f"; {level['level']}: {percent(level['accuracy'])} ({ends})"

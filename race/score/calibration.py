@@ -7,10 +7,11 @@ from scipy.special import log_softmax
 from scipy.stats import ttest_1samp
 
 from race import LETTERS
-from race.score.statistics import GROUP_COLUMNS, PROBABILITIES, confidence, is_correct, wilson, with_accuracy
+from race.score import statistics
+from race.score.statistics import GROUP_COLUMNS, PROBABILITIES, confidence, is_correct, with_accuracy
 
 BINS = 10  # of equal width, for confidence
-DRAWS = 2_000  # of a bootstrap, and of the perfectly calibrated model
+DRAWS = 2_000  # of the perfectly calibrated model
 TEMPERATURES = 0.05, 20.0  # the range that is searched
 COVERAGES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.2)  # fractions of the questions that are answered
 
@@ -37,38 +38,22 @@ def calibration_error(predictions: pd.DataFrame) -> float:
     return float((table["questions"] * (table["accuracy"] - table["confidence"]).abs()).sum() / len(predictions))
 
 
-def calibration_spread(predictions: pd.DataFrame, seed: int = 0) -> dict:
-    """What sampling does to the calibration error: its 95 % interval, and what a calibrated model would read.
-
-    floor_low, floor_high: central 95 % of the errors of a model whose answers are correct with exactly its confidences.
-    error_low, error_high: bootstrap over the questions. Resampling adds to the error, as sampling does: both ends allow
-    for that, and the lower one is 0 for an error that a calibrated model may have.
-    """
-    sure, correct, rng = confidence(predictions), is_correct(predictions), np.random.default_rng(seed)
-    count, member = len(sure), np.eye(BINS)[_bins(predictions)]  # [N, BINS]
-    drawn = rng.multinomial(count, np.full(count, 1 / count), DRAWS)
-    errors = np.abs(drawn @ (member * (correct - sure)[:, None])).sum(1) / count
+def calibration_floor(predictions: pd.DataFrame, seed: int = 0) -> dict:
+    """What a model whose answers are correct with exactly its confidences would read: central 95 % of its errors."""
+    sure, count, rng = confidence(predictions), len(predictions), np.random.default_rng(seed)
+    member = np.eye(BINS)[_bins(predictions)]  # [N, BINS]
     right = rng.random((DRAWS, count)) < sure
-    floor = np.abs((right - sure) @ member).sum(1) / count
-    floor_low, floor_high = np.quantile(floor, (0.025, 0.975))
-    error, upper = calibration_error(predictions), np.quantile(errors, 0.975)
-    low = 0.0 if error <= floor_high else max(0.0, 2 * error - upper)
-    high = np.clip(upper - (errors.mean() - error), error, 1.0)
-    if correct.all() or not correct.any():  # which no resample changes
-        ends = np.array(wilson(correct.sum(), count))
-        low = min(low, abs(sure.mean() - np.clip(sure.mean(), *ends)))
-        high = max(high, np.abs(ends - sure.mean()).max())
-    return {"error_low": low, "error_high": high, "floor_low": floor_low, "floor_high": floor_high}
+    low, high = np.quantile(np.abs((right - sure) @ member).sum(1) / count, (0.025, 0.975))
+    return {"floor_low": low, "floor_high": high}
 
 
 def losses(predictions: pd.DataFrame) -> np.ndarray:
     """[N] the negative log-likelihood of each correct answer, in nats; a probability of 0 counts as 2e-16."""
-    probabilities = predictions[PROBABILITIES].to_numpy(float)
-    return -np.log(np.maximum(probabilities[_answers(predictions)], np.finfo(float).eps))
+    return -np.log(np.maximum(statistics.probabilities(predictions)[_answers(predictions)], np.finfo(float).eps))
 
 
 def _answers(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """The place of each correct answer in an array [N, 4]."""
+    """The place of each correct answer in an array [N, k]."""
     return np.arange(len(predictions)), predictions["answer"].map(LETTERS.index).to_numpy()
 
 
@@ -102,19 +87,20 @@ def fit_temperature(predictions: pd.DataFrame) -> float | None:
 def at_temperature(predictions: pd.DataFrame, temperature: float) -> pd.DataFrame:
     """The predictions with logits divided by `temperature`: other probabilities, the same answers."""
     changed = predictions.copy()
-    changed[PROBABILITIES] = np.exp(log_softmax(_log_probabilities(predictions) / temperature, axis=1))
+    columns = predictions.filter(items=PROBABILITIES).columns
+    changed[columns] = np.exp(log_softmax(_log_probabilities(predictions) / temperature, axis=1))
     return changed
 
 
 def _log_probabilities(predictions: pd.DataFrame) -> np.ndarray:
-    return np.log(np.maximum(predictions[PROBABILITIES].to_numpy(float), np.finfo(float).tiny))
+    return np.log(np.maximum(statistics.probabilities(predictions), np.finfo(float).tiny))
 
 
 def calibration_table(versions: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row for each named table of predictions: mean loss, calibration error and its spread, confidence, accuracy."""
+    """A row for each named table of predictions: mean loss, calibration error and its floor, confidence, accuracy."""
     rows = []
     for name, table in versions.items():
-        errors = {"calibration_error": calibration_error(table)} | calibration_spread(table)
+        errors = {"calibration_error": calibration_error(table)} | calibration_floor(table)
         means = {"confidence": confidence(table).mean(), "accuracy": is_correct(table).mean()}
         rows.append({"": name, "log_loss": losses(table).mean()} | errors | means)
     return pd.DataFrame(rows)

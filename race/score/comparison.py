@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2, norm, t
 
-from race import CHANCE, LETTERS, RaceError
+from race import LETTERS, RaceError
 from race.score import statistics
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS, is_correct, not_new
 
@@ -79,9 +79,9 @@ def ensemble(predictions: list[pd.DataFrame]) -> pd.DataFrame:
     An article that one of them was trained or chosen on counts so for the ensemble.
     """
     check_same_questions(predictions)
-    mean = np.mean([table[PROBABILITIES].to_numpy(float) for table in predictions], axis=0)
+    mean = np.mean([statistics.probabilities(table) for table in predictions], axis=0)
     combined = predictions[0].assign(prediction=np.take(LETTERS, mean.argmax(1)))
-    combined[PROBABILITIES] = mean
+    combined[PROBABILITIES[: mean.shape[1]]] = mean
     for column in SEEN_COLUMNS.values():
         combined[column] = functools.reduce(operator.or_, [table[column] for table in predictions])
     return combined
@@ -158,12 +158,15 @@ def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.
     return table.assign(p_holm=statistics.holm(table["p"]))
 
 
-def at_chance(correct: dict[str, np.ndarray]) -> dict[str, list[int]]:
-    """The rows of each recipe's runs [seeds, questions] that do not answer more questions than by chance, if any."""
-    found = {}
+def at_chance(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> dict[str, list[int]]:
+    """The rows of each recipe's runs [seeds, questions] that do not answer more questions than by chance, if any.
+
+    facts: predictions of a run, as against_baseline takes them.
+    """
+    found, chance = {}, 1 / len(statistics.letters_of(facts))
     for name, runs in correct.items():
         low, _ = statistics.wilson(np.asarray(runs).sum(1), np.shape(runs)[1])
-        if rows := np.flatnonzero(low <= CHANCE).tolist():
+        if rows := np.flatnonzero(low <= chance).tolist():
             found[name] = rows
     return found
 
@@ -173,7 +176,7 @@ def compare_runs(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> dict:
 
     without_failed is empty if no run failed, or a run of every seed.
     """
-    found = {"differences": against_baseline(correct, facts), "failed": at_chance(correct)}
+    found = {"differences": against_baseline(correct, facts), "failed": at_chance(correct, facts)}
     failed = sorted({row for rows in found["failed"].values() for row in rows})
     others = {name: np.delete(runs, failed, 0) for name, runs in correct.items()}
     some = failed and len(next(iter(others.values())))

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from race import LETTERS, LEVELS, RaceError
-from race.data import RaceDataModule, build_cache, collate, seen_before
+from race.data import RaceDataModule, Reading, build_cache, collate, seen_before
 from race.device import AUTOCAST, CODE, default_device, default_precision, device_name, versions
 from race.files import atomic_write, file_hash, from_root, locked
 from race.memory import fit_memory, in_parts
@@ -200,6 +200,7 @@ def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split
             continue
         row = {"stage": stage, "checkpoint": checkpoint, "split": split, "level": level}
         row |= {"questions": len(part), "correct": int(statistics.is_correct(part).sum())}
+        row |= {"options": len(statistics.letters_of(part))}
         row |= statistics.by_passage(part)
         row |= {name: part[column].sum(min_count=1) for name, column in SEEN_COLUMNS.items()}
         rows.append(row | {"not_known": part[list(SEEN_COLUMNS.values())].isna().sum().max()})
@@ -210,7 +211,7 @@ def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split
 def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", **how) -> pd.DataFrame:
     """Score one checkpoint on a split; one row a question, in the order of the cache. how: as prediction_settings.
 
-    Columns: example_id, question_index, level, answer and prediction ("A".."D"), p_A … p_D, kind, those of
+    Columns: example_id, question_index, level, answer and prediction ("A" …), p_A …, kind, those of
     RaceDataset.facts and of race.data.seen. Raises RaceError if the model's output is not finite.
     """
     precision = prediction_settings(data, split, **how)["precision"]
@@ -220,7 +221,7 @@ def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", *
         for batch in data.ordered_loader(split):
             parts.append(_probabilities(module, batch, precision))
             bar.update(len(batch))
-    probabilities = np.empty((len(dataset), len(LETTERS)))
+    probabilities = np.empty((len(dataset), data.cache.options))
     probabilities[dataset.length_order()] = np.concatenate(parts)
     if bad := int((~np.isfinite(probabilities)).any(1).sum()):
         raise RaceError(
@@ -231,7 +232,7 @@ def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", *
     table = pd.DataFrame({name: columns[name] for name in ("example_id", "question_index", "level")})
     table["answer"] = np.take(LETTERS, columns["label"])
     table["prediction"] = np.take(LETTERS, probabilities.argmax(1))  # as accuracy is counted in training
-    table[PROBABILITIES] = probabilities
+    table[PROBABILITIES[: data.cache.options]] = probabilities
     facts = dataset.facts()  # of each question, so that analyses need no text
     table["kind"] = facts.pop("question").map(statistics.kind_of_question)
     known = {name: pd.array(column, "boolean") for name, column in seen_before(checkpoint.lineage, dataset).items()}
@@ -247,7 +248,7 @@ def _loaded(checkpoint: Checkpoint, data: RaceDataModule, accelerator: str | Non
 
 @torch.inference_mode()
 def _probabilities(module, batch, precision: str) -> np.ndarray:
-    """[B, 4] probabilities of the options of a batch, computed on the module's device, in micro-batches that fit."""
+    """[B, k] probabilities of the options of a batch, computed on the module's device, in micro-batches that fit."""
     half = AUTOCAST[precision]
     with torch.autocast(module.device.type, half, enabled=half is not None):
         parts = in_parts(module, batch.to(module.device), lambda part, is_last: module(part).double().softmax(1))
@@ -260,25 +261,28 @@ def answer_question(
     """A checkpoint's answer to a typed question: letter, option and probability, a row each; in float32."""
     batch = collate([data.cache.encode_question(article, question, options, data.max_len)])
     probabilities = _probabilities(_loaded(checkpoint, data, accelerator), batch, "32-true")[0]
-    return pd.DataFrame({"letter": LETTERS, "option": options, "probability": probabilities})
+    return pd.DataFrame({"letter": LETTERS[: len(options)], "option": options, "probability": probabilities})
 
 
 def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out: str | Path, **how) -> pd.DataFrame:
     """A checkpoint's choice for every question of a source whose answers may be missing; kept as CSV and parquet.
 
-    Columns: split ("test"), id, question_index, place, question, choice ("A".."D"), option (its text), p_A … p_D; a row
-    for each question, in the order of the source. out: the folder; how: those of `predict`. Raises RaceError.
+    Columns: split ("test"), id, question_index, place, question, choice ("A" …), option (its text), p_A …; a row for
+    each question, in the order of the source. out: the folder; how: those of `predict`. Raises RaceError.
     """
-    cache = data.cache
+    cache, made = data.cache, data.cache.manifest
+    columns = tuple((name, tuple(given)) for name, given in made.get("columns", ()))
+    reading = Reading(False, columns, made.get("numbering", "letters"))
     checkpoint.check_encoding(cache)
     with tempfile.TemporaryDirectory() as folder:
-        made = build_cache(source, str(cache.model), f"{folder}/asked", cache.manifest["max_qa_len"], answers=False)
+        made = build_cache(source, str(cache.model), f"{folder}/asked", cache.manifest["max_qa_len"], how=reading)
         asked = RaceDataModule(f"{folder}/asked", data.batch_size, data.max_len)
         found, dataset = predict(checkpoint, asked, "test", **how), asked.dataset("test")
         texts = [dataset.text(row) for row in range(len(dataset))]
     chosen = [text["options"][LETTERS.index(letter)] for text, letter in zip(texts, found["prediction"], strict=True)]
     found = found.assign(split="test", place=made["places"], question=[it["question"] for it in texts], option=chosen)
-    columns = ["split", "id", "question_index", "place", "question", "choice", "option", *PROBABILITIES]
+    columns = ["split", "id", "question_index", "place", "question", "choice", "option"]
+    columns += [*found.filter(items=PROBABILITIES)]
     table = found.rename(columns={"example_id": "id", "prediction": "choice"})[columns].round(6)
     place = hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]  # names occur in several folders
     path = Path(out) / f"{Path(source).stem[:40]}-{checkpoint.label}-{checkpoint.sha256[:8]}-{place}.csv"

@@ -253,11 +253,14 @@ def _on_new_questions(checkpoint, data: RaceDataModule, split: str, run_dir, **h
     return predictions
 
 
-def accuracies(chosen: Correct, last: Correct | None = None) -> pd.DataFrame:
-    """Mean accuracy over seeds of each recipe, a row each; each and sd: of every seed; at_chance: how many."""
+def accuracies(chosen: Correct, facts: pd.DataFrame, last: Correct | None = None) -> pd.DataFrame:
+    """Mean accuracy over seeds of each recipe, a row each; each and sd: of every seed; at_chance: how many.
+
+    facts: predictions of a run.
+    """
     each = {recipe: pd.Series(runs.mean(1)) for recipe, runs in chosen.items()}
     rows = [{"recipe": name, "accuracy": it.mean(), "each": it.tolist(), "sd": it.std()} for name, it in each.items()]
-    failed = at_chance(chosen)
+    failed = at_chance(chosen, facts)
     table = pd.DataFrame(rows).assign(at_chance=[len(failed.get(name, [])) for name in each])
     return table if last is None else table.assign(last_epoch=[last[recipe].mean() for recipe in each])
 
@@ -284,4 +287,4 @@ def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) 
             facts = _on_new_questions(stage.best(), data, split, run.run_dir, **how).table
             answers.setdefault(stage.name, []).append(is_correct(facts))
     correct = {stage: np.stack(each) for stage, each in answers.items()}
-    return accuracies(correct), compare_runs(correct, facts)
+    return accuracies(correct, facts), compare_runs(correct, facts)

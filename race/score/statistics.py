@@ -55,9 +55,19 @@ def is_correct(predictions: pd.DataFrame) -> np.ndarray:
     return (predictions["answer"] == predictions["prediction"]).to_numpy(bool)
 
 
+def letters_of(predictions: pd.DataFrame) -> list[str]:
+    """The letters of the options, k of them."""
+    return [name[-1] for name in predictions.filter(items=PROBABILITIES)]
+
+
+def probabilities(predictions: pd.DataFrame) -> np.ndarray:
+    """[N, k] of each option."""
+    return predictions.filter(items=PROBABILITIES).to_numpy(float)
+
+
 def confidence(predictions: pd.DataFrame) -> np.ndarray:
     """[N] the probability of the chosen option."""
-    return predictions[PROBABILITIES].to_numpy(float).max(1)
+    return probabilities(predictions).max(1)
 
 
 def wilson(correct, questions, alpha: float = 0.05):
@@ -189,10 +199,10 @@ def holm(p) -> np.ndarray:
 
 
 def confusion(predictions: pd.DataFrame) -> np.ndarray:
-    """[4, 4] counts: correct answers in rows, predictions in columns."""
+    """[k, k] counts: correct answers in rows, predictions in columns."""
     from sklearn.metrics import confusion_matrix
 
-    return confusion_matrix(predictions["answer"], predictions["prediction"], labels=LETTERS)
+    return confusion_matrix(predictions["answer"], predictions["prediction"], labels=letters_of(predictions))
 
 
 def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:

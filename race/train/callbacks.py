@@ -9,11 +9,10 @@ import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning import callbacks
 
-from race import CHANCE, MONITORS
+from race import MONITORS
 from race.train.checkpoints import Checkpoint
 from race.train.state import check_finite, say
 
-CHANCE_LOSS = -math.log(CHANCE)
 STUCK = 5000  # questions
 
 
@@ -72,10 +71,11 @@ class LossWatch(pl.Callback):
         if self._window[2] < STUCK or self.warned:
             return
         mean, self._window = self._window[0] / self._window[2], np.zeros(3)
-        if abs(mean - CHANCE_LOSS) < 0.01:
+        chance = math.log(options := trainer.datamodule.cache.options)
+        if abs(mean - chance) < 0.01:
             self.warned = True
             trainer.progress_bar_callback.print(
-                f"the loss has stayed at {mean:.3f} for about {STUCK:,} questions; chance is ln 4 = {CHANCE_LOSS:.3f}. "
+                f"the loss has stayed at {mean:.3f} for {STUCK:,} questions; chance is ln {options} = {chance:.3f}. "
                 "Random weights stay here for long; with pretrained ones, try another LEARNING_RATE, dropout 0 for "
                 "ALBERT v2, or a batch of 16 questions or more"
             )

@@ -56,7 +56,7 @@ class Stage:
         names = [it for name in list(CHAIN)[list(CHAIN).index(self.name) :] for it in (f"{name}-*", f"resume/{name}")]
         files = " ".join(f"{folder}/{it}.ckpt" for it in names if any(Path(self.checkpoint_dir).glob(f"{it}.ckpt")))
         other = "To train it again, set another CHECKPOINT_DIR and RUN_DIR"
-        return f"{other}, or move its files and those of later stages away: mkdir -p {aside} && mv {files} {aside}"
+        return f"{other}, or move its files and those of later stages away: mkdir -p {aside} && mv -n {files} {aside}"
 
     @functools.cached_property
     def saved(self) -> list[Checkpoint]:

@@ -139,7 +139,7 @@ class KeepState(pl.Callback):
             "steps": trainer.global_step,
             "version": csv.version,
             "log": _log_of(csv),
-            "loggers": {_name(it): {"version": it.version, "log": _log_of(it)} for it in further},
+            "loggers": {type(it).__name__: {"version": it.version, "log": _log_of(it)} for it in further},
         }
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
@@ -160,9 +160,9 @@ class KeepState(pl.Callback):
         same = len(sums) == trainer.world_size  # otherwise the first process takes all
         module.sums = {"train": sums[rank] if same else sums.sum(0) * (rank == 0)}
         if trainer.is_global_zero:
-            logs = {name: kept["log"] for name, kept in state.get("loggers", {}).items()}
-            for logger, name in zip(trainer.loggers, ["", *map(_name, trainer.loggers[1:])], strict=True):
-                _restore_log(logger, logs.get(name, "") if name else state["log"])
+            _restore_log(trainer.logger, state["log"])
+            for logger in trainer.loggers[1:]:
+                _restore_log(logger, state.get("loggers", {}).get(type(logger).__name__, {}).get("log", ""))
 
 
 def _went_on(before: dict, now: dict, state: dict) -> dict:
@@ -175,10 +175,6 @@ def _went_on(before: dict, now: dict, state: dict) -> dict:
         here |= {"epoch": state["epoch"], "batches": state["batches"], "recipe": changed}
         lineage["went_on_with"] = [*went, here]
     return lineage | {"recipe": lineage["recipe"] | {name: now for name, (_, now) in changed.items()}}
-
-
-def _name(logger) -> str:
-    return type(logger).__name__
 
 
 def _log_of(logger) -> str:

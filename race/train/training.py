@@ -19,7 +19,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
 
-from race import LETTERS, MONITORS, RaceError
+from race import HUB_ID, LETTERS, MONITORS, RaceError
 from race.data import Cache, open_cache, seen_articles
 from race.device import AUTOCAST, CODE, default_device, default_precision, hardware, processes, versions
 from race.encoder import attention_kernel, compile_layers, longest_input
@@ -41,7 +41,9 @@ def decoded_question(dataset, index: int = 0) -> pd.DataFrame:
     texts = [dataset.cache.tokenizer.decode(ids) for ids in item["input_ids"]]
     texts = [text if len(text) <= 400 else f"{text[:160]} … {text[-240:]}" for text in texts]
     answers = ["correct" if option == item["label"] else "" for option in range(len(texts))]
-    return pd.DataFrame({"answer": answers, "tokens": map(len, item["input_ids"]), "sequence": texts}, LETTERS)
+    return pd.DataFrame(
+        {"answer": answers, "tokens": map(len, item["input_ids"]), "sequence": texts}, LETTERS[: len(texts)]
+    )
 
 
 def start_stage(
@@ -85,9 +87,9 @@ def _pretrained(cache: Cache, base_model: str | Path | None, settings: dict) -> 
         cache.check_tokenizer(base_model)
     elif not cache.manifest["model"]["weights"]:
         raise RaceError(f"{cache} keeps no weights ({cache.manifest['model']['name']} had none); set BASE_MODEL")
-    else:
-        cache.check_files("model/")
     model, name = base_model or cache.model, str(base_model or cache.manifest["model"]["name"])
+    if base_model and HUB_ID.fullmatch(name) and Path(name).exists():  # a folder that is called like a model of the hub
+        name = str(Path(name).resolve())
     module = RaceModule(model=model, **settings)
     articles = Checkpoint(model).lineage.get("articles") if Path(model).is_dir() else None
     trained = any(str(it).endswith("ForMultipleChoice") for it in load_config(model).architectures or [])

@@ -13,6 +13,7 @@ from test_sources import found, other, parquet, refusal, row, table, without, wr
 import generate_race_cache
 from race import RaceError
 from race.data.passages import read_source
+from race.data.sources import Reading
 
 QUIET = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FIRST, SECOND = RECORD["options"]
@@ -137,9 +138,9 @@ def test_questions_without_answers(tmp_path, suffix, answer):
     else:
         path.write_bytes(table(*rows) if suffix == "csv" else "\n".join(map(json.dumps, rows)).encode())
     asked = [("high1.txt", "high", [-1]), ("high2.txt", "high", [-1]), ("high2.txt", "high", [-1])]  # row by row
-    assert found(path, "test", answers=False) == asked
+    assert found(path, "test", how=Reading(False)) == asked
     path = path.rename(path.with_name(f"train.{suffix}"))
-    assert found(path, "test", answers=False) == asked
+    assert found(path, "test", how=Reading(False)) == asked
     assert f"train.{suffix}" in (said := refusal(path)) and "answer" in said
 
 
@@ -148,9 +149,9 @@ def test_records_without_answers(tmp_path):
     write(tmp_path, "2.json", other("2") | {"answers": [None, "D"]})
     write(tmp_path, "3.json", other("3") | {"answers": float("nan")})
     expected = [("2", "", [-1, 3]), ("3", "", [-1, -1]), ("middle1.txt", "high", [-1, -1])]
-    assert found(tmp_path, "test", answers=False) == expected
+    assert found(tmp_path, "test", how=Reading(False)) == expected
     write(tmp_path, "2.json", other("2") | {"answers": ["X", None]})
-    assert "2.json, question 0: the answer is 'X'" in refusal(tmp_path, False, False)
+    assert "2.json, question 0: the answer is 'X'" in refusal(tmp_path, False, Reading(False))
 
 
 TEXT = st.text(st.characters(codec=None), max_size=8) | st.sampled_from(["", " ", "A", "D", "E", "\0", "\ud800", "_"])
@@ -197,7 +198,7 @@ def test_any_records_are_read_or_refused(tmp_path, records, skip, answers):
     folder.mkdir()
     for number, record in enumerate(records):
         write(folder, f"train/{number}.json", record)
-    read_or_refused(folder, skip, answers)
+    read_or_refused(folder, skip, Reading(answers))
 
 
 @QUIET
@@ -211,4 +212,4 @@ def test_any_table_is_read_or_refused(tmp_path, cells, text, skip):
     rows = [row(1) | {key: value for key, value in more.items() if key in row()} for more in cells]
     write(folder, "train.csv", table(row(2), *rows) + text.encode())
     write(folder, "train.jsonl", b"\n".join(json.dumps(line).encode() for line in [row(3), *cells]))
-    read_or_refused(folder, skip, False)
+    read_or_refused(folder, skip, Reading(False))

@@ -19,6 +19,7 @@ from helpers import RECORD, ROOT
 
 from race import RaceError
 from race.data.passages import read_source
+from race.data.sources import Reading
 
 
 def write(folder: Path, name: str, content) -> None:
@@ -149,7 +150,7 @@ def test_a_name_says_the_split(tmp_path, name):
 def test_a_name_says_no_split(tmp_path, name):
     write(tmp_path, name, table(row()))
     assert "train, dev (or val) and test" in refusal(tmp_path) and "train, dev" in refusal(tmp_path / name)
-    assert found(tmp_path, "test", answers=False) == found(tmp_path / name, "test", answers=False)
+    assert found(tmp_path, "test", how=Reading(False)) == found(tmp_path / name, "test", how=Reading(False))
     write(tmp_path, "dev.csv", table(row()))
     splits, (note,) = read_source(str(tmp_path))
     assert list(splits) == ["validation"] and note.startswith("1 file(s) of no split") and note.endswith(name)
@@ -267,9 +268,9 @@ def test_problems_of_rows_come_together(tmp_path):
 
 @pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.parquet"])
 def test_a_table_without_the_columns_is_one_problem(tmp_path, name):
-    """Also where it has five columns of options."""
-    five = without(row(), "options") | dict.fromkeys("ABCDE", "x")
-    for rows in ([{"example_id": "1", "question": "Who?", "a": "x", "b": "y", "c": "z"}] * 2, [five] * 2):
+    """Also where it has nine columns of options."""
+    nine = without(row(), "options") | {f"option{number}": "x" for number in range(9)}
+    for rows in ([{"example_id": "1", "question": "Who?", "a": "x", "b": "y", "c": "z"}] * 2, [nine] * 2):
         parquet(tmp_path / name, *rows) if name.endswith("parquet") else write(tmp_path, name, table(*rows))
         said = refusal(tmp_path)
         assert "1 problem(s)" in said and f"{name}: expected the columns article, question, options, answer" in said

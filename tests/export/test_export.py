@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import ROOT
 from huggingface_hub import ModelCard
+from predictions import PROBABILITIES
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
@@ -23,7 +24,6 @@ from race.data.module import RaceDataset
 from race.export.__main__ import main
 from race.export.folder import ancestry, export_checkpoint, is_race, model_card, public_name
 from race.files import file_hash
-from race.score.statistics import PROBABILITIES
 from race_module import RaceModule
 
 FAMILIES = ("albert", "bert", "deberta-v2")

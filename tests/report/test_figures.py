@@ -45,7 +45,7 @@ def groups(levels=("middle", "high"), names=("why", "how", "main idea or title")
 def accuracies(levels=("all", "middle", "high"), accuracy=0.75, stage="e3") -> pd.DataFrame:
     """A made-up accuracy table."""
     table = pd.DataFrame({"level": levels, "stage": stage, "split": "test", "questions": 1436, "accuracy": accuracy})
-    return table.assign(passage_low=max(accuracy - 0.03, 0), passage_high=min(accuracy + 0.03, 1))
+    return table.assign(options=4, passage_low=max(accuracy - 0.03, 0), passage_high=min(accuracy + 0.03, 1))
 
 
 def story(lengths, name: str = "e", **columns) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import recipes_by_hand
-from predictions import made, random_predictions, two
+from predictions import PROBABILITIES, made, random_predictions, two
 from scipy.stats import binomtest, norm, t
 
 from race import RaceError
@@ -24,7 +24,6 @@ from race.score.comparison import (
     seeds_needed,
     shown_pairs,
 )
-from race.score.statistics import PROBABILITIES
 
 
 def test_a_pair_by_hand():
@@ -227,6 +226,7 @@ def test_recipes_against_the_first_one():
 def test_a_run_at_chance_is_named_and_left_out():
     (chain, linear), place = simulate(np.random.default_rng(6), 3, 0.2)
     failed, facts = linear.copy(), pd.DataFrame({"example_id": place, "level": ""}).assign(**NEW)
+    facts[PROBABILITIES] = 0.25
     failed[1] = np.random.default_rng(0).random(len(place)) < 0.25
     correct = {"chain": chain, "linear": failed}
     found, none = compare_runs(correct, facts), compare_runs({"chain": chain, "linear": linear}, facts)

@@ -3,10 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from predictions import made, on_passages, random_predictions
+from predictions import LETTERS, made, on_passages, random_predictions
 from scipy.stats import chi2, hypergeom
 
-from race import LETTERS
 from race.score.calibration import calibration_error
 from race.score.predictions import accuracy_table
 from race.score.statistics import (

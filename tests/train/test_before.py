@@ -17,11 +17,11 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 from helpers import ROOT
+from predictions import PROBABILITIES
 
 from race.data import RaceDataModule
 from race.data.cache import verify_cache
 from race.score.predictions import score
-from race.score.statistics import PROBABILITIES
 from race.train.stages import Stage, read_log
 from race.train.training import start_stage, train_stage
 
