@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     last = "truncate question+option from the left to N tokens"
     add("--max-qa-len", type=int, metavar="N", default=MAX_QA_LEN, help=last)
     stands = "what stands for article (article=: there are none), question, options (options=a,b,c), answer, id, level"
-    add("--columns", nargs="+", metavar="NAME=COLUMN", default=[], help=f"{stands}; question.stem is nested")
+    add("--columns", nargs="+", action="extend", metavar="NAME=COLUMN", default=[], help=f"{stands}; a.b is nested")
     numbered = "how answers are written: letters (the default), numbers from 0 or from 1, or the text of the option"
     add("--answers", choices=("letters", "0", "1", "text"), default="letters", dest="numbering", help=numbered)
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)")
@@ -56,8 +56,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.source == "demo":
         options.model = options.model or "demo"
     pairs = [pair.partition("=") for pair in options.columns]
-    if wrong := [name for name, *_ in pairs if name not in ("article", "question", "options", "answer", "id", "level")]:
-        parser.error(f"--columns {', '.join(wrong)}: expected article=, question=, options=, answer=, id= or level=")
+    known, given = ("article", "question", "options", "answer", "id", "level"), [name for name, *_ in pairs]
+    if wrong := [name for name, sign, _ in pairs if name not in known or not sign or given.count(name) > 1]:
+        parser.error(f"--columns {', '.join(wrong)}: expected once article=, question=, options=, answer=, id=, level=")
     options.columns = tuple((name, tuple(filter(None, given.split(",")))) for name, _, given in pairs)
     missing = [f"--{name}" for name in ("source", "model", "out") if not getattr(options, name)]
     if missing and not options.verify:

@@ -1,4 +1,4 @@
-"""RACE as a task: four options a question, two levels, three splits. Constants and the error class of the package."""
+"""RACE as a task: options of a question, two levels, three splits. Constants and the error class of the package."""
 
 import os
 import re

@@ -163,15 +163,18 @@ def finished(notebook: tuple[str, dict]) -> bool:
 def inputs(notebook: str, parameters: dict) -> dict:
     """What decides a notebook's results beside its parameters: cells, code, cache, checkpoints of its stage and before.
 
-    Also whether the results of an evaluation are still there.
+    Of a stage the code of the method, of an evaluation all code; and whether its results are still there.
     """
     cells, folder = nbformat.read(ROOT / f"{notebook}.ipynb", 4).cells, ROOT / parameters["CHECKPOINT_DIR"]
     cells, names = [cell.source for cell in cells if cell.cell_type == "code"], list(CHAIN.values())
     stages = list(CHAIN)[: names.index(notebook) + 1 if notebook in names else None]
-    found = [(path.name, path.stat()) for stage in stages for path in sorted(folder.glob(f"{stage}-*.ckpt"))]
+    files = [path for stage in stages for path in sorted(folder.glob(f"{stage}-*.ckpt"))]
+    given = [ROOT / parameters[name] for name in ("BASE_CHECKPOINT", "CHECKPOINT") if parameters.get(name)]
+    found = [(path.name, path.stat()) for path in (*files, *filter(Path.is_file, given))]
+    code = [path.read_bytes() for path in sorted(ROOT.glob("race/**/*.py")) if notebook not in names]
     return {
         "cells": hashlib.sha256("\n".join(cells).encode()).hexdigest(),
-        "code": CODE,
+        "code": [CODE, hashlib.sha256(b"".join(code)).hexdigest()],
         "cache": file_hash(ROOT / parameters["CACHE_DIR"] / "manifest.json"),
         "checkpoints": [[name, of_file.st_size, of_file.st_mtime_ns] for name, of_file in found],
         "results": notebook in names or (ROOT / parameters["RUN_DIR"] / "results.csv").exists(),

@@ -20,8 +20,8 @@ AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.flo
 DRIVER = Path("/proc/driver/nvidia/version")
 DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # of containers and WSL, which have no /proc file
 
-METHOD = ("race_module", "race/encoder", "race/attention", "race/schedule", "race/data/batches", "race/data/encoding")
-METHOD += ("race/data/module",)  # the code that decides what a run learns and answers
+METHOD = ("race_module", "race/encoder", "race/attention", "race/memory", "race/schedule")
+METHOD += ("race/data/encoding", "race/data/module", "race/data/batches")  # what decides what a run learns and answers
 
 
 def code_hash(root: Path = ROOT) -> str:
@@ -134,7 +134,7 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def processes() -> tuple[int, int, list]:
+def processes(gpu: bool = True) -> tuple[int, int, list]:
     """(processes on this node, nodes, Lightning's environment plugins) as torchrun or srun started them; else one."""
     ipython = sys.modules.get("IPython")
     notebook = getattr(ipython and ipython.get_ipython(), "kernel", None) is not None  # one process, whoever started it
@@ -146,7 +146,7 @@ def processes() -> tuple[int, int, list]:
         per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
         if "," in per_node or tasks % nodes:
             raise RaceError(f"{tasks} tasks on {nodes} nodes ({per_node}): start as many on each (--ntasks-per-node)")
-        if tasks // nodes > torch.cuda.device_count() == 1:
+        if gpu and tasks // nodes > torch.cuda.device_count() == 1:
             raise RaceError("each task sees one GPU only: ask for --gpus-per-node in place of --gpus-per-task")
         os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // nodes)  # that of the job, or missing: Lightning would refuse
         return tasks // nodes, nodes, [SLURMEnvironment(auto_requeue=False)]

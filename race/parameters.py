@@ -21,7 +21,7 @@ OF_SCORING = ("RUN_DIR", "SPLIT", "PRECISION", "ACCELERATOR")
 OF_MODULE = ("LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "ATTENTION_DROPOUT", "TOKEN_BUDGET")
 OF_TRAINING = ("MAX_EPOCHS", "EARLY_STOPPING", "SAVE_MINUTES", "PRECISION", "ACCELERATOR")
 OF_TRAINING += ("DETERMINISTIC", "COMPILE", "LOGGERS", "ACCEPT_CODE")
-FRESH = "set another CHECKPOINT_DIR and RUN_DIR, or move its files and those of later stages away (docs/resuming.md)"
+FRESH = "set another CHECKPOINT_DIR and RUN_DIR, or move its files and those of later stages to another folder"
 GONE = {"FRESH": f"FRESH is gone: {FRESH}", "--fresh": f"--fresh is gone: {FRESH}"}
 GONE["--jobs"] = "--jobs is gone: start the command once for each seed (--seeds 1), then with all of them"
 
@@ -108,7 +108,7 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "weight_decay": ("of AdamW, for matrices", FINITE),
     "adam_epsilon": ("of AdamW", FINITE),
     "MAX_EPOCHS": ("epochs of the stage", FROM_1),
-    "BATCH_SIZE": ("questions of a step, four sequences each", FROM_1),
+    "BATCH_SIZE": ("questions of a step, with a sequence for each option", FROM_1),
     "MAX_LEN": ("tokens of a sequence", FROM_1),
     "max_qa_len": ("tokens of question+option", FROM_1),
     "SEED": ("of the new head, order, dropout and samples", SEED),
@@ -185,7 +185,7 @@ def parse_set(pairs: list[str], stage: str | None = None, takers: dict[str, set]
             expected = f"expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of {', '.join(OF_NOTEBOOKS)}"
             problems.append(f"--set {pair}: {GONE.get(name, expected)}")
         elif name not in takers.get(whose, ()):
-            problems.append(f"--set {pair}: no notebook takes it here (with --seeds or recipes, each run has its own)")
+            problems.append(f"--set {pair}: no notebook takes it here, or --seeds and recipes set it for each run")
         elif not dot or whose == stage:
             (own if dot else general)[name] = os.path.expanduser(value)
     if problems:

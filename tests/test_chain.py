@@ -215,7 +215,7 @@ def test_a_stopped_notebook_ends_the_chain(ran, monkeypatch, capsys, last):
         ("--recipe fast", "--recipe fast"),
         ("--recipe linear --stages e2", "--stages e2: recipe linear has e1 only"),
         ("--recipe chain linear --set RUN_DIR=x", "--set RUN_DIR"),
-        ("--seeds 1 2 --set e1.SEED=3", "--set e1.SEED=3: no notebook takes it here (with --seeds"),
+        ("--seeds 1 2 --set e1.SEED=3", "--set e1.SEED=3: no notebook takes it here, or --seeds"),
         ("--recipe chain --recipe linear --set e1.MAX_EPOCHS=1", "--set e1.MAX_EPOCHS=1: no notebook"),
         ("--set E1.MAX_EPOCHS=1", "--set E1.MAX_EPOCHS=1: expected NAME=VALUE"),
         ("--set e1.BASE_CHECKPOINT=x", "--set e1.BASE_CHECKPOINT=x: no notebook takes it"),

@@ -111,7 +111,7 @@ class Cache:
         record = {"id": "typed", "article": article, "questions": [question], "options": [options], "answers": ["A"]}
         if problems := record_problems(record, Reading(options=len(options), articles=bool(self.template.between))):
             raise RaceError("; ".join(problem for _, problem in problems))
-        (article_ids,) = tokenize(self.tokenizer, [article]).to_pylist()
+        (article_ids,) = tokenize(self.tokenizer, [article if self.template.between else ""]).to_pylist()
         texts = [question_option(question, option) for option in options]
         qa_ids = keep_last(tokenize(self.tokenizer, texts), self.manifest["max_qa_len"])
         return self.template.item(article_ids, qa_ids.to_pylist(), max_len, 0, "typed")
@@ -187,7 +187,7 @@ def build_cache(
     with temporary_folder(out) as temporary:
         folder = temporary / out.name
         manifest = _write_cache(folder, source, splits, left_out, model, max_qa_len)
-        manifest |= {"columns": how.columns, "numbering": how.numbering} if how.columns else {}
+        manifest |= {"columns": how.columns, "numbering": how.numbering} if how[1:3] != PLAIN[1:3] else {}
         manifest["seconds"] = round(time.perf_counter() - started, 2)
         write_manifest(folder / "manifest.json", manifest)
         places = {} if how.answers else {"places": [place for passage in splits["test"] for place in passage.asked_at]}

@@ -49,10 +49,10 @@ def read_source(
 
 
 def _expected(records: list[dict], how: Reading) -> Reading:
-    """Each question is to have as many options as most; a source may have no article at all: they become empty."""
+    """Each question is to have as many options as most; without articles (--columns article=), they become empty."""
     lists = (record["options"] for record in records if isinstance(record.get("options"), list))
     sizes = Counter(len(options) for of_record in lists for options in of_record if isinstance(options, list))
-    articles = not all(is_missing(record.get("article")) for record in records)
+    articles = ("article", ()) not in how.columns
     for record in () if articles else records:
         record["article"] = ""
     options = max(sizes, key=lambda size: (sizes[size], size == OPTIONS), default=OPTIONS)

@@ -225,12 +225,13 @@ def _columns(names: tuple[str, ...], how: Reading) -> dict[str, Callable[[dict],
     options = {match[1] or match[2]: name for word, name in plain.items() if (match := OPTION.fullmatch(word))}
     if len(options) > 1 and any(it.startswith("".join(sorted(options))) for it in ("abcdefgh", "01234567", "12345678")):
         columns.setdefault("options", [options[key] for key in sorted(options)])
-    unknown = [it for _, given in how.columns for it in given if not {it, it.partition(".")[0]} & {*names}]
-    columns |= {key: given for key, given in how.columns if not {*given} & {*unknown}}
-    if not {*WANTED[: 4 if how.answers else 3]} <= columns.keys():
+    wanted = {key: given for key, given in how.columns if key != "answer" or how.answers or {*given} & {*names}}
+    unknown = [it for given in wanted.values() for it in given if not {it, it.partition(".")[0]} & {*names}]
+    columns |= wanted
+    if unknown or not {*WANTED[: 4 if how.answers else 3]} <= columns.keys():
         found = f"found: {', '.join(map(repr, names))[:200] or 'none'}; --columns says what stands for them"
-        wanted = f"{', '.join(WANTED)} (or A, B, C … in place of options)"
-        raise RaceError(f"expected the columns {', '.join(unknown) if unknown else wanted}; {found}")
+        expected = ", ".join(unknown) or f"{', '.join(WANTED)} (or A, B, C … in place of options)"
+        raise RaceError(f"expected the columns {expected}; {found}")
     return {key: functools.partial(_cell, tuple(paths)) for key, paths in columns.items()}
 
 
@@ -270,8 +271,11 @@ def _record(value: Any, level: str, how: Reading) -> dict:
 
 def _letter(answer: Any, options: list, numbering: str) -> Any:
     """The letter of an answer that is a number, or the text of an option; anything else as it is."""
-    found = attempt(lambda: options.index(answer) if numbering == "text" else int(answer) - int(numbering))
-    return LETTERS[found] if isinstance(found, int) and 0 <= found < len(LETTERS) else answer
+    if numbering == "text":
+        found = [place for place, option in enumerate(options) if option == answer]
+    else:
+        found = [int(number) - int(numbering)] if (number := str(answer).removesuffix(".0")).isdecimal() else []
+    return LETTERS[found[0]] if len(found) == 1 and 0 <= found[0] < len(LETTERS) else answer
 
 
 def _listed(options: Any) -> Any:

@@ -24,6 +24,8 @@ from race_module import RaceModule
 
 TEMPLATE = Path(__file__).with_name("card.md")
 RACE_HOME = "https://www.cs.cmu.edu/~glai1/data/race/"
+OF_EXPORTS = ["results.csv", "special_tokens_map.json", "added_tokens.json", "spiece.model", "vocab.txt", "vocab.json"]
+OF_EXPORTS += ["merges.txt"]  # of earlier exports, or of other versions of transformers
 LOGIT_TOLERANCE = 1e-4  # float32 sums in another order differ by about 1e-6; wrong weights by far more
 
 
@@ -67,7 +69,7 @@ def export_checkpoint(
             differ = f"of other content ({', '.join(sorted(others[0] + others[1]))}): choose another folder"
             raise RaceError(f"{out} is an earlier export {differ} (python -m race.export --force replaces it)")
         (folder / "export.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
-        move_into_place(folder, out, known=["results.csv"])
+        move_into_place(folder, out, known=OF_EXPORTS)
     return out
 
 

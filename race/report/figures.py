@@ -282,10 +282,9 @@ def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame, options: int = 
     blocks, across = -(-len(names) // 5), min(5, len(names))
     shape = {"sharex": True, "squeeze": False, "height_ratios": (1.1, 1.1, 0.6) * blocks}
     figure, drawn = plt.subplots(3 * blocks, across, figsize=(WIDTH, 0.8 + 3 * blocks), **shape)
-    for row, line_of_axes in enumerate(drawn):
-        for axes in line_of_axes:
-            axes.sharey(drawn[row % 3, 0])
-            axes.tick_params(labelleft=axes is line_of_axes[0])
+    for (row, place), axes in np.ndenumerate(drawn):
+        axes.sharey(drawn[row % 3, 0])
+        axes.tick_params(labelleft=place == 0)
     columns = [drawn[block : block + 3, column] for block in range(0, 3 * blocks, 3) for column in range(across)]
     for axes in np.ravel(columns[len(names) :]):
         axes.set_axis_off()

@@ -1,4 +1,4 @@
-"""Figures of one checkpoint's scores: by group, by letter, by confidence, and of one typed question."""
+"""Figures of one checkpoint's scores: by group, by letter, by confidence."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -68,7 +68,7 @@ def groups_figure(table: pd.DataFrame, title: str, options: int = OPTIONS) -> Fi
 @plt.style.context(STYLE)
 def confusion_figure(counts: np.ndarray) -> Figure:
     """Correct answers against predictions as counts (race.score.statistics.confusion), and how often each letter is."""
-    figure, (axes, bars) = plt.subplots(1, 2, figsize=(WIDTH, 2.9), width_ratios=(1, 1.4))
+    figure, (axes, bars) = plt.subplots(1, 2, figsize=(WIDTH, max(2.9, 1 + 0.45 * len(counts))), width_ratios=(1, 1.4))
     axes.imshow(counts / counts.max(), cmap="Blues", vmin=0, vmax=1.8)  # light enough for dark words
     for (row, column), value in np.ndenumerate(counts):
         axes.text(column, row, f"{value:,}", ha="center", va="center", fontsize=9)
@@ -134,19 +134,3 @@ def confidence_figure(versions: dict, calibration: pd.DataFrame, curve: pd.DataF
     plt.setp([diagram, coverage], ylim=(-0.03, 1.03))
     keys += [key("perfectly calibrated", line="-."), chance_key(options)]
     return figures.finish(figure, *keys, Patch(label="95 % interval of each point by itself", **band), columns=3)
-
-
-@plt.style.context(STYLE)
-def options_figure(answers: pd.DataFrame) -> Figure:
-    """The probability of each option of one question (race.score's answer_question)."""
-    cut = [f"{row.letter}  {row.option[:60]}{'…' if len(row.option) > 60 else ''}" for row in answers.itertuples()]
-    figure, axes = figures.row_figure([wrapped(label, 3) for label in cut])
-    highest = answers["probability"] == answers["probability"].max()
-    fills, edges = np.where(highest, BLUE, "white"), np.where(highest, BLUE, GREY)
-    axes.barh(range(len(answers)), answers["probability"], 0.7, color=fills, edgecolor=edges)
-    for place, value in enumerate(answers["probability"]):
-        figures.beside(axes, place, percent(value))
-    best = answers.loc[answers["probability"].idxmax()]
-    title = f"The model chooses {best['letter']}, with a probability of {percent(best['probability'])}"
-    figures.accuracy_axis(axes, "probability", len(answers), 0)
-    return figures.finish(figure, chance_key(len(answers)), title=title)

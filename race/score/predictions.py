@@ -270,13 +270,15 @@ def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out:
     Columns: split ("test"), id, question_index, place, question, choice ("A" …), option (its text), p_A …; a row for
     each question, in the order of the source. out: the folder; how: those of `predict`. Raises RaceError.
     """
-    cache, made = data.cache, data.cache.manifest
-    columns = tuple((name, tuple(given)) for name, given in made.get("columns", ()))
-    reading = Reading(False, columns, made.get("numbering", "letters"))
+    cache, manifest = data.cache, data.cache.manifest
+    columns = tuple((name, tuple(given)) for name, given in manifest.get("columns", ()))
+    reading = Reading(False, columns, manifest.get("numbering", "letters"))
     checkpoint.check_encoding(cache)
     with tempfile.TemporaryDirectory() as folder:
         made = build_cache(source, str(cache.model), f"{folder}/asked", cache.manifest["max_qa_len"], how=reading)
         asked = RaceDataModule(f"{folder}/asked", data.batch_size, data.max_len)
+        if asked.cache.options != cache.options:
+            raise RaceError(f"{source}: {asked.cache.options} options a question; {cache} has {cache.options}")
         found, dataset = predict(checkpoint, asked, "test", **how), asked.dataset("test")
         texts = [dataset.text(row) for row in range(len(dataset))]
     chosen = [text["options"][LETTERS.index(letter)] for text, letter in zip(texts, found["prediction"], strict=True)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from race import RaceError
+from race import CHAIN, RaceError
 from race.data import Cache, RaceDataModule
 from race.recipes import run_name
 from race.score.comparison import at_chance, compare_runs
@@ -51,12 +51,12 @@ class Run:
     @property
     def last_epoch(self):
         """The checkpoint of the last epoch of its last stage."""
-        return max(self.stages[-1].saved, key=lambda it: it.epoch)
+        return _newest(self.stages[-1])
 
     def settings(self) -> dict:
         """What each stage was trained with, as its checkpoints remember it, but the seed: {"e1 batch_size": 32, …}."""
         return {
-            f"{stage.name} {name}": value for stage in self.stages for name, value in _settings(stage.saved[0]).items()
+            f"{stage.name} {name}": value for stage in self.stages for name, value in _settings(_newest(stage)).items()
         }
 
     def problem(self) -> str | None:
@@ -79,11 +79,16 @@ class Run:
         return None
 
 
+def _newest(stage: Stage):
+    return max(stage.saved, key=lambda it: it.epoch)
+
+
 def _settings(checkpoint) -> dict:
     """The recipe of a checkpoint and its cache, without what does not change the training."""
-    lineage, numerics = checkpoint.lineage, ("seed", "token_budget", "accelerator", "deterministic", "compile")
+    lineage, other = checkpoint.lineage, ("seed", "max_epochs", "early_stopping")  # seen in the checkpoints themselves
+    other += ("token_budget", "accelerator", "deterministic", "compile")  # of rounding
     own = {"code": lineage.get("code"), "cache": (lineage.get("cache") or {}).get("source_sha256")}
-    own |= {name: value for name, value in lineage.get("recipe", {}).items() if name not in numerics}
+    own |= {name: value for name, value in lineage.get("recipe", {}).items() if name not in other}
     for later in lineage.get("went_on_with", []):  # what was changed on the way
         own |= {name: f"{old}, then {new}" for name, (old, new) in later.get("recipe", {}).items() if name in own}
         own["code"] = later.get("code") or own["code"]
@@ -121,7 +126,8 @@ def unlike(runs: list[Run]) -> list[str]:
     problems, first = [], runs[0].settings()
     for run in runs[1:]:
         own = run.settings()
-        if differ := sorted(name for name in own.keys() & first.keys() if own[name] != first[name]):
+        names = {name for name in own.keys() | first.keys() if own.get(name) != first.get(name)}
+        if differ := sorted(names - {f"{it} code" for it in CHAIN if not {f"{it} code"} <= own.keys() & first.keys()}):
             told = f"{run.checkpoint_dir} differs from {runs[0].checkpoint_dir} in {', '.join(differ)}"
             problems.append(f"{told}: runs of one recipe differ in their seed only")
     hashes = [run.chosen.sha256 for run in runs]
@@ -141,7 +147,7 @@ def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
     """
     rows = []
     for run in itertools.chain(*found.values()):
-        last, saved = run.stages[-1].saved[0], [len(stage.saved) for stage in run.stages]
+        last, saved = run.last_epoch, [len(stage.saved) for stage in run.stages]
         row = {"recipe": run.recipe, "stages": len(run.stages), "epochs": 0, "questions": 0, "checkpoints": sum(saved)}
         row["choices"] = " + ".join(map(str, saved))
         for stage in run.stages:

@@ -92,7 +92,7 @@ class StageReport(pl.Callback):
         """Say and log what is in force; start the clock; log short epochs more often, so that a trial has curves."""
         say(f"training on {self.device}; TOKEN_BUDGET {module.token_budget:,}")
         known = {name: module.lineage.get(name) for name in ("stage", "base", "code")} | module.lineage["recipe"]
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.global_step == 0 else ():  # MLflow refuses other values later
             logger.log_hyperparams(known | {"cache": module.lineage["cache"]["source"]})
         self._batches = trainer.datamodule.batches_per_epoch()
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self._batches // 20))

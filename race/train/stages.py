@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import shlex
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -51,12 +50,11 @@ class Stage:
     @property
     def how_to_train_again(self) -> str:
         """What to do to train it again from its start: a sentence."""
-        folder = shlex.quote(str(self.checkpoint_dir))
-        aside = f"{folder}/earlier/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        names = [it for name in list(CHAIN)[list(CHAIN).index(self.name) :] for it in (f"{name}-*", f"resume/{name}")]
-        files = " ".join(f"{folder}/{it}.ckpt" for it in names if any(Path(self.checkpoint_dir).glob(f"{it}.ckpt")))
-        other = "To train it again, set another CHECKPOINT_DIR and RUN_DIR"
-        return f"{other}, or move its files and those of later stages away: mkdir -p {aside} && mv -n {files} {aside}"
+        folder, later = Path(self.checkpoint_dir), list(CHAIN)[list(CHAIN).index(self.name) :]
+        names = [f"{it}.ckpt" for name in later for it in (f"{name}-*", f"resume/{name}")]
+        files = " ".join(f"{shlex.quote(str(folder))}/{it}" for it in names if any(folder.glob(it)))
+        again = "To train it again, set another CHECKPOINT_DIR and RUN_DIR, or move its files and those of later stages"
+        return f"{again} to another folder: {files}"
 
     @functools.cached_property
     def saved(self) -> list[Checkpoint]:

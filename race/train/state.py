@@ -52,9 +52,8 @@ def read_state(path: Path) -> dict | None:
 
 def other_code(lineage: dict) -> str | None:
     """Which code made this, if it was not the one that runs now; None also for versions that did not note it."""
-    codes = [lineage.get("code"), *(it.get("code") for it in lineage.get("went_on_with", []))]
-    last = next(filter(None, reversed(codes)), CODE)
-    return None if last == CODE else f"other code than this (commit {lineage.get('commit')})"
+    known = [it for it in (lineage, *lineage.get("went_on_with", [])) if it.get("code")]
+    return f"other code than this (commit {known[-1]['commit']})" if known and known[-1]["code"] != CODE else None
 
 
 class KeepState(pl.Callback):
@@ -174,7 +173,7 @@ def _went_on(before: dict, now: dict, state: dict) -> dict:
     if changed or here != {name: (went[-1] if went else lineage).get(name) for name in here}:
         here |= {"epoch": state["epoch"], "batches": state["batches"], "recipe": changed}
         lineage["went_on_with"] = [*went, here]
-    return lineage | {"recipe": lineage["recipe"] | {name: now for name, (_, now) in changed.items()}}
+    return lineage | {"recipe": now["recipe"] | lineage["recipe"] | {name: it for name, (_, it) in changed.items()}}
 
 
 def _log_of(logger) -> str:

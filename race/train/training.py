@@ -195,7 +195,7 @@ def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, name: s
     save_dir is `run_dir`/loggers, name is `name`, and version (or run_id) that of the run that resumes from `state`.
     Raises RaceError.
     """
-    made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": name}
+    made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": name, "run_name": name}
     for named, given in (wanted or {}).items():
         module, _, kind = named.rpartition(".")
         before = ((state or {}).get("loggers", {}).get(kind) or {}).get("version")
@@ -247,7 +247,7 @@ def _trainer(
     purge = {"purge_step": state["steps"]} if state else {}  # what was logged after the state is logged again
     board = TensorBoardLogger(logs, stage.name, version=csv.version, **purge)
     half = [MixedPrecision(precision, device.type)] if AUTOCAST.get(precision) else []
-    devices, nodes, environment = processes()
+    devices, nodes, environment = processes(device.type == "cuda")
     return pl.Trainer(
         precision=None if half else precision,  # a plugin says its own
         accelerator=device.type,

@@ -93,11 +93,17 @@ def test_a_stage_and_its_numbers(exam, tmp_path):
     assert letters_of(found.table) == [*"ABCDEFGH"[:options]] and found.results["options"].eq(options).all()
     chance = {3: "33.3 %", 4: "25 %", 5: "20 %"}[options]
     assert f"chance, {chance}, is " in sentences.headline(found.results)
-    article = "" if not cache.template.between else "In the park."
-    typed = answer_question(checkpoint, data, article, "Where?", FIVE[:options])
+    typed = answer_question(checkpoint, data, "In the park.", "Where?", FIVE[:options])
+    if not cache.template.between:  # an article would be glued to the question
+        assert typed.equals(answer_question(checkpoint, data, "", "Where?", FIVE[:options]))
     assert typed["letter"].tolist() == [*"ABCDEFGH"[:options]] and typed["probability"].sum() == pytest.approx(1)
     asked = save_answers(checkpoint, str(tmp_path / "source" / "dev.json"), data, tmp_path / "out", accelerator="cpu")
     np.testing.assert_allclose(asked.filter(like="p_"), found.table.filter(regex="^p_"), atol=1e-5)
+    if options == 3:
+        two = {"article": "a", "id": "1", "questions": ["Who?"], "options": [["x", "y"]], "answers": ["A"]}
+        (tmp_path / "two.json").write_text(json.dumps(two))
+        with pytest.raises(RaceError, match="2 options a question; .* has 3"):
+            save_answers(checkpoint, str(tmp_path / "two.json"), data, tmp_path / "out", accelerator="cpu")
 
 
 def test_numbers_of_options_that_vary_are_refused_by_place(tmp_path):
@@ -108,12 +114,24 @@ def test_numbers_of_options_that_vary_are_refused_by_place(tmp_path):
         read_source(str(tmp_path))
 
 
+def test_articles_that_are_all_blank_are_no_source_without_passages(tmp_path, capsys):
+    (tmp_path / "train.csv").write_text("article,question,A,B,answer\r\n,Who?,Tom,Ann,A\r\n")
+    command = [f"--source={tmp_path}", "--model=demo", f"--out={tmp_path / 'out'}"]
+    assert generate_race_cache(command) == 1 and "row 2: article: " in capsys.readouterr().err
+    assert generate_race_cache([*command, "--columns", "article="]) == 0
+    for wrong in (["article"], ["article=a", "article=b"], ["text=a"]):
+        with pytest.raises(SystemExit):
+            generate_race_cache([*command, "--columns", *wrong])
+
+
 def test_an_unknown_column_is_named(tmp_path, capsys):
     (tmp_path / "train.csv").write_text("context,question,A,B,answer\r\nTom ran.,Who?,Tom,Ann,2\r\n")
     command = [f"--source={tmp_path}", "--model=demo", f"--out={tmp_path / 'out'}", "--columns"]
     assert generate_race_cache([*command, "article=text"]) == 1
     said = capsys.readouterr().err
     assert "'context', 'question'" in said and "--columns says what stands for them" in said
+    assert generate_race_cache([*command, "article=context", "question=qestion"]) == 1  # although there is a question
+    assert "expected the columns qestion;" in capsys.readouterr().err
     assert generate_race_cache([*command, "article=context", "--answers=1"]) == 0
     assert "2 options a question" in capsys.readouterr().out
     assert RaceDataset(tmp_path / "out", "train")[0]["label"] == 1

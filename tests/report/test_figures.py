@@ -94,11 +94,6 @@ def confidence(predictions: pd.DataFrame, names=("as it is", "at temperature 1.3
     return score_figures.confidence_figure(tables, calibration_table(versions), coverage_curve(predictions))
 
 
-def options(probabilities, option: str = "the park"):
-    table = pd.DataFrame({"letter": list("ABCD"), "option": option, "probability": probabilities})
-    return score_figures.options_figure(table)
-
-
 ONE = {"accuracy": 1.0, "accuracy_low": 0.9, "accuracy_high": 1.0}
 DRAWN = {
     "training": lambda: figures.training_curves(log([1.0, 0.8, 0.9], [0.55, 0.66, 0.67]), "e1"),
@@ -125,8 +120,6 @@ DRAWN = {
     "confusion of 1": lambda: score_figures.confusion_figure(confusion(made("A", "A"))),
     "confidence": lambda: confidence(random_predictions(2000)),
     "confidence of 1": lambda: confidence(made("A", "A", [1.0]), ["as it is"]),
-    "options": lambda: options([0.1, 0.6, 0.2, 0.1]),
-    "options, long": lambda: options([0.0, 1.0, 0.0, 0.0], "W" * 80),
 }
 
 
@@ -199,7 +192,6 @@ SAID = {  # a figure: what must be among its words
     "confusion of 1": ["Chosen as often as correct"],
     "confidence of 1": ["Calibration error, as it is: 0.0 points", "Most confident 100 %: 100.0 % correct"],
     "confusion": ["chosen − correct (points)"],
-    "options": ["The model chooses B, with a probability of 60.0 %"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -20,6 +21,7 @@ from race.files import file_hash
 from race.report.sentences import budget, over_seeds
 from race.score.runs import (
     Run,
+    _settings,
     find_runs,
     stages_over_seeds,
     training_curves,
@@ -139,6 +141,14 @@ def test_stages_over_seeds_are_compared_as_recipes_are(found, cache, tmp_path):
     assert any(it.startswith("e3 − e1 = ") for it in over_seeds(means, compared, SEEDS))
     with pytest.raises(RaceError, match="two have the same checkpoint"):
         stages_over_seeds([runs[0], runs[0]], data, "test")
+
+
+def test_what_was_changed_on_the_way_counts_and_the_number_of_epochs_does_not():
+    later = [{"code": "b", "recipe": {"precision": ["16-mixed", "32-true"]}}]
+    recipe = {"precision": "32-true", "max_epochs": 5, "batch_size": 8}
+    lineage = {"code": "a", "recipe": recipe, "went_on_with": later}
+    expected = {"precision": "16-mixed, then 32-true", "batch_size": 8, "code": "b"}
+    assert _settings(SimpleNamespace(lineage=lineage)) == expected
 
 
 def test_all_that_cannot_be_compared_is_told_at_once(trained, tmp_path):

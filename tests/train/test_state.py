@@ -234,7 +234,7 @@ def begun(cache, tmp_path_factory):
     ],
 )
 def test_a_changed_parameter_is_named(begun, cache, changed, settings):
-    with pytest.raises(RaceError, match=f"{changed}.*move its files and those of later stages away: mkdir"):
+    with pytest.raises(RaceError, match=f"{changed}.*move its files and those of later stages to another folder"):
         stage(begun, cache, **settings)
     assert position(begun)["batches"] > 0
 

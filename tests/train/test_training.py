@@ -95,7 +95,7 @@ def test_checkpoints_without_their_state_are_refused_by_name(cache, tmp_path):
     later.touch()
     e1(tmp_path).state_path.unlink()
     (name,) = [checkpoint.name for checkpoint in e1(tmp_path).saved]
-    with pytest.raises(RaceError, match=f"no state to resume from: {name}.*mkdir -p"):
+    with pytest.raises(RaceError, match=f"no state to resume from: {name}.*to another folder: "):
         stage(tmp_path, cache, **FEW)
     assert os.system(e1(tmp_path).how_to_train_again.partition("away: ")[2]) == 0
     stage(tmp_path, cache, **FEW)
