@@ -323,11 +323,12 @@ def in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, lis
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds that a call takes, to the end of what it started on the device."""
+    """Seconds that a call takes on the device: what was started before has ended, and what it started has."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else bool
+    wait()
     start = time.perf_counter()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 

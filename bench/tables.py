@@ -162,7 +162,8 @@ def gpu(_=None) -> str:
         kept = common.kept_result(f"gpu_chain-{stage}", "cuda")
         score = "{accuracy:.1%} ({ci_low:.1%} – {ci_high:.1%})".format(**kept).replace("%", " %") if kept else YET
         rows.append([f"chain with all-MiniLM-L6-v2, {stage}, accuracy on RACE/dev", score, "", ""])
-    return table(["", "questions a second, or result", "times padded to 512", "% of the matrix-product rate"], rows)
+    head = ["", "questions a second, or result", "times padded to 512", "% of the matrix-product rate"]
+    return table(head, rows) + machine(json.loads(next(common.RESULTS.glob("*-cuda.json")).read_text()))
 
 
 TABLES = {"cache": cache} | dict.fromkeys(("train_step", "train_step-bf16", "evaluate", "evaluate-bf16"), sides)

@@ -43,7 +43,7 @@ def test_the_chain_runs_and_leaves_its_results(chain):
     assert (results.query("level == 'all'")["questions"] == 48).all()
     figures = {path.name for path in (chain / "run" / "figures").iterdir()}
     training = {f"{stage}-training" for stage in ("e1", "e2", "e3")}
-    of_e3 = {f"e3-test-{name}" for name in ("accuracy", "kinds", "groups", "confusion", "confidence", "typed")}
+    of_e3 = {f"e3-test-{name}" for name in ("accuracy", "kinds", "groups", "confusion", "confidence")}
     for name in training | of_e3 | {"chain-test", "chain-test-differences", "chain-story"}:
         assert {f"{name}.png", f"{name}.svg"} <= figures
     assert len(list((chain / "checkpoints").glob("e?-albert-race-epoch=00-val_loss_epoch=*.ckpt"))) == 3

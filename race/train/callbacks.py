@@ -100,17 +100,20 @@ class StageReport(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Time between epochs (validation, saving) does not count as training."""
-        self._step_ended = None
+        self._since = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, batch_idx: int):
-        """Log the speed; print the estimate, once."""
-        now, before = time.perf_counter(), self._step_ended
-        self._step_ended = now
-        if before is None:
-            return
-        module.log("tokens_per_second", module.tokens / (now - before), on_step=True)
-        self._seconds, self._steps = self._seconds + now - before, self._steps + 1
-        if not self.estimated and self._seconds >= self.after_seconds:
+        """Log the speed between logged rows, for which the host waits anyway; print the estimate, once."""
+        if self._since is not None:
+            self._tokens, self._row = self._tokens + module.tokens, self._row + 1
+            if trainer.global_step % trainer.log_every_n_steps:
+                return
+        now, since = time.perf_counter(), self._since
+        if since is not None:
+            module.log("tokens_per_second", self._tokens / (now - since), on_step=True)
+            self._seconds, self._steps = self._seconds + now - since, self._steps + self._row
+        self._since, self._tokens, self._row = now, 0, 0
+        if self._steps and not self.estimated and self._seconds >= self.after_seconds:
             self.estimated, per_step = True, self._seconds / self._steps
             total = timedelta(seconds=round(per_step * self._batches * trainer.max_epochs))
             steps = f"{trainer.max_epochs} epochs of {self._batches:,} steps at {per_step:.2f} s a step"

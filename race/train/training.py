@@ -229,6 +229,7 @@ def _trainer(
 ) -> pl.Trainer:
     """A checkpoint after each epoch, CSV and TensorBoard logs (of a resumed stage, those from before), progress bar."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # 547 kernels a step on a GPU, with DETERMINISTIC
     # Lightning's hints do not fit: the loader needs few workers, and processes() says in its own words what runs where
     for hint in ("many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist", "srun"):
         warnings.filterwarnings("ignore", message=f".*{hint}.*")

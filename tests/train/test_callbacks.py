@@ -1,6 +1,7 @@
 """What watches a stage: losses that tell something, the first line, the estimate."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -69,6 +70,21 @@ def test_the_estimate_is_given_once(cache, capsys):
     pl.Trainer(max_epochs=2, callbacks=report, **off).fit(module, RaceDataModule(cache, 16, limit_questions=48))
     out = capsys.readouterr().out
     assert out.count("for 2 epochs of 3 steps") == 1 and out.count(": validation loss") == 2
+
+
+def test_the_speed_is_that_between_logged_rows(cache, tmp_path, monkeypatch):
+    """A GPU's host runs ahead and waits at a logged step: that step alone would read far too slow."""
+    clock, log = [0.0], {}
+    monkeypatch.setattr("race.train.callbacks.time.perf_counter", lambda: clock[0])
+    report, trainer = StageReport("CPU"), SimpleNamespace(log_every_n_steps=4, global_step=0, max_epochs=1)
+    report._batches, report._seconds, report._steps = 9, 0.0, 0
+    module = SimpleNamespace(tokens=torch.tensor(100.0), log=lambda name, value, **_: log.update({name: float(value)}))
+    report.on_train_epoch_start(trainer, module)
+    for step in range(1, 9):
+        trainer.global_step = step
+        clock[0] += 5.0 if step % 4 == 0 else 1.0
+        report.on_train_batch_end(trainer, module, None, None, step)
+    assert log["tokens_per_second"] == 400 / 8 and (report._steps, report._seconds) == (7, 15.0)
 
 
 def test_the_first_line_says_what_is_in_force(cache, tmp_path, capsys):
