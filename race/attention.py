@@ -12,9 +12,9 @@ SHORT = 128  # tokens; up to here one attention call with a mask is faster than 
 def packed_attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, sliding_window=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """Attention inside each sequence of a PackedBatch: query [1, heads, T or 4B, d] → [1, T or 4B, heads, d].
+    """Attention inside each sequence of a PackedBatch: query [1, heads, T or kB, d] → [1, T or kB, heads, d].
 
-    A query of 4B rows is one row a sequence. sliding_window: a token attends to those less than so many places away
+    A query of kB rows is one row a sequence. sliding_window: a token attends to those less than so many places away
     (ModernBERT). Without `packing` it is plain padded attention, as SDPA gives it.
     """
     if packing is None:
@@ -49,7 +49,7 @@ def within_reach(longest: int, reach: int, device) -> torch.Tensor:
 
 
 def _varlen_attention(query, key, value, packing, one_row_each: bool, reach: int | None, scaling) -> torch.Tensor:
-    """FlashAttention's variable-length kernel: [1, heads, T or 4B, d] → [T or 4B, heads, d]."""
+    """FlashAttention's variable-length kernel: [1, heads, T or kB, d] → [T or kB, heads, d]."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends, longest = packing.cu_seqlens, packing.max_seqlen
@@ -65,9 +65,9 @@ def _masked_attention(query, key, value, packing, one_row_each: bool, reach: int
     count, longest = len(packing.lengths), packing.max_seqlen
     lengths = packing.cu_seqlens.diff()
     sequence = torch.arange(count, device=lengths.device).repeat_interleave(lengths, output_size=key.shape[2])
-    place = packing.position_ids + sequence * longest  # [T], of each token among [4B * longest]
+    place = packing.position_ids + sequence * longest  # [T], of each token among [kB * longest]
 
-    def pad(states: torch.Tensor) -> torch.Tensor:  # [1, heads, T, d] → [4B, heads, longest, d]
+    def pad(states: torch.Tensor) -> torch.Tensor:  # [1, heads, T, d] → [kB, heads, longest, d]
         rows = states[0].transpose(0, 1).flatten(1)
         grid = rows.new_zeros(count * longest, rows.shape[1]).index_copy(0, place, rows)
         return grid.view(count, longest, *states.shape[1::2]).transpose(1, 2)

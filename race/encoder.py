@@ -112,7 +112,7 @@ def _prepared(model: nn.Module) -> nn.Module:
 
 
 def option_logits(model: nn.Module, batch) -> torch.Tensor:
-    """PackedBatch of B questions → [4B, 1], the logit of each sequence, in float32; raises RaceError."""
+    """PackedBatch of B questions → [kB, 1], the logit of each sequence, in float32; raises RaceError."""
     if not len(batch):  # of several processes, one with no question: DDP waits for its gradients, of zeros
         return sum(parameter.sum() for parameter in model.parameters()) * torch.zeros(0, 1, device=batch.labels.device)
     longest = longest_input(model)
@@ -126,7 +126,7 @@ def option_logits(model: nn.Module, batch) -> torch.Tensor:
 
 
 def encode(model: nn.Module, batch) -> torch.Tensor:
-    """PackedBatch of B questions → [4B, hidden], of each sequence the state of [CLS], or what the head reads."""
+    """PackedBatch of B questions → [kB, hidden], of each sequence the state of [CLS], or what the head reads."""
     encoder, config, places = model.base_model, model.config, batch.position_ids
     if first := first_position(model):  # RoBERTa counts without the padding tokens that a text spells out
         pads = (batch.input_ids == first - 1).int()
@@ -171,7 +171,7 @@ def layers_of(encoder: nn.Module) -> list[nn.Module]:
 def run_layer(layer: nn.Module, hidden: torch.Tensor, batch, only_cls: bool = False) -> torch.Tensor:
     """A layer of ALBERT, BERT and its like, as transformers computes it: [1, T, hidden] → [1, T, hidden].
 
-    only_cls: → [1, 4B, hidden], queries, output and feed-forward at [CLS] only (7 % of the FLOPs of 12 layers less).
+    only_cls: → [1, kB, hidden], queries, output and feed-forward at [CLS] only (7 % of the FLOPs of 12 layers less).
     """
     albert = not hasattr(layer.attention, "self")
     attention = layer.attention if albert else layer.attention.self
