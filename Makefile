@@ -62,7 +62,6 @@ bench: $(VENV)/run.stamp ## measure everything against what a user would otherwi
 	$(BIN)/python -m bench.cache --rounds 1
 	$(BIN)/python -m bench.train_step --device $(BENCH_DEVICE)
 	$(BIN)/python -m bench.evaluate --device $(BENCH_DEVICE) --rounds 1
-	$(BIN)/python -m bench.loader --device $(BENCH_DEVICE)
 	$(BIN)/python -m bench.families
 	$(BIN)/python -m bench.tables
 

@@ -27,7 +27,7 @@ PLACES = {
     "race.data.passages": ["read_source"],
     "race.demo.model": ["write_model"],
     "race.encoder": ["PACKED", "compile_layers", "takes_segments"],
-    "race.files": ["file_hash"],
+    "race.files": ["file_hash", "read_archive"],
     "race.memory": ["fit_memory", "in_parts"],
     "race.score.predictions": ["accuracy_table", "predict"],
     "race.train.stages": ["Stage"],
@@ -40,7 +40,7 @@ WORK = ROOT / "cache" / "bench"
 RACE, ALBERT = "race.tar.xz", "albert-base-v2"  # of the test data
 RESULTS = Path(os.environ.get("RACE_BENCH_RESULTS", ROOT / "bench" / "results"))
 PACKAGES = ("torch", "transformers", "tokenizers", "pytorch-lightning", "pyarrow", "numpy")
-SUFFIX = {"cpu": "", "cuda": "-cuda"}  # of a result's file
+ON_GPU = "cuda.json"  # all that was measured on a GPU: one file comes back from its machine
 OURS, OURS_FP32 = "ours", "ours in fp32"
 SIDES = (OURS, "padded to 512", "padded to the longest of a group")
 PRECISION = {"cpu": "32-true", "cuda": "bf16-mixed"}  # what is measured where nothing is asked for
@@ -373,14 +373,17 @@ def comparison(
 
 
 def result_name(name: str, options: argparse.Namespace) -> str:
-    """The name of a result, with what differs from the usual: shape and precision."""
+    """The name of a result, with what differs from the usual: shape, precision, compiled layers."""
     shape = [] if options.shape == "base" else [options.shape]
     precision = [] if options.precision == PRECISION[options.device] else [options.precision.partition("-")[0]]
-    return "-".join([name, *shape, *precision])
+    return "-".join([name, *shape, *precision, *(["compile"] if getattr(options, "compile", False) else [])])
 
 
 def report(name: str, result: dict, device: str = "cpu") -> dict:
-    """Print a result and keep it in bench/results/NAME.json, with the machine and the versions; returns it."""
+    """Print a result and keep it, with the machine and the versions, at once and whole; returns it.
+
+    In bench/results/NAME.json; what was measured on a GPU, by name in cuda.json.
+    """
     on = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     machine = {"device": on, "cores": os.cpu_count(), "processor": _cpuinfo("model name") or platform.machine()}
     machine |= {name: name in _cpuinfo("flags").split() for name in BF16_INSTRUCTIONS}
@@ -389,18 +392,29 @@ def report(name: str, result: dict, device: str = "cpu") -> dict:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     versions = {"this repository": project} | {package: _version(package) for package in PACKAGES}
     text = Path(os.environ.get("RACE_BENCH_CACHE", at_hand(RACE))).name
-    path = RESULTS / f"{name}{SUFFIX[device]}.json"
+    content = {"machine": machine, "versions": versions, "source": text} | result
+    path = RESULTS / f"{name}.json"
+    if device == "cuda":
+        path, content = RESULTS / ON_GPU, gpu_results() | {name: content}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"machine": machine, "versions": versions, "source": text} | result, indent=1))
+    temporary.write_text(json.dumps(content, indent=1))
     os.replace(temporary, path)
     print(json.dumps(result, indent=1))
     return result
 
 
+def gpu_results() -> dict[str, dict]:
+    """All that was measured on a GPU, by name."""
+    path = RESULTS / ON_GPU
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def kept_result(name: str, device: str = "cpu") -> dict | None:
     """A kept result, or None."""
-    path = RESULTS / f"{name}{SUFFIX[device]}.json"
+    if device == "cuda":
+        return gpu_results().get(name)
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 

@@ -1,34 +1,46 @@
-"""What to run on a machine with a CUDA GPU that has torch, transformers and pytorch-lightning, but no network.
+"""What to run on a machine with a CUDA GPU that is lent for minutes, and has no network, in two calls of five minutes.
 
 prepare  beforehand, on a machine with everything: the folder to take along, of 60 MiB at most
-parity   the packed path on the device against Hugging Face in float64 on the CPU, and a loss curve against the CPU's
-speed    the benchmarks, and an epoch of RACE extrapolated from 200 steps of the trainer
-chain    three stages with real pretrained weights on real text, scored on RACE/dev
+measure  the packed path against Hugging Face in float64 on the CPU, a stage that is killed and resumed against a whole
+         one, a training step, an epoch of RACE from 200 steps, scoring
+train    three stages with real pretrained weights on real text, a linear schedule with the same epochs, both scored on
+         RACE/dev; a training step with compiled layers; then both recipes with a second seed
 
-Every result is a file in bench/results (RACE_BENCH_RESULTS changes the folder). What has its file is not run again, and
-nothing is begun that the last eight minutes of a call's nine would not hold: call it again to go on. `--small` is the
-form for a test on CPU; its results lie in a folder small, so that none is taken for a real one.
+Every result is kept as soon as it exists, on a GPU in one file, bench/results/cuda.json (RACE_BENCH_RESULTS changes the
+folder). What has its result is not run again. A call ends when its time is up, a stage with its state saved: call it
+again to go on. `--small` is the form for a rehearsal: its results lie in a folder small, so that none is taken for a
+real one.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import multiprocessing
 import os
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten
 
-from bench import common, evaluate, loader, train_step
+from bench import common, evaluate, train_step
 from bench.carried import CARRIED, prepare
 
-NEEDED = {"prepare": (), "parity": (), "speed": ("pyarrow",)}
-NEEDED["chain"] = ("pyarrow", "pandas", "psutil", "scipy", "statsmodels", "tensorboard")
-RATES = {"e1": 1e-4, "e2": 1e-4, "e3": 1e-5}  # five times the recipe's, for so small a model; not tuned
-EPOCHS = {"e1": 4, "e2": 2, "e3": 2}
+PACKAGES = ("pyarrow", "pandas", "psutil", "scipy", "statsmodels", "tensorboard")  # beside torch and Lightning
+RECIPES = {  # stages: (rate, epochs, schedule); five times the recipe's rates, for so small a model; not tuned
+    "chain": {"e1": (1e-4, 2, "constant"), "e2": (1e-4, 1, "constant"), "e3": (1e-5, 1, "constant")},
+    "linear": {"e1": (1e-4, 4, "linear")},
+}
+SEEDS = (1, 2)
 FLOAT32_ERROR = 1e-3  # relative, for logits and for gradients
 TIMES_THEIRS = 2.0  # how much more than Hugging Face's own bf16 ours may be off
 FAMILIES = ("albert", "bert", "roberta", "electra", "modernbert", "deberta-v2")
@@ -40,11 +52,11 @@ PRECISION = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed"}
 def main(arguments: list[str] | None = None) -> int:
     """Run one part; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("prepare", "parity", "speed", "chain"))
+    parser.add_argument("part", choices=("prepare", *PARTS))
     parser.add_argument("--carried", type=Path, default=CARRIED, help="the folder that prepare makes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--small", action="store_true", help="little of everything")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of a call")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time limit of a call")
     options = parser.parse_args(arguments)
     if options.part == "prepare":
         print(prepare(options.carried, small=options.small))
@@ -55,28 +67,49 @@ def main(arguments: list[str] | None = None) -> int:
     if options.small and common.RESULTS.name != "small":
         common.RESULTS /= "small"
     os.environ["RACE_BENCH_CACHE"] = str(options.carried)
-    deadline = time.monotonic() + 60 * (options.minutes - 1)
-    for name, run in PARTS[options.part](options).items():
-        if common.kept_result(name, options.device):
-            print(f"── {name}: done before")
-            continue
-        if time.monotonic() > deadline:
-            print(f"── {name}: no time left in this call; call again to resume")
-            return 2
-        started = time.monotonic()
-        print(f"── {name}", flush=True)
-        run()
-        print(f"── {name}: {time.monotonic() - started:.0f} s", flush=True)
-    return 0
+    failed = 0
+    with time_limit(60 * options.minutes):
+        for name, run in PARTS[options.part](options).items():
+            if common.kept_result(name, options.device):
+                print(f"── {name}: done before")
+                continue
+            started = time.monotonic()
+            print(f"── {name}", flush=True)
+            try:
+                run()
+            except Exception:  # whatever it is: the others are measured all the same
+                traceback.print_exc()
+                failed += 1
+            print(f"── {name}: {time.monotonic() - started:.0f} s", flush=True)
+    return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End this process and those that it has started by SIGTERM when the time is up: a stage saves its state first."""
+
+    def end(*_) -> None:
+        print("── the time of this call is up: call again to go on", flush=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def missing(options: argparse.Namespace) -> list[str]:
     """What this machine lacks for the part."""
-    packages = [name for name in NEEDED[options.part] if not importlib.util.find_spec(name)]
+    packages = [name for name in PACKAGES if not importlib.util.find_spec(name)]
     problems = [f"{', '.join(packages)}: not installed"] if packages else []
     if options.device == "cuda" and not torch.cuda.is_available():
         problems.append("torch sees no CUDA GPU (--device cpu --small runs a small form)")
-    if options.part != "parity" and not (options.carried / "manifest.json").exists():
+    if not (options.carried / "manifest.json").exists():
         problems.append(f"{options.carried} is missing: run `bench/gpu_day.sh prepare` beforehand and take it along")
     return problems
 
@@ -160,58 +193,61 @@ def relative_errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tenso
     return {kind: ((found[kind] - exact[kind]).norm() / exact[kind].norm()).item() for kind in exact}
 
 
-def curve(options: argparse.Namespace) -> dict:
-    """The losses of a small ALBERT over 50 steps: bf16 on the device against float32 on the CPU, same batches."""
-    steps = 5 if options.small else 50
-    there, here = losses(steps, options.device, "bf16-mixed"), losses(steps, "cpu", "32-true")
-    difference = max(abs(a - b) for a, b in zip(there, here, strict=True))
-    result = {"steps": steps, "largest_difference": difference, "device": there, "cpu": here}
-    common.report("gpu_curve", result, options.device)
-    if not difference <= 0.05:
-        raise RuntimeError(f"the loss curves part: by {difference:.3f} within {steps} steps")
-    return result
+# -------------------------------------------------------------------------------------------------- exactness
 
 
-def losses(steps: int, device: str, precision: str) -> list[float]:
-    """The training losses of so many AdamW steps from the same weights on the same batches."""
-    torch.manual_seed(0)
-    module = common.RaceModule(config=small_config("albert"), learning_rate=1e-4).to(device).train()
-    optimizer, values = module.configure_optimizers(), []
-    for step in range(steps):
-        batch = common.collate(random_items(8, longest=128, seed=step)).to(device)
-        with common.autocast(device, precision):
-            loss = F.cross_entropy(module(batch).float(), batch.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(loss.detach())
-    return torch.stack(values).tolist()
+def exact_stage(folder: Path, options: argparse.Namespace, killed: bool) -> None:
+    """A stage of one epoch with DETERMINISTIC, or what is left of it; killed: by SIGKILL at the start of a step."""
+    questions, size, step = (48, 8, 2) if options.small else (1024, 32, 11)
+
+    class Kill(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_) -> None:
+            if killed and trainer.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    pl.seed_everything(0, verbose=False)
+    stage = common.Stage("e1", folder / "checkpoints", folder / "run")
+    module = common.start_stage(stage, options.carried, learning_rate=1e-4, max_grad_norm=1.0)
+    data = common.RaceDataModule(options.carried, batch_size=size, limit_questions=questions)
+    common.train_stage(stage, module, data, 1, deterministic=True, save_minutes=0, callbacks=[Kill()], **_on(options))
+
+
+def exactness(options: argparse.Namespace) -> dict:
+    """Whether a stage that was killed by SIGKILL in the middle of an epoch and resumed ends in the same bits."""
+    folder, spawn = _folder(options) / "exact", multiprocessing.get_context("spawn")
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, killed in (("whole", False), ("cut", True), ("cut", False)):
+        process = spawn.Process(target=exact_stage, args=(folder / name, options, killed))
+        process.start()
+        process.join()
+        if process.exitcode != (-signal.SIGKILL if killed else 0):
+            raise RuntimeError(f"a stage ended with {process.exitcode}")
+    names = ("whole", "cut")
+    whole, cut = (common.read_archive(folder / name / "checkpoints" / "resume" / "e1.ckpt") for name in names)
+    found = {part: identical(whole[part], cut[part]) for part in ("state_dict", "optimizer_states")}
+    found["random_states"] = identical(whole["resume"]["random"], cut["resume"]["random"])
+    kept = [[it.read_bytes() for it in sorted((folder / name / "checkpoints").glob("*.ckpt"))] for name in names]
+    found["checkpoint_bytes"] = kept[0] == kept[1] != []
+    common.report("gpu_exact", found, options.device)
+    if not all(found.values()):
+        raise RuntimeError(f"a resumed stage differs from a whole one: {found}")
+    return found
+
+
+def identical(one: object, other: object) -> bool:
+    """Whether two nested values are equal, tensors in every bit."""
+    (ours, form), (theirs, same_form) = tree_flatten(one), tree_flatten(other)
+    equal = (
+        torch.equal(a.cpu(), b.cpu()) if torch.is_tensor(a) else a == b for a, b in zip(ours, theirs, strict=False)
+    )
+    return form == same_form and all(equal)
 
 
 # -------------------------------------------------------------------------------------------------- speed
 
 
-def speed(options: argparse.Namespace) -> dict[str, Callable]:
-    """The benchmarks of this folder on the device, and an epoch of the trainer."""
-    device, shape = ["--device", options.device], "tiny" if options.small else "base"
-    few = ["--shape", shape, *(["--questions", "4", "--rounds", "1"] if options.small else [])]
-    suffix, batches = ("-tiny", "5") if options.small else ("", "300")
-    parts = {
-        f"train_step{suffix}": lambda: train_step.main([*device, *few]),
-        "gpu_epoch": lambda: epoch(options),
-        f"evaluate{suffix}": lambda: evaluate.main([*device, *few]),
-        "loader": lambda: loader.main([*device, "--batches", batches, "--rounds", "1"]),
-    }
-    if not options.small:
-        for name in ("large", "xlarge"):
-            parts[f"train_step-{name}"] = lambda name=name: train_step.main([*device, "--shape", name, "--rounds", "5"])
-    return parts
-
-
 def epoch(options: argparse.Namespace) -> dict:
     """Seconds a step of the trainer as a stage uses it, over 200 steps after 20, and what a RACE epoch would take."""
-    import pytorch_lightning as pl
-
     warm_up, steps = (1, 3) if options.small else (20, 200)
     marks: list[float] = []
 
@@ -232,34 +268,76 @@ def epoch(options: argparse.Namespace) -> dict:
     return common.report("gpu_epoch", result | {"peak_mb": common.peak_mb()}, options.device)
 
 
-# -------------------------------------------------------------------------------------------------- chain
+# -------------------------------------------------------------------------------------------------- training
 
 
-def run_stage(name: str, options: argparse.Namespace) -> dict:
+def run_stage(name: str, recipe: str, seed: int, options: argparse.Namespace) -> dict:
     """Train a stage as its notebook does, choose its best checkpoint on validation, score it on the test split.
 
     The carried cache's test split is RACE/dev; its validation split is held out of RACE/train.
     """
-    folder, limit = common.WORK / "gpu_day", 64 if options.small else None
+    rate, epochs, schedule = RECIPES[recipe][name]
+    folder, limit = _folder(options) / f"{recipe}-seed{seed}", 64 if options.small else None
+    pl.seed_everything(seed, verbose=False)
     data = common.RaceDataModule(options.carried, batch_size=32, limit_questions=limit)
     stage = common.Stage(name, folder / "checkpoints", folder / "run")
-    module = common.start_stage(stage, options.carried, learning_rate=RATES[name])
+    module = common.start_stage(stage, options.carried, learning_rate=rate, schedule=schedule)
     started = time.perf_counter()
-    trainer = common.train_stage(stage, module, data, 1 if options.small else EPOCHS[name])
+    trainer = common.train_stage(stage, module, data, 1 if options.small else epochs, save_minutes=1, **_on(options))
     seconds, best = time.perf_counter() - started, stage.best()
-    predictions = common.predict(best, data, "test", accelerator="gpu" if options.device == "cuda" else "cpu")
+    predictions = common.predict(best, data, "test", **_on(options))
     scores = common.accuracy_table(predictions, name, best.name, "RACE/dev").query("level == 'all'").iloc[0]
-    result = {"stage": name, "learning_rate": RATES[name], "epochs": trainer.current_epoch, "seconds": seconds}
-    result |= {"train_questions": len(data.dataset("train")), "checkpoint": best.name}
+    result = {"recipe": recipe, "seed": seed, "stage": name, "learning_rate": rate, "schedule": schedule}
+    result |= {"epochs": trainer.current_epoch, "seconds_of_this_call": seconds, "checkpoint": best.name}
+    result["train_questions"] = len(data.dataset("train"))
     result |= {it: float(scores[it]) for it in ("questions", "correct", "accuracy", "ci_low", "ci_high")}
-    return common.report(f"gpu_chain-{name}", result, options.device)
+    return common.report(stage_result(recipe, seed, name), result, options.device)
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Callable]]] = {  # of each part: {result: how it is made}
-    "parity": lambda options: {"gpu_parity": lambda: gradients(options), "gpu_curve": lambda: curve(options)},
-    "speed": speed,
-    "chain": lambda options: {f"gpu_chain-{name}": (lambda name=name: run_stage(name, options)) for name in RATES},
-}
+def stage_result(recipe: str, seed: int, stage: str) -> str:
+    """The name of its result."""
+    return f"gpu_{recipe}-seed{seed}-{stage}"
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    return common.WORK / "gpu_day" / ("small" if options.small else "runs")
+
+
+def _on(options: argparse.Namespace) -> dict[str, str]:
+    return {"accelerator": "gpu" if options.device == "cuda" else "cpu"}
+
+
+# -------------------------------------------------------------------------------------------------- calls
+
+
+def measure(options: argparse.Namespace) -> dict[str, Callable]:
+    """What a call runs: a result's name, and how it is made."""
+    device, few = ["--device", options.device], ["--shape", "tiny", "--questions", "4"] if options.small else []
+    tiny, rounds = "-tiny" if few else "", ["--rounds", "1" if few else "8"]
+    return {
+        "gpu_parity": lambda: gradients(options),
+        "gpu_exact": lambda: exactness(options),
+        f"train_step{tiny}": lambda: train_step.main([*device, *few, *rounds]),
+        "gpu_epoch": lambda: epoch(options),
+        f"evaluate{tiny}": lambda: evaluate.main([*device, *few]),
+    }
+
+
+def train(options: argparse.Namespace) -> dict[str, Callable]:
+    """The same of the other call; the second seed comes last, if there is time."""
+    device, few = ["--device", options.device], ["--shape", "tiny", "--questions", "4"] if options.small else []
+    stages = [(recipe, name) for recipe, stages in RECIPES.items() for name in stages]
+    runs = {
+        stage_result(recipe, seed, name): partial(run_stage, name, recipe, seed, options)
+        for seed in SEEDS
+        for recipe, name in stages
+    }
+    first = dict(list(runs.items())[: len(stages)])
+    step = f"train_step{'-tiny' if few else ''}-compile"
+    return first | {step: lambda: train_step.main([*device, *few, "--rounds", "4", "--compile"])} | runs
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Callable]]] = {"measure": measure, "train": train}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -88,14 +88,6 @@ def sides(kept: dict) -> str:
     return table(head, rows) + machine(kept) + note + rate
 
 
-def loader(kept: dict) -> str:
-    """The loader alone."""
-    rates = [values["questions_per_second"]["median"] for values in kept["workers"].values()]
-    each = ", ".join(f"{rate:,.0f} ({workers})" for workers, rate in zip(kept["workers"], rates, strict=True))
-    share = max(values["share_of_training_step"] or 0 for values in kept["workers"].values())
-    return f"Questions a second (by workers): {each}; {100 * share:.4f} % of a training step at most.\n{machine(kept)}"
-
-
 def families(kept: dict) -> str:
     """A training step of each family."""
     rows = []
@@ -137,37 +129,35 @@ def memory(_=None) -> str:
 
 def gpu(_=None) -> str:
     """What a GPU day has measured."""
-    if not list(common.RESULTS.glob("*-cuda.json")):
+    if not (kept := common.gpu_results()):
         return f"{YET}\n"
     rows = []
     for name, what in {
         "train_step": "training step, base shape, bf16",
-        "train_step-large": "training step, large shape, bf16",
-        "train_step-xlarge": "training step, xlarge shape, bf16",
+        "train_step-compile": "training step, base shape, bf16, compiled",
         "evaluate": "scoring, base shape, bf16",
     }.items():
-        kept = common.kept_result(name, "cuda")
-        cells = [YET] * 3
-        if kept and kept["sides"]["ours"].get("out_of_memory"):
-            cells = [OUT, "", ""]
-        elif kept:
-            ours, times = kept["sides"]["ours"], of_steps(kept["ratios"].get(common.SIDES[1]))
+        cells = [YET, "", ""]
+        if found := kept.get(name):
+            ours, times = found["sides"]["ours"], of_steps(found["ratios"].get(common.SIDES[1]))
             cells = [number(ours["questions_per_second"]["median"], ",.0f"), number(times, ".2f") or f"padded is {OUT}"]
             cells.append(number(100 * ours["share_of_matrix_product"], ".0f", " %"))
         rows.append([what, *cells])
-    kept = common.kept_result("gpu_epoch", "cuda")
-    epoch = f"{kept['race_epoch_seconds']:.0f} s" if kept else YET
-    rows.append(["an epoch of RACE, extrapolated from 200 steps", epoch, "", ""])
-    for stage in ("e1", "e2", "e3"):
-        kept = common.kept_result(f"gpu_chain-{stage}", "cuda")
-        score = "{accuracy:.1%} ({ci_low:.1%} – {ci_high:.1%})".format(**kept).replace("%", " %") if kept else YET
-        rows.append([f"chain with all-MiniLM-L6-v2, {stage}, accuracy on RACE/dev", score, "", ""])
+    if found := kept.get("gpu_epoch"):
+        rows.append(["an epoch of RACE, from 200 steps", f"{found['race_epoch_seconds']:.0f} s", "", ""])
+    if found := kept.get("gpu_exact"):
+        same = ", ".join(name.replace("_", " ") for name, equal in found.items() if equal is True)
+        rows.append(["killed and resumed: equal to the last bit", same or "nothing", "", ""])
+    for found in (it for it in kept.values() if "accuracy" in it):
+        score = "{accuracy:.1%} ({ci_low:.1%} – {ci_high:.1%})".format(**found).replace("%", " %")
+        what = "all-MiniLM-L6-v2, {recipe}, seed {seed}, {stage}: accuracy on RACE/dev".format(**found)
+        rows.append([what, score, "", ""])
     head = ["", "questions a second, or result", "times padded to 512", "% of the matrix-product rate"]
-    return table(head, rows) + machine(json.loads(next(common.RESULTS.glob("*-cuda.json")).read_text()))
+    return table(head, rows) + machine(next(iter(kept.values())))
 
 
 TABLES = {"cache": cache} | dict.fromkeys(("train_step", "train_step-bf16", "evaluate", "evaluate-bf16"), sides)
-TABLES |= {"loader": loader, "families": families, "memory": memory, "gpu": gpu}
+TABLES |= {"families": families, "memory": memory, "gpu": gpu}
 
 if __name__ == "__main__":
     main()

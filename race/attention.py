@@ -2,11 +2,13 @@
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-SHORT = 128  # tokens; up to here one attention call with a mask is faster than one call per sequence
+SHORT = {"cpu": 128, "cuda": 512}  # tokens; up to here one attention call with a mask is faster than one per sequence
+MOST_PADDING = 2  # times the tokens; with more there is a call per sequence
 
 
 def packed_attention(
@@ -20,12 +22,20 @@ def packed_attention(
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     one_row_each = query.shape[2] != key.shape[2]
-    reach = sliding_window - 1 if sliding_window and sliding_window < packing.max_seqlen else None
+    reach = sliding_window - 1 if sliding_window else None
     if dropout == 0.0 and has_varlen(query.device, query.dtype, query.shape[-1]):
         return _varlen_attention(query, key, value, packing, one_row_each, reach, scaling)[None], None
-    settings = {"dropout_p": dropout, "scale": scaling}
-    if packing.max_seqlen <= SHORT:
-        return _masked_attention(query, key, value, packing, one_row_each, reach, **settings), None
+    return _without_varlen(query, key, value, packing, one_row_each, reach, dropout_p=dropout, scale=scaling), None
+
+
+@torch.compiler.disable  # of every batch the lengths are others: a compiled layer runs around it
+def _without_varlen(query, key, value, packing, one_row_each: bool, reach: int | None, **settings) -> torch.Tensor:
+    """A call for each sequence, or one for all if they are short: [1, heads, T or kB, d] → [1, T or kB, heads, d]."""
+    if reach is not None and reach >= packing.max_seqlen - 1:
+        reach = None
+    padded = len(packing.lengths) * packing.max_seqlen
+    if packing.max_seqlen <= SHORT[query.device.type] and padded <= MOST_PADDING * key.shape[2]:
+        return _masked_attention(query, key, value, packing, one_row_each, reach, **settings)
     rows = [1] * len(packing.lengths) if one_row_each else packing.lengths
     # Cut with the tokens in front, as they lie in memory: the gradient is then joined by plain copies.
     lengths = (rows, packing.lengths, packing.lengths)
@@ -39,7 +49,7 @@ def packed_attention(
         ).transpose(1, 2)
         for length, *sequence in zip(packing.lengths, *cut, strict=True)
     ]
-    return torch.cat(out, 1), None
+    return torch.cat(out, 1)
 
 
 def within_reach(longest: int, reach: int, device) -> torch.Tensor:
@@ -50,8 +60,6 @@ def within_reach(longest: int, reach: int, device) -> torch.Tensor:
 
 def _varlen_attention(query, key, value, packing, one_row_each: bool, reach: int | None, scaling) -> torch.Tensor:
     """FlashAttention's variable-length kernel: [1, heads, T or kB, d] → [T or kB, heads, d]."""
-    from torch.nn.attention.varlen import varlen_attn
-
     ends, longest = packing.cu_seqlens, packing.max_seqlen
     query_ends = torch.arange(len(ends), device=ends.device, dtype=ends.dtype) if one_row_each else ends
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))

@@ -1,11 +1,14 @@
 """Where a run computes: device, precision, processes, random generators; and what to note of it with a result."""
 
 import ast
+import contextlib
 import hashlib
+import importlib
 import os
 import platform
 import random
 import re
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +41,16 @@ def code_hash(root: Path = ROOT) -> str:
 
 
 CODE = code_hash()  # as it is imported: who edits it then has to restart the kernel
+
+
+def has_compiler() -> bool:
+    """Whether Triton finds a C compiler, with which it builds what starts its kernels."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
+if torch.version.cuda and not has_compiler():  # torch 2.13 multiplies with Triton where one side is a single column
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("torch._native.triton_utils").deregister_op_overrides()
 
 
 def versions() -> dict[str, str]:

@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
+from transformers import AutoConfig, AutoModelForMultipleChoice, PretrainedConfig
 from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from race import OPTIONS, RaceError
-from race.attention import SHORT, has_varlen, packed_attention
+from race.attention import MOST_PADDING, SHORT, has_varlen
 from race.data import collate
 from race.models import check_family, load_config, local_copy, weight_files, weights_problem
 
-LOGIT_TOLERANCE = 1e-4  # of the largest; in float32, sums in another order differ by about 1e-6
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # by the names that families give it
+LOGIT_TOLERANCE = 1e-4  # of the largest; in float32, sums in another order differ by about 1e-6
 
 
 def load_model(model: str | Path | None, config: PretrainedConfig | dict | None, dropout: float | None) -> nn.Module:
@@ -235,15 +235,19 @@ def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch
     """How sequences run through training, in words."""
     if not is_packed(config):
         return "padded to the longest of a micro-batch"
-    width = config.hidden_size // config.num_attention_heads
-    if attention_dropout(config) == 0 and has_varlen(device, half, width):
+    if most_padding(config, device, half) == 1:
         return "attention of variable length"
-    return f"attention sequence by sequence (up to {SHORT} tokens in one masked call)"
+    return f"attention sequence by sequence (up to {SHORT[device.type]} tokens in one masked call)"
+
+
+def most_padding(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> int:
+    """How many times its tokens attention keeps in training: once with the variable-length kernel, without dropout."""
+    width = config.hidden_size // config.num_attention_heads
+    return 1 if attention_dropout(config) == 0 and has_varlen(device, half, width) else MOST_PADDING
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """torch.compile of each layer; lengths are dynamic, and attention stays outside, so that few graphs serve all."""
-    AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+    """torch.compile of each layer; sizes are dynamic, so that few graphs serve all batches."""
     for part in model.modules():
         if isinstance(part, LayerRunner | GradientCheckpointingLayer):  # the latter is each layer of other families
             part.compile(dynamic=True, backend=backend)

@@ -6,6 +6,7 @@ import torch
 from torch.cuda import max_memory_allocated, memory_reserved
 
 from race import MAX_LEN, OPTIONS, RaceError
+from race.encoder import most_padding
 
 CPU_TOKENS = 4096  # in a micro-batch on CPU: enough for its matrix products, and little memory
 
@@ -54,17 +55,20 @@ def fit_memory(module, device: torch.device, half: bool = False) -> None:
     if module.token_budget is None and device.type == "cuda":
         torch.cuda.empty_cache()  # what this process keeps, and does not use, is free too
         free, parameters = torch.cuda.mem_get_info(device)[0], sum(it.numel() for it in module.parameters())
-        module.token_budget = token_budget_for(module.model.config, parameters, free, half, module.padded)
+        config, dtype = module.model.config, torch.bfloat16 if half else torch.float32
+        kept = (module.padded, most_padding(config, device, dtype))
+        module.token_budget = token_budget_for(config, parameters, free, half, *kept)
     module.token_budget = module.token_budget or CPU_TOKENS
 
 
-def token_budget_for(config, parameters: int, free: int, half: bool, padded: bool = False) -> int:
+def token_budget_for(config, parameters: int, free: int, half: bool, padded: bool = False, padding: int = 1) -> int:
     """Tokens of a micro-batch with `free` bytes: nine tenths of them, less weights and optimizer state.
 
     Kept for the backward pass, a token and layer. In float32: its input, query, key, value, context as attention gives
     it and as joined, two layer-norm inputs and one output (9 hidden of 4 bytes), and the feed-forward before and after
     its activation (2 intermediate). Under autocast: the layer-norm inputs in float32, 7 hidden and 2 intermediate of 2
     bytes. In the backward pass, one layer's gradients need about as much again. Padded families keep maps of attention.
+    padding: how many times query, key, value and context are kept, filled up (race.attention).
     """
     layers, hidden = config.num_hidden_layers * getattr(config, "inner_group_num", 1), config.hidden_size
     names = ("intermediate_size", "hidden_dim", "d_inner")  # as families call the width of the feed-forward layers
@@ -72,6 +76,7 @@ def token_budget_for(config, parameters: int, free: int, half: bool, padded: boo
     layer, width = (22 * hidden + 4 * intermediate, 2) if half else (36 * hidden + 8 * intermediate, 4)
     if getattr(config, "rope_parameters", None):  # ModernBERT: rotated queries and keys, and a gated feed-forward
         layer += width * (3 * hidden + 2 * intermediate)
+    layer += width * 4 * (padding - 1) * hidden
     if padded:  # six maps of [tokens, tokens] of each head: scores, softmax, dropout, positions
         layer += width * 6 * config.num_attention_heads * MAX_LEN
     fixed = 20 * parameters + (1 << 29)  # weights, gradients, two moments, casts or buckets; context and workspace

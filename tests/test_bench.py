@@ -3,14 +3,18 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, padded
+from kill import in_a_process
+from small_stage import At, position, stage
 
 from bench import carried, common, evaluate, families, gpu_day, tables, train_step
 
@@ -89,8 +93,10 @@ def test_a_side_that_runs_out_of_memory_is_a_result(results, in_process, monkeyp
     monkeypatch.setattr(train_step, "_backward", full)
     result = train_step.main(["--shape", "tiny", "--questions", "4", "--rounds", "1"])
     assert result["sides"][side] == {"out_of_memory": True} and result["sides"].keys() == set(common.SIDES)
-    os.replace(results / "train_step-tiny.json", results / "train_step-cuda.json")
-    assert tables.OUT in tables.sides(common.kept_result("train_step", "cuda")) and tables.OUT in tables.gpu()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    common.report("train_step", result, "cuda")
+    assert tables.OUT in tables.sides(common.kept_result("train_step", "cuda"))
+    assert tables.OUT in tables.gpu() and "a card" in tables.gpu()
 
 
 def test_families_are_held_against_hugging_face(results, monkeypatch):
@@ -128,40 +134,49 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_parity_finds_a_wrong_step(results, monkeypatch):
-    packed = gpu_day._packed
+def test_a_wrong_step_is_found_and_kept_and_the_rest_is_measured(results, folder, monkeypatch):
+    packed, after = gpu_day._packed, []
     monkeypatch.setattr(gpu_day, "FAMILIES", ("albert",))  # the rehearsal below has them all
     monkeypatch.setattr(gpu_day, "_packed", lambda *it: {name: 1.01 * value for name, value in packed(*it).items()})
-    with pytest.raises(RuntimeError, match="this repository differs"):
-        gpu_day.main(["parity", *SMALL])
-    assert "albert float32, logits: off by 0.01" in common.kept_result("gpu_parity")["problems"][0]  # nothing is lost
-    assert common.RESULTS == results / "small"
+    parts = {"gpu_parity": partial(gpu_day.gradients, gpu_day.argparse.Namespace(small=True, device="cpu"))}
+    monkeypatch.setitem(gpu_day.PARTS, "measure", lambda _: parts | {"another": lambda: after.append(True)})
+    assert gpu_day.main(["measure", *SMALL, "--carried", str(folder)]) == 1 and after
+    assert "albert float32, logits: off by 0.01" in common.kept_result("gpu_parity")["problems"][0]
+    assert common.RESULTS == results / "small"  # none takes a rehearsal for a result
 
 
-def test_the_chain_goes_on_where_it_stopped(results, folder, capsys):
+def test_training_on_a_gpu_day_goes_on_where_it_stopped(results, folder, capsys, monkeypatch):
     assert common.RaceDataset(folder, "train").text(0)["article"] == ""  # no text of RACE is taken along
-    arguments = ["chain", *SMALL, "--carried", str(folder)]
-    assert gpu_day.main([*arguments, "--minutes", "0"]) == 2  # no time for anything
-    assert not list(results.iterdir()) and "call again" in capsys.readouterr().out
+    monkeypatch.setattr(train_step, "main", lambda arguments: common.report("train_step-tiny-compile", {"kept": True}))
+    arguments = ["train", *SMALL, "--carried", str(folder)]
     assert gpu_day.main(arguments) == 0
-    stages = [common.kept_result(f"gpu_chain-{stage}") for stage in ("e1", "e2", "e3")]
-    assert [stage["learning_rate"] for stage in stages] == [1e-4, 1e-4, 1e-5]
-    assert gpu_day.main(arguments) == 0 and capsys.readouterr().out.count("done before") == 3
+    rates = [common.kept_result(f"gpu_chain-seed2-{stage}")["learning_rate"] for stage in ("e1", "e2", "e3")]
+    assert rates == [1e-4, 1e-4, 1e-5] and common.kept_result("gpu_linear-seed1-e1")["schedule"] == "linear"
+    assert gpu_day.main(arguments) == 0 and capsys.readouterr().out.count("done before") == 9
 
 
-@pytest.mark.parametrize("part, missing", [("parity", ["pyarrow"]), ("speed", [])])
-def test_rehearsal_of_what_is_carried(folder, tmp_path, part, missing):
-    """The program's files in a folder of their own, on a machine that has few packages: parity lacks pyarrow, too."""
+def test_when_the_time_of_a_call_is_up_a_stage_is_saved(cache, tmp_path):
+    def call() -> None:
+        with gpu_day.time_limit(2):
+            stage(tmp_path, cache, *(At(step, lambda *_: time.sleep(0.5)) for step in range(16)))
+
+    process = in_a_process(call)
+    process.join(120)
+    assert process.exitcode == -signal.SIGTERM and 0 < position(tmp_path)["steps"] < 16
+
+
+def test_rehearsal_of_what_is_carried(folder, tmp_path):
+    """The program's files in a folder of their own, on a machine that lacks some of the packages."""
     for name in ("bench", "race", "race_module.py", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    missing += ["datasets", "pandas", "psutil", "tensorboard", "IPython", "ipywidgets", "jinja2"]
+    missing = ["datasets", "IPython", "ipywidgets"]
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({missing})\n")
     (tmp_path / "results" / "small").mkdir(parents=True)
     for name in ("train_step-tiny", "evaluate-tiny"):  # done before: tested above
         (tmp_path / "results" / "small" / f"{name}.json").write_text('{"kept": true}')
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "RACE_BENCH_RESULTS": "results"}
-    command = [tmp_path / "bench" / "gpu_day.sh", part, *SMALL, "--carried", folder]
+    command = [tmp_path / "bench" / "gpu_day.sh", "measure", *SMALL, "--carried", folder]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert len(list((tmp_path / "results" / "small").iterdir())) == 4
+    assert len(list((tmp_path / "results" / "small").iterdir())) == 5

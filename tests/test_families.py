@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import padded
 from tiny_models import PADDED, tiny_config
+from torch._dynamo.utils import counters
 from transformers import AttentionInterface, AutoModelForMultipleChoice, GPT2Config
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
@@ -16,7 +17,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAP
 from race import OPTIONS, RaceError
 from race.attention import packed_attention
 from race.data import collate
-from race.encoder import PACKED, attention_dropout, load_model, longest_input, option_logits, pads_left, takes_segments
+from race.encoder import (
+    PACKED,
+    attention_dropout,
+    compile_layers,
+    load_model,
+    longest_input,
+    option_logits,
+    pads_left,
+    takes_segments,
+)
 from race.models import REFUSED, check_family
 from race_module import RaceModule
 
@@ -228,3 +238,43 @@ def test_a_short_question_does_not_change_how_bigbird_attends(items):
 def test_half_precision_in_a_configuration_is_not_taken():
     module = RaceModule(config=tiny_config("roberta", dtype="bfloat16"))
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+def varlen(query, key, value, query_ends, ends, rows, longest, scale=None, window_size=(-1, -1)):
+    """What the variable-length kernel computes, on any device: one attention call with a mask of [T, T]."""
+    assert window_size[0] == window_size[1]
+    sequences, places = [], []
+    for of, states in ((query_ends, query), (ends, key)):
+        place = torch.arange(len(states), device=ends.device)
+        sequences.append(torch.bucketize(place, of[1:], right=True))
+        places.append(place - of[sequences[-1]])
+    mask = sequences[0][:, None] == sequences[1]
+    if window_size[0] >= 0:
+        mask = mask & ((places[0][:, None] - places[1]).abs() <= window_size[0])
+    states = (it.transpose(0, 1) for it in (query, key, value))
+    return F.scaled_dot_product_attention(*states, mask, scale=scale).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("family", PACKED)
+def test_compiled_layers_compute_the_same_with_few_graphs(family, kernel, items, monkeypatch):
+    """In float64, with attention inside the graphs (as of the kernel on a GPU) and outside; no batch compiles anew."""
+    torch._dynamo.reset()
+    counters.clear()
+    if kernel:
+        monkeypatch.setattr("race.attention.has_varlen", lambda *_: True)
+        monkeypatch.setattr("race.attention.varlen_attn", varlen)
+    plain, compiled = (RaceModule(config=tiny_config(family)).double() for _ in range(2))
+    compiled.load_state_dict(plain.state_dict())
+    compile_layers(compiled.model, "eager")  # the graphs, and no compiler of them
+    graphs = []
+    for longest in (200, 60, 230, 90):
+        batch = collate(questions(items, family, 2 + longest % 4, longest))
+        losses = [module.loss(module(batch), batch.labels) for module in (plain, compiled)]
+        for loss in losses:
+            loss.backward()
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-12)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[-1] == graphs[1] <= (3 if kernel else 8), graphs
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12)

@@ -12,7 +12,6 @@ from transformers import BertForMultipleChoice
 
 from race import RaceError
 from race.data import RaceDataModule, collate
-from race.encoder import compile_layers
 from race_module import RaceModule
 
 OFF = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -128,28 +127,6 @@ def test_cuda_agrees_with_the_cpu_in_float64(config, items, dtype):
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         logits = module.float().cuda()(batch.to("cuda")).double().cpu()
     assert torch.allclose(logits, expected, atol=1e-4 if dtype == torch.float32 else 0.1)
-
-
-def test_compiled_layers_compute_the_same_with_few_graphs(config, items):
-    """Batches of other lengths and sizes: the graphs of the first ones serve all others."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    plain, compiled = RaceModule(config=config), RaceModule(config=config)
-    compiled.load_state_dict(plain.state_dict())
-    compile_layers(compiled.model, "aot_eager")  # graphs without a compiler of their code
-    graphs = []
-    for number in range(8):
-        batch = collate(items(2 + number % 5, seed=number, longest=30 + 22 * number))
-        losses = [module.loss(module(batch), batch.labels) for module in (plain, compiled)]
-        for loss in losses:
-            loss.backward()
-        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-4)
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert 0 < graphs[-1] <= graphs[2] + 2 <= 16, graphs
-    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
-        assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_checkpoint_loads_without_network_cache_or_hub(cache, tmp_path):

@@ -1,6 +1,7 @@
 """Batches: questions of any lengths, packed without padding; and the order in which an epoch goes through them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -39,7 +40,7 @@ class PackedBatch:
         """How many each question has; of no question, as many as RACE."""
         return len(self.lengths) // len(self) if len(self) else OPTIONS
 
-    @property
+    @functools.cached_property
     def max_seqlen(self) -> int:
         """The longest sequence, in tokens."""
         return max(self.lengths)

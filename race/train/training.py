@@ -21,10 +21,9 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from race import HUB_ID, LETTERS, MONITORS, RaceError
 from race.data import Cache, open_cache, seen_articles
-from race.device import AUTOCAST, CODE, default_device, default_precision, hardware, processes, versions
+from race.device import AUTOCAST, CODE, default_device, default_precision, hardware, has_compiler, processes, versions
 from race.encoder import attention_kernel, compile_layers, longest_input
 from race.files import locked, remove_unfinished
-from race.models import load_config
 from race.parameters import ROOT, check
 from race.train.callbacks import EarlyStopping, LossWatch, NewestOfEpoch, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoints, weights_hash
@@ -92,7 +91,7 @@ def _pretrained(cache: Cache, base_model: str | Path | None, settings: dict) -> 
         name = str(Path(name).resolve())
     module = RaceModule(model=model, **settings)
     articles = Checkpoint(model).lineage.get("articles") if Path(model).is_dir() else None
-    trained = any(str(it).endswith("ForMultipleChoice") for it in load_config(model).architectures or [])
+    trained = any(str(it).endswith("ForMultipleChoice") for it in module.model.config.architectures or [])
     if articles is None and (name == "demo" or not trained):
         articles = {}  # no multiple-choice model: it was trained on none
     encoder = [it for part, it in module.model.base_model.named_children() if not part.startswith("pooler")]
@@ -134,6 +133,8 @@ def train_stage(
     check(precision=precision, accelerator=accelerator)
     precision, monitor = precision or default_precision(accelerator), stage.monitor or MONITORS[0]
     device = default_device(accelerator)
+    if compile and not has_compiler():
+        raise RaceError("COMPILE = True needs a C compiler (gcc or clang): this node has none, or CC does not name it")
     module.schedule.steps = steps = max_epochs * data.batches_per_epoch()
     if (warmup := module.schedule.warmup) >= max(1, steps):
         raise RaceError(f"WARMUP is {warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")
@@ -231,7 +232,15 @@ def _trainer(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     torch.utils.deterministic.fill_uninitialized_memory = False  # 547 kernels a step on a GPU, with DETERMINISTIC
     # Lightning's hints do not fit: the loader needs few workers, and processes() says in its own words what runs where
-    for hint in ("many workers", "number of training batches", "LeafSpec", "not empty", "sync_dist", "srun"):
+    for hint in (
+        "many workers",
+        "persistent_workers",
+        "number of training batches",
+        "LeafSpec",
+        "not empty",
+        "sync_dist",
+        "srun",
+    ):
         warnings.filterwarnings("ignore", message=f".*{hint}.*")
     saving = ModelCheckpoint(
         stage.checkpoint_dir,

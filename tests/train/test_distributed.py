@@ -19,6 +19,7 @@ import torch
 from helpers import ROOT
 from kill import in_a_process
 from small_stage import position, stage, state
+from test_memory import fill_memory
 from tiny_models import write_tiny_model
 
 from race.data import RaceDataModule
@@ -188,3 +189,26 @@ def test_collectives_a_step(cache, tmp_path):
     steps = json.loads((tmp_path / "0.json").read_text())[2:-1]  # the state is saved before the first, and the last
     assert len(steps) > 40 and all(step.keys() == {"all_reduce"} for step in steps)
     assert sorted({step["all_reduce"] for step in steps}) == [1, 3]
+
+
+def uneven_stage(folder, cache, **settings) -> None:
+    """Of two processes the second takes smaller parts, finds its memory full once, and gets SIGTERM in validation."""
+
+    class InValidation(pl.Callback):
+        def on_validation_batch_start(self, trainer, module, *_):
+            if not (folder / "1").exists() or not (folder / "0").exists():
+                assert (module.token_budget < 900) == second
+                (folder / os.environ["RANK"]).touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    second = os.environ["RANK"] == "1"
+    with pytest.MonkeyPatch.context() as patch:
+        if second and not (folder / "1").exists():
+            fill_memory(patch, 4)
+        stage(folder, cache, InValidation(), token_budget=900 if second else None, minutes=0, **settings)
+
+
+def test_memory_full_in_one_of_two_uneven_processes_and_an_end_in_validation(runs, cache, tmp_path):
+    for ends in ([-signal.SIGTERM] * 2, [0, 0]):
+        assert ended(together(2, tmp_path, cache, what=uneven_stage)) == ends
+    assert_same(runs[2], left(tmp_path))

@@ -10,6 +10,7 @@ from small_stage import e1, stage
 from transformers import AutoConfig, AutoTokenizer
 
 from race import RaceError
+from race.attention import SHORT
 from race.data import RaceDataModule, collate
 from race.data.cache import build_cache
 from race.train.checkpoints import weights_hash
@@ -159,7 +160,7 @@ def test_a_warm_up_longer_than_the_stage_is_refused(cache, tmp_path):
 @pytest.mark.parametrize("short", [0, 128])
 def test_half_precision_trains(cache, tmp_path, monkeypatch, short):
     """bf16 autocast, as on a GPU: both ways of attention take it, and the weights stay float32."""
-    monkeypatch.setattr("race.attention.SHORT", short)
+    monkeypatch.setitem(SHORT, "cpu", short)
     module = stage(tmp_path, cache, **FEW, precision="bf16-mixed", log_every=1).lightning_module
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     assert read_log(tmp_path / "run", "e1")["train_loss_step"].dropna().between(1.2, 1.6).all()
@@ -210,9 +211,14 @@ def test_deterministic_algorithms_on_request(cache, tmp_path):
 def test_compile_reaches_the_layers(cache, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("race.train.training.compile_layers", seen.append)
+    monkeypatch.setenv("CC", "cc")
     for wanted in (False, True):
         stage(tmp_path / str(wanted), cache, **FEW, compile=wanted)
     assert len(seen) == 1
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RaceError, match="COMPILE = True needs a C compiler"):
+        stage(tmp_path / "without", cache, **FEW, compile=True)
 
 
 @pytest.mark.parametrize(
