@@ -24,8 +24,9 @@ import torch
 
 from bench import common
 
-SHAPES = ("base", "large", "xlarge", "bert-base")
-PRECISIONS = {"bf16-mixed": "8.0", "16-mixed": "7.5", "32-true": "8.0"}  # and the compute capability of its card
+CASES = [(shape, precision) for shape in ("base", "bert-base") for precision in ("bf16-mixed", "16-mixed", "32-true")]
+CASES[3:3] = [("large", "bf16-mixed"), ("xlarge", "bf16-mixed")]
+CAPABILITY = {"bf16-mixed": "8.0", "16-mixed": "7.5", "32-true": "8.0"}  # of the card, by precision
 LENGTHS = ("race", "middle", "skewed")
 QUESTIONS, STEPS = 32, 45
 ALMOST_ALL = 40  # steps after which the reserved memory is noted
@@ -43,11 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(row, file=file)
         print(row)
     failed, done = 0, {(row["shape"], row["precision"], row["lengths"], row["card_gb"]) for row in kept()}
-    for shape, precision, lengths, gb in itertools.product(SHAPES, PRECISIONS, LENGTHS, options.cards):
+    for (shape, precision), lengths, gb in itertools.product(CASES, LENGTHS, options.cards):
         if (shape, precision, lengths, gb) in done:
             continue
         launcher = os.environ.get("BENCH_LAUNCHER", sys.executable)
-        command = shlex.split(launcher.format(gb=gb, capability=PRECISIONS[precision]))
+        command = shlex.split(launcher.format(gb=gb, capability=CAPABILITY[precision]))
         command += ["-m", "bench.memory", "--case", shape, precision, lengths, str(gb)]
         ended = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
         outcome = ended.stdout.splitlines()[-1:] if ended.returncode == 0 else [ended.stderr[-2000:]]

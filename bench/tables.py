@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from bench import common
+from bench.memory import CASES
 
 PAGE = Path(__file__).with_name("README.md")
 YET = "not measured yet"
@@ -120,9 +121,8 @@ def memory(_=None) -> str:
         return "; ".join([parts, *([", ".join(most)] if most else [])])
 
     lines = [
-        [f"{name}, {precision}", *(cell(shape, precision, card) for card in cards)]
-        for shape, name in shapes.items()
-        for precision in ("bf16-mixed", "16-mixed", "32-true")
+        [f"{shapes[shape]}, {precision}", *(cell(shape, precision, card) for card in cards)]
+        for shape, precision in CASES
     ]
     return table(["", *(f"{card} GB" for card in cards)], lines)
 
