@@ -23,5 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # name or owner/name on the Hugging Face hub
 
 
-class RaceError(ValueError):
+class Told:
+    """Shown in Jupyter as one sentence, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class RaceError(Told, ValueError):
     """Something that the user can fix: the message says what is wrong, where, and what to do."""
+
+
+class Interrupted(Told, KeyboardInterrupt):
+    """Training that the stop button ended, with its state saved."""

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -25,7 +26,7 @@ from race import CHAIN, RaceError
 from race.data import Cache, RaceDataModule
 from race.device import CODE
 from race.files import atomic_write, file_hash
-from race.parameters import GONE, ROOT, Settings, check, names_in, parse_set, read, table
+from race.parameters import ROOT, Settings, check, names_in, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.sentences import over_seeds
 from race.score.predictions import RESULT_COLUMNS, write_json
@@ -60,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     ended = [(parameters, recipe) for parameters, recipe in evaluated if parameters["RUN_DIR"] not in failed]
     for parameters, recipe in ended:
         write_json(ROOT / parameters["RUN_DIR"] / "recipe.json", dataclasses.asdict(recipe))
-    if len(options.recipes) > 1:
-        failed = failed or run_all([comparison(options, split)])
-    else:
+    if len(options.recipes) == 1:
         report(options, [parameters for parameters, _ in ended])
+    elif not failed and not (failed := run_all([compared := comparison(options, split)])):
+        report_comparison(compared[1])
     if failed:
         print("\nnot finished:", *failed.values(), sep="\n", file=sys.stderr)
     return int(bool(failed))
@@ -74,7 +75,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m race.chain", description=__doc__, epilog=table())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("name", choices=MADE_FROM, help="RACE with albert-base-v2, or the embedded corpus")
+    add("corpus", choices=MADE_FROM, help="RACE with albert-base-v2, or the embedded corpus")
+    add("--name", help="of the folders in cache, checkpoints and runs, for other data than RACE (race, demo)")
     add("--source", type=os.path.expanduser, help="source of the cache (of 'race': ehovy/race)")
     add("--model", type=os.path.expanduser, help="base model (of 'race': albert-base-v2)")
     add("--limit-questions", type=int, metavar="N", help="trial run on N random questions of each split")
@@ -84,12 +86,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, help="run once with each seed, in folders NAME-seedN; skips finished notebooks")
     given = "parameters in capitals below, such as MAX_EPOCHS=3; e3.MAX_EPOCHS=3 for one stage"
     add("--set", nargs="+", action="extend", default=[], dest="pairs", metavar="NAME=VALUE", help=given)
-    for argument in arguments:
-        if gone := GONE.get(argument.partition("=")[0]):
-            raise RaceError(gone)
     options = parser.parse_args(arguments)
     check(limit_questions=options.limit_questions, seeds=options.seeds)
-    options.recipes = named_recipes(options.recipes or [BASELINE], options.name)
+    options.recipes = named_recipes(options.recipes or [BASELINE], options.corpus)
+    options.name = options.name or options.corpus
+    if not re.fullmatch(r"\w[\w.-]*", options.name):
+        raise RaceError(f"--name {options.name}: expected letters, digits, _, . and -, as of a folder")
     if len(options.recipes) > 1 and options.stages is not None:
         raise RaceError("--stages goes with one recipe")
     stages = sorted({stage for recipe in options.recipes for stage in recipe.stages})
@@ -112,8 +114,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def prepare_cache(folder: Path, options: argparse.Namespace) -> int:
     """Make the cache, or verify one that was made before on a node with internet; returns the exit status."""
     asked = {part: name for part, name in (("source", options.source), ("model", options.model)) if name}
-    if options.name == "demo" or not folder.exists():
-        made_from = MADE_FROM[options.name] | asked
+    if options.corpus == "demo" or not folder.exists():
+        made_from = MADE_FROM[options.corpus] | asked
         return generate_race_cache([*(f"--{part}={name}" for part, name in made_from.items()), f"--out={folder}"])
     for part, name in asked.items():
         if (made := Cache(folder).manifest[part]["name"]) != name:
@@ -197,6 +199,16 @@ def report(options: argparse.Namespace, evaluated: list[dict]) -> None:
         verdict = over_seeds(means, compared, options.seeds)
         print(*verdict, sep="\n")
         write_json(out / f"stages-{split}.json", {"verdict": verdict, "accuracies": means} | compared)
+
+
+def report_comparison(parameters: dict) -> None:
+    """Print what compare_recipes found, and where it is."""
+    newest = max((ROOT / parameters["RUN_DIR"]).glob("recipes-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    kept = json.loads(newest.read_text(encoding="utf-8"))
+    print(kept["lead"], *kept["verdict"], sep="\n")
+    accuracies = pd.DataFrame(kept["accuracies"])
+    print(accuracies[["recipe", "accuracy", "each"]].to_string(index=False, formatters={"accuracy": "{:.4f}".format}))
+    print("the notebook, with its figures: {RUN_DIR}/compare_recipes.ipynb".format(**parameters))
 
 
 def run_all(notebooks: list[tuple[str, dict]]) -> dict[str, str]:

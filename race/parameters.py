@@ -21,9 +21,6 @@ OF_SCORING = ("RUN_DIR", "SPLIT", "PRECISION", "ACCELERATOR")
 OF_MODULE = ("LEARNING_RATE", "SCHEDULE", "WARMUP", "MAX_GRAD_NORM", "ATTENTION_DROPOUT", "TOKEN_BUDGET")
 OF_TRAINING = ("MAX_EPOCHS", "EARLY_STOPPING", "SAVE_MINUTES", "PRECISION", "ACCELERATOR")
 OF_TRAINING += ("DETERMINISTIC", "COMPILE", "LOGGERS", "ACCEPT_CODE")
-FRESH = "set another CHECKPOINT_DIR and RUN_DIR, or move its files and those of later stages to another folder"
-GONE = {"FRESH": f"FRESH is gone: {FRESH}", "--fresh": f"--fresh is gone: {FRESH}"}
-GONE["--jobs"] = "--jobs is gone: start the command once for each seed (--seeds 1), then with all of them"
 
 
 def _integer(value) -> int:
@@ -164,8 +161,6 @@ def _meant(given: dict) -> dict:
 
 def read(given: dict) -> dict:
     """A notebook's parameters by name, each as what is meant; raises RaceError with all that cannot be."""
-    if gone := [sentence for name, sentence in GONE.items() if given.get(name)]:
-        raise RaceError("\n".join(gone))
     return _meant({name: given[name] for name in given if name in OF_NOTEBOOKS})
 
 
@@ -183,7 +178,7 @@ def parse_set(pairs: list[str], stage: str | None = None, takers: dict[str, set]
         (whose, dot, name), value = pair.partition("=")[0].rpartition("."), pair.partition("=")[2]
         if "=" not in pair or name not in OF_NOTEBOOKS or (dot and whose not in CHAIN):
             expected = f"expected NAME=VALUE or, of one stage, e3.NAME=VALUE; NAME is one of {', '.join(OF_NOTEBOOKS)}"
-            problems.append(f"--set {pair}: {GONE.get(name, expected)}")
+            problems.append(f"--set {pair}: {expected}")
         elif name not in takers.get(whose, ()):
             problems.append(f"--set {pair}: no notebook takes it here, or --seeds and recipes set it for each run")
         elif not dot or whose == stage:

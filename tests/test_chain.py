@@ -15,10 +15,12 @@ from helpers import ROOT
 from kill import in_a_process
 
 from race import RaceError, chain
+from race.score.predictions import write_json
 from race.train.stages import Stage
 from race.train.state import read_state
 
 STAGES = ["ex01", "ex02", "ex03"]
+REPORT_COMPARISON = chain.report_comparison
 
 
 class Ran:
@@ -35,6 +37,7 @@ class Ran:
         monkeypatch.setattr(chain, "generate_race_cache", self.generate)
         monkeypatch.setattr(chain, "run_notebook", self.run_notebook)
         monkeypatch.setattr(chain, "report", lambda options, evaluated: self.reported.append(evaluated))
+        monkeypatch.setattr(chain, "report_comparison", lambda parameters: self.reported.append(parameters))
 
     def __call__(self, *arguments: str) -> int:
         self.notebooks, self.cache, self.reported = [], [], []
@@ -87,6 +90,28 @@ def test_race_makes_its_cache_once_and_runs_the_notebooks(ran, tmp_path):
     assert ran.names() == [*STAGES, *chain.EVALUATIONS] and set(ran.values("LEARNING_RATE")) == {None}
     assert set(ran.values("RUN_DIR")) == {"runs/race"} and ran.values("SPLIT")[3:] == ["test", "test"]
     assert ran("race") == 0 and ran.cache == [[f"--verify={folder}"]] and len(ran.notebooks) == 5
+
+
+def test_other_data_has_a_name_of_its_own(ran):
+    assert ran("race", "--name", "dream", "--source", "dream.zip", "--seeds", "1") == 0
+    assert ran.cache == [["--source=dream.zip", "--model=albert-base-v2", f"--out={ran.root}/cache/dream"]]
+    assert set(ran.values("CACHE_DIR")) == {"cache/dream"} and set(ran.values("RUN_DIR")) == {"runs/dream-seed1"}
+
+
+def test_a_comparison_ends_with_its_verdict(ran, capsys):
+    folder = ran.root / "runs" / "race-recipes" / "chain-linear"
+    assert (
+        ran("race", "--recipe", "chain", "linear") == 0
+        and ran.reported[0]["RUN_DIR"] == "runs/race-recipes/chain-linear"
+    )
+    rows = [{"recipe": "chain", "accuracy": 0.75, "each": [0.74, 0.76], "sd": 0.01}]
+    write_json(
+        folder / "recipes-test.json", {"lead": "No recipe differs.", "verdict": ["linear: …"], "accuracies": rows}
+    )
+    REPORT_COMPARISON(ran.reported[0])
+    said = capsys.readouterr().out.splitlines()[-5:]
+    assert said[:2] == ["No recipe differs.", "linear: …"] and said[-1].endswith("chain-linear/compare_recipes.ipynb")
+    assert "0.7500" in said[3]
 
 
 def test_a_cache_of_another_source_or_one_that_fails_ends_the_chain(ran, monkeypatch):
@@ -228,8 +253,7 @@ def test_a_stopped_notebook_ends_the_chain(ran, monkeypatch, capsys, last):
         ("--set SEED=4294967296", "SEED is '4294967296', expected a whole number from 0, below 2**32"),
         ("--seeds 1 4294967296", "SEEDS is [1, 4294967296]"),
         ("--set LOGGERS=" + "[" * 5000, "LOGGERS is '[[["),
-        ("--fresh", "--fresh is gone: set another CHECKPOINT_DIR"),
-        ("--jobs 2", "--jobs is gone: start the command once for each seed"),
+        ("--name a/b", "--name a/b: expected letters, digits"),
     ],
     ids=lambda text: text[:40],
 )

@@ -75,12 +75,6 @@ def test_every_parameter_is_in_a_notebook_and_each_default_is_allowed():
     assert given == set(OF_NOTEBOOKS) and all(f"| `{name}` | " in table() for name in PARAMETERS)
 
 
-def test_what_is_gone_says_what_to_do_now():
-    for call in (lambda: Settings({"FRESH": True}), lambda: parse_set(["e3.FRESH=1"])):
-        with pytest.raises(RaceError, match="FRESH is gone: .*CHECKPOINT_DIR.*move its files and"):
-            call()
-
-
 def test_each_goes_where_it_belongs():
     named = {"PRECISION": "bf16-mixed", "ACCELERATOR": "cpu", "SPLIT": "test", "RUN_DIR": "runs/x", "BATCH_SIZE": 8}
     settings = Settings(named | {"WARMUP": 1, "LOGGERS": None, "SEED": 3})

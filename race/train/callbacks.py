@@ -76,8 +76,8 @@ class LossWatch(pl.Callback):
             self.warned = True
             trainer.progress_bar_callback.print(
                 f"the loss has stayed at {mean:.3f} for {STUCK:,} questions; chance is ln {options} = {chance:.3f}. "
-                "Random weights stay here for long; with pretrained ones, try another LEARNING_RATE, dropout 0 for "
-                "ALBERT v2, or a batch of 16 questions or more"
+                "Random weights, such as the demo's, leave it after an epoch or more; with pretrained ones try another "
+                "LEARNING_RATE, dropout 0 for ALBERT v2, or a batch of 16 questions or more"
             )
 
 

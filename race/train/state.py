@@ -21,7 +21,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from race import MONITORS, RaceError
+from race import MONITORS, Interrupted, RaceError
 from race.device import CODE, random_state, set_random_state
 from race.files import atomic_write, read_archive, remove_unfinished
 
@@ -258,6 +258,6 @@ def ended_by_signals(keeper: KeepState, trainer: pl.Trainer) -> Iterator[None]:
     (epoch, batches), name = keeper.position, signal.Signals(keeper.signal).name if keeper.signal else "another process"
     say(f"stopped by {name} at epoch {epoch}, batch {batches}: run this again to resume")
     if keeper.signal in (None, signal.SIGINT):
-        raise KeyboardInterrupt("saved; run this cell again to resume")
+        raise Interrupted("saved; run this cell again to resume")
     signal.signal(keeper.signal, signal.SIG_DFL)
     os.kill(os.getpid(), keeper.signal)
