@@ -119,8 +119,9 @@ def gpu_problem() -> str | None:
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
     return (
-        f"torch {torch.__version__} ({_build()}) cannot use the GPU of this node: {why}. Install the build for its "
-        'driver (README, "Torch for your GPU"), or ask for a GPU if this job has none; ACCELERATOR = "cpu" does without'
+        f"torch {torch.__version__} ({_build()}) cannot use the GPU of this node: {why}. Install the build for "
+        'its driver (docs/cluster.md, "Torch for your GPU"), or ask for a GPU if this job has none; '
+        'ACCELERATOR = "cpu" does without'
     )
 
 

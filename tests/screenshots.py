@@ -14,10 +14,9 @@ from lab import CHROMIUM_FLAGS, WIDTH, chromium, jupyter_lab, run_all_cells, wit
 from race.data.cache import build_cache
 from race.recipes import FILES, read_recipes
 
-SHOTS = {  # notebook: (what stands in the cell whose output is kept, name of the picture)
-    "ex01": ("training_curves(", "training"),
-    "eval_test_dataset_race": ("error_browser(", "errors"),
-    "eval_test_dataset_race_2": ("comparison_figure(", "chain"),
+SHOTS = {  # notebook: {name of the picture: what stands in the cell whose output is kept}
+    "eval_test_dataset_race": {"errors": "error_browser("},
+    "eval_test_dataset_race_2": {"chain": "comparison_figure(", "story": "story_figure("},
 }
 MARGIN, ABOVE = 8, 3  # pixels around a picture; more above would show the code's frame
 
@@ -45,23 +44,24 @@ def main(arguments: list[str] | None = None) -> int:
             with_parameters(ROOT / f"{name}.ipynb", notebooks / f"{name}.ipynb", parameters)
         with jupyter_lab(folder, notebooks) as (address, token), sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
-            missing = [name for name in NOTEBOOKS if not picture(browser, address, token, name, options.out)]
+            missing = [it for name in NOTEBOOKS for it in pictures(browser, address, token, name, options.out)]
             browser.close()
-    for name in missing:
-        print(f"error: {name}.ipynb has no cell with {SHOTS[name][0]}", file=sys.stderr)
+    for problem in missing:
+        print(f"error: {problem}", file=sys.stderr)
     return 1 if missing else 0
 
 
-def picture(browser, address: str, token: str, name: str, out: Path) -> bool:
-    """Run a notebook and keep the output of its cell, if one is wanted; returns whether the cell was there."""
-    page = browser.new_page(viewport={"width": WIDTH, "height": 900})
+def pictures(browser, address: str, token: str, name: str, out: Path) -> list[str]:
+    """Run a notebook and keep the outputs of the cells that are wanted; returns what is missing."""
+    page, missing = browser.new_page(viewport={"width": WIDTH, "height": 900}), []
     run_all_cells(page, address, token, f"{name}.ipynb", seconds=600)
-    if name in SHOTS:
-        wanted, title = SHOTS[name]
+    for title, wanted in SHOTS.get(name, {}).items():
         cells = page.locator(".jp-CodeCell").filter(has_text=wanted)
         if cells.count() == 0:
-            return False
-        output = cells.first.locator(".jp-OutputArea-output").first
+            missing.append(f"{name}.ipynb has no cell with {wanted}")
+            continue
+        cells.first.scroll_into_view_if_needed()
+        output = cells.first.locator(".jp-OutputArea-output").filter(has=page.locator("img, details")).first
         if output.locator("details").count():
             output.locator("details summary").first.click()
         figure = output.locator("img")
@@ -73,7 +73,7 @@ def picture(browser, address: str, token: str, name: str, out: Path) -> bool:
         page.screenshot(path=path, clip=clip)
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
     page.close()
-    return True
+    return missing
 
 
 if __name__ == "__main__":

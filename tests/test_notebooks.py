@@ -123,7 +123,10 @@ def test_notebook_as_a_document(notebook):
     own = OWN[notebook] | {"BATCH_SIZE": 32, "MAX_LEN": 512}
     assert values.keys() >= SHARED and {name: values.get(name, "missing") for name in own} == own
     for cell in code:
-        assert len(list(filter(None, cell.source.splitlines()))) <= (25 if cell is parameters else 17) and "class " not in cell.source
+        assert (
+            len(list(filter(None, cell.source.splitlines()))) <= (25 if cell is parameters else 17)
+            and "class " not in cell.source
+        )
     assert cells(notebook)[0].source.startswith("# ")
 
 
