@@ -6,12 +6,16 @@ python generate_race_cache.py --source ehovy/race --model albert-base-v2 --out c
 import argparse
 import gc
 import os
+import re
 import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from race import MAX_QA_LEN, OPTIONS, RaceError
+
+# of --keep: none of the predictions' own columns
+KEPT = r"(?!(level|answer|kind|prediction|truncated|example_id|question|question_index|article\w*|p_\w)$)[\w ]+"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +50,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--max-qa-len", type=int, metavar="N", default=MAX_QA_LEN, help=last)
     stands = "what stands for article (article=: there are none), question, options (options=a,b,c), answer, id, level"
     add("--columns", nargs="+", action="extend", metavar="NAME=COLUMN", default=[], help=f"{stands}; a.b is nested")
+    along = "columns that go along into the predictions, for GROUP_BY"
+    add("--keep", nargs="+", action="extend", metavar="COLUMN", default=[], help=along)
     numbered = "how answers are written: letters (the default), numbers from 0 or from 1, or the text of the option"
     add("--answers", choices=("letters", "0", "1", "text"), default="letters", dest="numbering", help=numbered)
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)")
@@ -59,7 +65,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     known, given = ("article", "question", "options", "answer", "id", "level"), [name for name, *_ in pairs]
     if wrong := [name for name, sign, _ in pairs if name not in known or not sign or given.count(name) > 1]:
         parser.error(f"--columns {', '.join(wrong)}: expected once article=, question=, options=, answer=, id=, level=")
+    if wrong := [name for name in options.keep if not re.fullmatch(KEPT, name)]:
+        parser.error(f"--keep {', '.join(wrong)}: expected names of letters, digits, _; none of the predictions' own")
     options.columns = tuple((name, tuple(filter(None, given.split(",")))) for name, _, given in pairs)
+    options.columns += tuple((name, (name,)) for name in dict.fromkeys(options.keep))
     missing = [f"--{name}" for name in ("source", "model", "out") if not getattr(options, name)]
     if missing and not options.verify:
         parser.error(f"{', '.join(missing)} needed (or --verify CACHE)")

@@ -23,16 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # name or owner/name on the Hugging Face hub
 
 
-class Told:
-    """Shown in Jupyter as one sentence, without a traceback."""
+class RaceError(ValueError):
+    """Something that the user can fix: the message says what is wrong, where, and what to do."""
 
-    def _render_traceback_(self) -> list[str]:
+    def _render_traceback_(self) -> list[str]:  # in Jupyter, that sentence alone
         return [f"{type(self).__name__}: {self}"]
 
 
-class RaceError(Told, ValueError):
-    """Something that the user can fix: the message says what is wrong, where, and what to do."""
-
-
-class Interrupted(Told, KeyboardInterrupt):
+class Interrupted(KeyboardInterrupt):
     """Training that the stop button ended, with its state saved."""
+
+    _render_traceback_ = RaceError._render_traceback_

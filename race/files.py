@@ -187,10 +187,7 @@ class Nothing(dict):
     def __init__(self, *_, **__):
         pass
 
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    __hash__ = object.__hash__
+    __setstate__, __hash__ = __init__, object.__hash__
 
 
 def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = ()) -> dict:

@@ -93,6 +93,7 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "BASE_CHECKPOINT": ("what e2 or e3 starts from; None: the best of the stage before", PLACE.or_none()),
     "CHECKPOINT": ("what is scored; None: the best of the latest stage", PLACE.or_none()),
     "CHECKPOINTS": ("what is compared; None: the best of each stage", PLACES.or_none()),
+    "GROUP_BY": ("further columns of the cache by which accuracy is shown", NAME_LIST.or_none()),
     "QUESTIONS": ("a file or folder of questions without answers, to be answered", PLACE.or_none()),
     "EXPORT_DIR": ("a new folder for transformers to load", FOLDER.or_none()),
     "RECIPES": ("the first is what the others are compared with", NAME_LIST),

@@ -2,14 +2,9 @@
 
 import importlib
 
-HOMES = {"collate": "batches", "RaceDataModule": "module", "RaceDataset": "module", "Cache": "cache"}
-HOMES |= {
-    "Reading": "sources",
-    "build_cache": "cache",
-    "open_cache": "cache",
-    "seen_before": "seen",
-    "seen_articles": "seen",
-}
+HOMES = {"collate": "batches", "Reading": "sources"} | dict.fromkeys(("RaceDataModule", "RaceDataset"), "module")
+HOMES |= dict.fromkeys(("Cache", "build_cache", "open_cache"), "cache")
+HOMES |= dict.fromkeys(("seen_before", "seen_articles"), "seen")
 
 
 def __getattr__(name: str):

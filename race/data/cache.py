@@ -235,12 +235,10 @@ def _write_split(
     """Write the two files of a split; returns its counts for the manifest."""
     example_ids, levels, articles, *_ = zip(*passages, strict=True)
     rows = [
-        (number, *question)
-        for number, passage in enumerate(passages)
-        for question in zip(passage.places, passage.questions, passage.options, passage.labels, strict=True)
+        (number, *question) for number, passage in enumerate(passages) for question in zip(*passage[3:8], strict=True)
     ]
-    passage_of, places, questions, options, labels = zip(*rows, strict=True)
-    texts, count = [question_option(row[2], option) for row in rows for option in row[3]], len(options[0])
+    passage_of, questions, options, labels, further, places = zip(*rows, strict=True)
+    texts, count = [question_option(row[1], option) for row in rows for option in row[2]], len(options[0])
     article_ids = tokenize(tokenizer, articles, f"{split}: articles")
     qa_ids = keep_last(tokenize(tokenizer, texts, f"{split}: questions and options"), max_qa_len)
     tables = {
@@ -259,6 +257,8 @@ def _write_split(
             "qa_ids": pa.FixedSizeListArray.from_arrays(qa_ids, count),
         },
     }
+    if further[0]:
+        tables["questions"]["further"] = pa.array(further)
     for name, columns in tables.items():
         batch = pa.record_batch(columns)
         with pa.ipc.new_file(str(folder / f"{split}-{name}.arrow"), batch.schema) as writer:

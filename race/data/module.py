@@ -78,13 +78,16 @@ class RaceDataset(Dataset):
         }
 
     def facts(self):
-        """[N] rows: question (text), article_tokens (before truncation), truncated (any of its sequences)."""
+        """[N] rows: question (text), article_tokens (before truncation), truncated (any sequence), further columns."""
         import pandas as pd
 
         lengths = self._part_lengths()
         questions = self._questions["question"].take(pa.array(self._rows)).to_pylist()
         truncated = (self._template.lengths(*lengths) > self.max_len).any(1)
-        return pd.DataFrame({"question": questions, "article_tokens": lengths[0][:, 0], "truncated": truncated})
+        known = {"question": questions, "article_tokens": lengths[0][:, 0], "truncated": truncated}
+        further = {"further": self._questions["further"]} if "further" in self._questions.schema.names else {}
+        more = [pd.DataFrame(column.take(pa.array(self._rows)).to_pylist()) for column in further.values()]
+        return pd.concat([pd.DataFrame(known), *more], axis=1)
 
     def article_hashes(self) -> np.ndarray:
         """[N] uint64 of each question's article: equal texts, equal numbers, whatever their spacing and capitals.

@@ -20,6 +20,7 @@ class Passage(NamedTuple):
     questions: list[str]
     options: list[list[str]]  # [questions][k]
     labels: list[int]  # [questions], from 0, or -1 where the answer is missing
+    further: list[dict]  # [questions], further columns of the source
     places: list[int]  # [questions], of each question in its record, from 0
     asked_at: list[str]  # [questions], where they stand in the source; "" if they are not to be answered
 
@@ -78,14 +79,14 @@ def _checked(split: str, records: list, how: Reading, problems: list[str], lines
         if not record["questions"]:
             lines.append(f"{place}: a passage without questions, left out")
         passage, kept = (record["id"], record["level"], record["article"]), []
-        start = starts.get(passage, 0)
+        start, further = starts.get(passage, 0), record.get("further", {})
         for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
             if i in bad:
                 continue
             here, label, known = _place(place, record, i), LABELS.get(answer, -1), len(firsts)
             first, first_label = firsts.setdefault((record["article"], question, *options), (here, label))
             if len(firsts) > known or not how.answers:
-                kept.append((question, options, label, start + i, "" if how.answers else here))
+                kept.append((question, options, label, further, start + i, "" if how.answers else here))
             elif label == first_label:
                 repeats += 1
             else:
@@ -96,8 +97,9 @@ def _checked(split: str, records: list, how: Reading, problems: list[str], lines
         if how.answers and article != record["article"]:
             problems.append(f"{place}: id {record['id']!r} is used by {first} already")
             continue
-        starts[passage] = kept[-1][3] + 1
-        lists = passages.setdefault(passage if how.answers else (place,), Passage(*passage, [], [], [], [], []))[3:]
+        starts[passage] = kept[-1][4] + 1
+        new = Passage(*passage, *([] for _ in kept[0]))
+        lists = passages.setdefault(passage if how.answers else (place,), new)[3:]
         for values, more in zip(lists, zip(*kept, strict=True), strict=True):
             values.extend(more)
     if repeats:
@@ -113,7 +115,7 @@ def _place(place: str, record: Any, question: int | None) -> str:
 def record_problems(record: dict, how: Reading = PLAIN) -> list[tuple[int | None, str]]:
     """What is wrong with a RACE record: (question from 0 or None, text); without `how.answers`, some may be missing."""
     sizes = {len(record[key]) if isinstance(record.get(key), list) else None for key in LISTS}
-    if len(sizes) > 1 or None in sizes or not {*record} <= {"article", "id", "level", *LISTS}:
+    if len(sizes) > 1 or None in sizes or not {*record} <= {"article", "id", "level", "further", *LISTS}:
         found = (f"{key!r} of {len(value)}" if isinstance(value, list) else repr(key) for key, value in record.items())
         expected = "article, id, and lists of one length: questions, options, answers"
         return [(None, f"expected {expected}; found: {', '.join(found)[:300]}")]

@@ -28,7 +28,7 @@ HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX(/|$))")  # what editors and macOS l
 WANTED = ("article", "question", "options", "answer")  # columns of a table
 OPTION = re.compile(r"(?:option)?([a-h])|option(\d)")  # or a column for each option: A, option_b, Option1
 OF_RACE = re.compile(rf"({'|'.join(LEVELS)})\d+\.txt")  # an id that says the level: high12.txt
-Columns = tuple[tuple[str, tuple[str, ...]], ...]  # what stands for the columns WANTED: ("options", ("end0", "end1"))
+Columns = tuple[tuple[str, tuple[str, ...]], ...]  # what stands for a column: ("options", ("end0", "end1"))
 Files = list[tuple[str, Any]]  # name, and what it holds: bytes, a Path to read, or a table of the library `datasets`
 Values = list[tuple[str, Any]]  # place, and what stands there: a record, a row, something else, or a RaceError
 
@@ -254,6 +254,9 @@ def _record(value: Any, level: str, how: Reading) -> dict:
         value, how = {"article": "\n".join(value[0]), "id": value[2]} | lists, how._replace(numbering="text")
     if not isinstance(value, dict):
         raise value if isinstance(value, RaceError) else RaceError(f"expected an object, found {type(value).__name__}")
+    own = {name: paths for name, paths in how.columns if name not in (*WANTED, "level", "id")}
+    further = {name: str(_cell(paths, value)) for name, paths in own.items()}
+    value = {key: it for key, it in value.items() if "questions" not in value or (key,) not in own.values()}
     if "questions" not in value:
         row = {key: cell(value) for key, cell in _columns(tuple(value), how._replace(answers=False)).items()}
         lists = {"questions": [row["question"]], "options": [_listed(row["options"])], "answers": [row.get("answer")]}
@@ -261,6 +264,7 @@ def _record(value: Any, level: str, how: Reading) -> dict:
         value = {"id": name, "level": row.get("level"), "article": row["article"]} | lists
     elif not how.answers and isinstance(value["questions"], list) and is_missing(value.get("answers") or None):
         value["answers"] = [None] * len(value["questions"])
+    value["further"] = further
     of_column, of_id = str(value.get("level")).strip().lower(), OF_RACE.fullmatch(str(value.get("id")))
     value["level"] = level or (of_column if of_column in LEVELS else of_id[1] if of_id else "")
     if how.numbering != "letters":

@@ -5,13 +5,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from race import LETTERS, OPTIONS
 from race.report import figures
 from race.report.figures import BLUE, GREY, LOOKS, MARKS, STYLE, WIDTH, chance_key, key, wrapped
 from race.report.formats import SIGNIFICANT, percent, points, questions_of
-from race.score.calibration import BINS, coverage_groups
+from race.score.calibration import BINS
 from race.score.statistics import quoted_interval
 
 LINES = {"middle": "-", "high": "--", "all": "-"}  # at the accuracy of each level
@@ -93,14 +92,12 @@ def confusion_figure(counts: np.ndarray) -> Figure:
 
 
 @plt.style.context(STYLE)
-def confidence_figure(versions: dict, calibration: pd.DataFrame, curve: pd.DataFrame, options: int = OPTIONS) -> Figure:
-    """Reliability diagram with the questions in each bin, and accuracy against coverage (race.score.calibration).
+def confidence_figure(versions: dict, calibration: pd.DataFrame) -> Figure:
+    """Reliability diagram, and the questions in each of its bins (race.score.calibration).
 
-    versions: name → reliability, uncalibrated first; calibration: calibration_table; curve: coverage_curve.
+    versions: name → reliability, uncalibrated first; calibration: calibration_table.
     """
-    mosaic = [["diagram", "coverage"], ["counts", "coverage"]]
-    figure, axes = plt.subplot_mosaic(mosaic, figsize=(WIDTH, 3.9), height_ratios=(3, 1))
-    diagram, counts, coverage = (axes[name] for name in ("diagram", "counts", "coverage"))
+    figure, (diagram, counts) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), sharex=True)
     diagram.plot([0, 1], [0, 1], color=GREY, linestyle="-.", linewidth=1)
     keys, width = [], 0.8 / BINS / len(versions)
     for place, (name, table) in enumerate(versions.items()):
@@ -111,26 +108,14 @@ def confidence_figure(versions: dict, calibration: pd.DataFrame, curve: pd.DataF
         middle = (table["low"] + table["high"]) / 2 + (place - (len(versions) - 1) / 2) * width
         counts.bar(middle, table["questions"], width, facecolor="white" if place else color, edgecolor=color)
         keys.append(key(name, color, marker, line, size=4))
-    row, half = calibration.iloc[0], coverage_groups(curve, (0.5,)).iloc[0]
+    row = calibration.iloc[0]
     error, low, high = (f"{100 * row[name]:.1f}" for name in ("calibration_error", "floor_low", "floor_high"))
     title = f"Calibration error, {next(iter(versions))}: {error} points (perfectly calibrated: {low} to {high})"
     diagram.set_title(wrapped(title, 3.2, 10))
-    diagram.tick_params(labelbottom=False)
-    counts.set_ylabel("questions")
+    counts.set_title("Questions in each bin")
     counts.yaxis.set_major_formatter("{x:,.0f}")
-    counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    band = {"facecolor": (BLUE, 0.15), "edgecolor": BLUE, "linewidth": 0.5}
-    coverage.fill_between(curve["coverage"], curve["ci_low"], curve["ci_high"], **band)
-    coverage.plot(curve["coverage"], curve["accuracy"], color=BLUE)
-    coverage.plot(half["questions"] / curve["questions"].iloc[-1], half["accuracy"], "o", color=BLUE)
-    coverage.axhline(1 / options, color=GREY, linestyle=":", linewidth=1)
-    coverage.set_title(wrapped(f"{half['group'].capitalize()}: {percent(half['accuracy'])} correct", 3.2, 10))
-    figures.percent_axis(diagram.xaxis, "")
     figures.percent_axis(diagram.yaxis, "accuracy, 95 % interval")
-    figures.percent_axis(counts.xaxis, f"confidence in the chosen option ({BINS} bins)")
-    figures.percent_axis(coverage.xaxis, "coverage (fraction answered, most confident first)")
-    figures.percent_axis(coverage.yaxis, "accuracy on the answered questions")
-    plt.setp(axes.values(), xlim=(-0.02, 1.02))
-    plt.setp([diagram, coverage], ylim=(-0.03, 1.03))
-    keys += [key("perfectly calibrated", line="-."), chance_key(options)]
-    return figures.finish(figure, *keys, Patch(label="95 % interval of each point by itself", **band), columns=3)
+    for axes in (diagram, counts):
+        figures.percent_axis(axes.xaxis, f"confidence in the chosen option ({BINS} bins)")
+    diagram.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03))
+    return figures.finish(figure, *keys, key("perfectly calibrated", line="-."), columns=3)

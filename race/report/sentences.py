@@ -285,11 +285,8 @@ def planning(difference: float, questions: int, seeds: int, contrasts: int) -> s
 
 def margin(now: float, planned: float) -> str:
     """Whether the points that would matter are those of when the runs were started; "" if they are."""
-    if now == planned:
-        return ""
-    return (
-        f"DIFFERENCE was {planned:g} when the runs were started, and is {now:g}: chosen afterwards, it shows nothing."
-    )
+    changed = f"DIFFERENCE was {planned:g} when the runs were started, and is {now:g}"
+    return "" if now == planned else f"{changed}: chosen afterwards, it shows nothing."
 
 
 def measured(spread: dict) -> str:

@@ -1,4 +1,4 @@
-"""Calibration on a table of predictions: confidence against accuracy, temperature, coverage. Numbers only."""
+"""Calibration on a table of predictions: confidence against accuracy, temperature. Numbers only."""
 
 import numpy as np
 import pandas as pd
@@ -8,12 +8,11 @@ from scipy.stats import ttest_1samp
 
 from race import LETTERS
 from race.score import statistics
-from race.score.statistics import GROUP_COLUMNS, PROBABILITIES, confidence, is_correct, with_accuracy
+from race.score.statistics import PROBABILITIES, confidence, is_correct, with_accuracy
 
 BINS = 10  # of equal width, for confidence
 DRAWS = 2_000  # of the perfectly calibrated model
 TEMPERATURES = 0.05, 20.0  # the range that is searched
-COVERAGES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.2)  # fractions of the questions that are answered
 
 
 def _bins(predictions: pd.DataFrame) -> np.ndarray:
@@ -104,21 +103,3 @@ def calibration_table(versions: dict[str, pd.DataFrame]) -> pd.DataFrame:
         means = {"confidence": confidence(table).mean(), "accuracy": is_correct(table).mean()}
         rows.append({"": name, "log_loss": losses(table).mean()} | errors | means)
     return pd.DataFrame(rows)
-
-
-def coverage_curve(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy, as of `with_accuracy`, if only questions above a threshold of confidence are answered, and their share.
-
-    Questions of the same confidence are answered together, so their order cannot flatter the curve.
-    """
-    by_confidence = pd.Series(is_correct(predictions)).groupby(-confidence(predictions))
-    counts = by_confidence.agg(questions="size", correct="sum").cumsum().rename_axis("threshold").reset_index()
-    coverage = counts["questions"] / len(predictions)
-    return with_accuracy(counts.assign(threshold=-counts["threshold"], coverage=coverage))
-
-
-def coverage_groups(curve: pd.DataFrame, coverages=COVERAGES) -> pd.DataFrame:
-    """GROUP_COLUMNS and threshold if at least these fractions of the questions are answered, most confident first."""
-    points = curve.iloc[np.searchsorted(curve["coverage"], np.array(coverages) - 1e-12)].reset_index(drop=True)
-    names = [f"most confident {100 * coverage:.0f} %" for coverage in points["coverage"]]
-    return points.assign(group=names)[[*GROUP_COLUMNS, "threshold"]]

@@ -271,7 +271,8 @@ def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out:
     each question, in the order of the source. out: the folder; how: those of `predict`. Raises RaceError.
     """
     cache, manifest = data.cache, data.cache.manifest
-    columns = tuple((name, tuple(given)) for name, given in manifest.get("columns", ()))
+    wanted = ("article", "question", "options", "answer", "id", "level")  # the further ones may lack
+    columns = tuple((name, tuple(given)) for name, given in manifest.get("columns", ()) if name in wanted)
     reading = Reading(False, columns, manifest.get("numbering", "letters"))
     checkpoint.check_encoding(cache)
     with tempfile.TemporaryDirectory() as folder:

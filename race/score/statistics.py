@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2, fisher_exact, norm, rankdata, t
 
-from race import LETTERS, LEVELS
+from race import LETTERS, LEVELS, RaceError
 
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
@@ -147,14 +147,14 @@ def length_groups(tokens, count: int = 5) -> tuple[np.ndarray, list[str]]:
     return np.array(names, dtype=object)[np.unique(place, return_inverse=True)[1]], names
 
 
-def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
+def group_accuracies(predictions: pd.DataFrame, by: list[str] | None = None) -> pd.DataFrame:
     """Accuracy by what a question is like, within each level, and every group against the rest of its level.
 
     Columns: grouping, level ("middle", "high"; "all" if no level is known), GROUP_COLUMNS (Wilson intervals), rest
     (accuracy of the level's other questions), difference (to the rest), p (Fisher's exact test), p_holm (Holm's
     adjustment for all tests of the table). Groups of whole passages are tested with all counts divided by the level's
     design effect, rounded. Without other questions, the last four are NaN; of two groups, which are each other's rest,
-    the second is tested.
+    the second is tested. by: further columns to group by; raises RaceError for one that is not there.
     """
     lengths, order = length_groups(predictions["article_tokens"])
     whole = predictions["truncated"].map({True: "truncated", False: "not truncated"})
@@ -168,6 +168,9 @@ def group_accuracies(predictions: pd.DataFrame) -> pd.DataFrame:
     if seen.notna().any():
         names = ["not in train", "also in train", "not known"]
         groupings["article"] = pd.Categorical(seen.fillna(names[-1]), names)
+    if missing := sorted({*(by or ())} - {*predictions}):
+        raise RaceError(f"GROUP_BY: no column {', '.join(missing)}: name it with --keep when the cache is made")
+    groupings |= {name: pd.Categorical(predictions[name]) for name in by or ()}
     known = predictions["level"].isin(LEVELS).any()
     level = pd.Categorical(predictions["level"] if known else ["all"] * len(predictions), [*LEVELS, "all"])
     correct, counts = pd.Series(is_correct(predictions)), {}

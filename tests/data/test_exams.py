@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from small_stage import e1, stage
 
@@ -12,7 +13,7 @@ from race.data import Cache, RaceDataModule, RaceDataset
 from race.data.passages import read_source
 from race.report import sentences
 from race.score.predictions import answer_question, save_answers, score
-from race.score.statistics import letters_of
+from race.score.statistics import group_accuracies, letters_of
 
 THREE = ["park", "zoo", "farm"]
 FIVE, ENDINGS = ["park", "zoo", "farm", "lake", "school"], ["ending0", "ending1", "ending2", "ending3"]
@@ -135,3 +136,30 @@ def test_an_unknown_column_is_named(tmp_path, capsys):
     assert generate_race_cache([*command, "article=context", "--answers=1"]) == 0
     assert "2 options a question" in capsys.readouterr().out
     assert RaceDataset(tmp_path / "out", "train")[0]["label"] == 1
+
+
+def test_columns_that_go_along_group_the_accuracy(tmp_path, capsys):
+    """Of a table and of records; into the predictions, and from there into groups; a question without them is named."""
+    for split, count in (("train", 8), ("test", 12)):
+        rows = [f"Tom ran {i}.,Who ran?,Tom,Ann,A,{'tale' if i % 3 else 'news'},{i}" for i in range(count)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["article,question,A,B,answer,genre,year", *rows]) + "\n")
+    command = [f"--source={tmp_path}", "--model=demo", f"--out={tmp_path / 'out'}", "--keep", "genre"]
+    assert generate_race_cache([*command, "author"]) == 1 and "expected the columns author" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        generate_race_cache([*command, "level"])
+    assert generate_race_cache(command) == 0
+    facts = RaceDataset(tmp_path / "out", "test", rows=np.array([0, 4, 5])).facts()
+    assert list(facts["genre"]) == ["news", "tale", "tale"] and "year" not in facts
+    record = {"article": "Tom ran.", "questions": ["Who?", "How?"], "options": [["Tom", "Ann"], ["on", "by"]]}
+    record |= {"answers": ["A", "B"], "id": "1", "genre": 7}
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "train.json").write_text(json.dumps(record))
+    command[0], command[2] = f"--source={tmp_path / 'more'}", f"--out={tmp_path / 'second'}"
+    assert generate_race_cache(command) == 0
+    assert list(RaceDataset(tmp_path / "second", "train").facts()["genre"]) == ["7", "7"]
+    answered = facts.assign(answer="A", prediction=["A", "B", "A"], level="", example_id=["a", "b", "c"], kind="who")
+    answered = answered.assign(article_in_train=pd.array([False] * 3, "boolean"), p_A=0.5, p_B=0.5)
+    groups = group_accuracies(answered, ["genre"]).query("grouping == 'genre'")
+    assert list(groups["group"]) == ["news", "tale"] and list(groups["accuracy"]) == [1.0, 0.5]
+    with pytest.raises(RaceError, match="GROUP_BY: no column year"):
+        group_accuracies(answered, ["year"])

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from predictions import made, random_predictions
 
 from race.report import figures, score_figures
-from race.score.calibration import at_temperature, calibration_table, coverage_curve, reliability
+from race.score.calibration import at_temperature, calibration_table, reliability
 from race.score.comparison import compare_pairs
 from race.score.statistics import confusion
 
@@ -91,7 +91,7 @@ def pairs(count: int, difference: float = 0.024, long: bool = False, width: floa
 def confidence(predictions: pd.DataFrame, names=("as it is", "at temperature 1.32")):
     versions = {name: at_temperature(predictions, 1 + place) for place, name in enumerate(names)}
     tables = {name: reliability(version) for name, version in versions.items()}
-    return score_figures.confidence_figure(tables, calibration_table(versions), coverage_curve(predictions))
+    return score_figures.confidence_figure(tables, calibration_table(versions))
 
 
 ONE = {"accuracy": 1.0, "accuracy_low": 0.9, "accuracy_high": 1.0}
@@ -190,7 +190,7 @@ SAID = {  # a figure: what must be among its words
     "accuracy at 0": [": 0.0 % of 1,436 high test questions correct"],
     "groups": ["why (1,234 + 1,234)", "questions, middle + high"],
     "confusion of 1": ["Chosen as often as correct"],
-    "confidence of 1": ["Calibration error, as it is: 0.0 points", "Most confident 100 %: 100.0 % correct"],
+    "confidence of 1": ["Calibration error, as it is: 0.0 points"],
     "confusion": ["chosen − correct (points)"],
 }
 

@@ -1,4 +1,4 @@
-"""Calibration against independent computations: bins, log loss, temperature, coverage, and the spread of each."""
+"""Calibration against independent computations: bins, log loss, temperature, and the spread of each."""
 
 import numpy as np
 import pandas as pd
@@ -12,14 +12,12 @@ from race.score.calibration import (
     calibration_error,
     calibration_floor,
     calibration_table,
-    coverage_curve,
-    coverage_groups,
     fit_temperature,
     log_loss_change,
     losses,
     reliability,
 )
-from race.score.statistics import confidence, wilson
+from race.score.statistics import confidence
 
 
 def test_reliability_by_hand():
@@ -99,16 +97,3 @@ def test_floor_is_what_a_calibrated_model_reads():
     assert calibration_table({"x": predictions}).loc[0, "floor_low"] == ends[0]
     too_sure, _ = sampled(rng, 400, 1.5)[:2]
     assert calibration_error(too_sure) > calibration_floor(too_sure)["floor_high"]
-
-
-def test_coverage_by_hand_with_ties():
-    """Two questions share a confidence: they are answered together, whatever their order."""
-    for chosen in ("ABBA", "ABAB"):  # of the tied pair in the middle, one is right
-        curve = coverage_curve(made("AAAA", chosen, [0.9, 0.6, 0.6, 0.5]))
-        assert curve["coverage"].tolist() == [0.25, 0.75, 1.0] and curve["threshold"].tolist() == [0.9, 0.6, 0.5]
-        right = [chosen[0] == "A", sum(letter == "A" for letter in chosen[:3]), sum(letter == "A" for letter in chosen)]
-        assert curve["correct"].tolist() == right
-    groups = coverage_groups(curve, (1.0, 0.5, 0.25))
-    assert groups["group"].tolist() == ["most confident 100 %", "most confident 75 %", "most confident 25 %"]
-    assert groups["questions"].tolist() == [4, 3, 1] and groups["correct"].tolist() == [2, 2, 1]
-    assert (groups["ci_low"][1], groups["ci_high"][1]) == pytest.approx(wilson(2, 3))
