@@ -156,7 +156,7 @@ def gpu(_=None) -> str:
     return table(head, rows) + machine(next(iter(kept.values())))
 
 
-TABLES = {"cache": cache} | dict.fromkeys(("train_step", "train_step-bf16", "evaluate", "evaluate-bf16"), sides)
+TABLES = {"cache": cache} | dict.fromkeys(("train_step", "train_step-bf16", "evaluate-bf16"), sides)
 TABLES |= {"families": families, "memory": memory, "gpu": gpu}
 
 if __name__ == "__main__":
