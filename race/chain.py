@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line, with recipes for their names; raises RaceError for what is gone or does not go together."""
+    """The command line, with recipes for their names; raises RaceError for what does not go together."""
     parser = argparse.ArgumentParser("python -m race.chain", description=__doc__, epilog=table())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -90,8 +89,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     check(limit_questions=options.limit_questions, seeds=options.seeds)
     options.recipes = named_recipes(options.recipes or [BASELINE], options.corpus)
     options.name = options.name or options.corpus
-    if not re.fullmatch(r"\w[\w.-]*", options.name):
-        raise RaceError(f"--name {options.name}: expected letters, digits, _, . and -, as of a folder")
     if len(options.recipes) > 1 and options.stages is not None:
         raise RaceError("--stages goes with one recipe")
     stages = sorted({stage for recipe in options.recipes for stage in recipe.stages})
@@ -206,8 +203,7 @@ def report_comparison(parameters: dict) -> None:
     newest = max((ROOT / parameters["RUN_DIR"]).glob("recipes-*.json"), key=lambda path: path.stat().st_mtime_ns)
     kept = json.loads(newest.read_text(encoding="utf-8"))
     print(kept["lead"], *kept["verdict"], sep="\n")
-    accuracies = pd.DataFrame(kept["accuracies"])
-    print(accuracies[["recipe", "accuracy", "each"]].to_string(index=False, formatters={"accuracy": "{:.4f}".format}))
+    print(pd.DataFrame(kept["accuracies"])[["recipe", "accuracy", "each"]].to_string(index=False))
     print("the notebook, with its figures: {RUN_DIR}/compare_recipes.ipynb".format(**parameters))
 
 

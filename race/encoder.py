@@ -1,8 +1,7 @@
 """The encoder behind RaceModule: loaded from Hugging Face, run packed or padded.
 
 Hugging Face's own modules compute everything here. Families whose layers hand a keyword down to the attention run
-packed (race.attention); others as Hugging Face wrote them, on a batch padded to its longest sequence. Of ALBERT, BERT
-and its like the last layer computes [CLS] only: nothing else is read.
+packed (race.attention); others padded. Of ALBERT, BERT and its like the last layer computes [CLS] only.
 """
 
 import contextlib

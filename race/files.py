@@ -104,8 +104,7 @@ def below(folder: Path) -> set[str]:
 def remove_unfinished(folder: Path, name: str = "", older_than: float = 0.0) -> None:
     """Remove temporary files older than `older_than` seconds, and temporary folders that no living process holds.
 
-    name: of the finished one, or how it begins if it ends with "-"; "": any. A folder that was moved away for one that
-    was never finished comes back.
+    name: of the finished one, or how it begins if it ends with "-"; "": any. A folder that was moved away comes back.
     """
     rest = ".????????" if name.rstrip("-") == name != "" else "*"  # with other characters, it is of a longer name
     for left in folder.glob(f".{glob.escape(name)}{rest}{UNFINISHED}"):
@@ -132,8 +131,7 @@ def _remove_folder(left: Path, age: float) -> None:
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock that ends with the process; if another one holds it, wait, or raise BlockingIOError.
 
-    Gives False on a file system without locks. Loader workers, which outlive a killed process by seconds, inherit a
-    `filelock`, but not this POSIX record lock.
+    Gives False on a file system without locks. A POSIX record lock: loader workers of a killed process do not hold it.
     """
     with open(path, "w") as file:
         certain = True
@@ -193,8 +191,7 @@ class Nothing(dict):
 def read_archive(path: str | Path, mmap: bool = False, inert: tuple[str, ...] = ()) -> dict:
     """Tensors (on the CPU) and plain values of a file that torch.save wrote; code in it is never run.
 
-    inert: libraries whose objects are read as Nothing. Raises RaceError if the file is missing, damaged (by the
-    archive's checksums), or holds anything else.
+    inert: libraries whose objects are read as Nothing. Raises RaceError if it is missing, damaged, or holds more.
     """
     import torch
 

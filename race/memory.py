@@ -55,9 +55,9 @@ def fit_memory(module, device: torch.device, half: bool = False) -> None:
     if module.token_budget is None and device.type == "cuda":
         torch.cuda.empty_cache()  # what this process keeps, and does not use, is free too
         free, parameters = torch.cuda.mem_get_info(device)[0], sum(it.numel() for it in module.parameters())
-        config, dtype = module.model.config, torch.bfloat16 if half else torch.float32
-        kept = (module.padded, most_padding(config, device, dtype))
-        module.token_budget = token_budget_for(config, parameters, free, half, *kept)
+        config = module.model.config
+        padding = most_padding(config, device, torch.bfloat16 if half else torch.float32)
+        module.token_budget = token_budget_for(config, parameters, free, half, module.padded, padding)
     module.token_budget = module.token_budget or CPU_TOKENS
 
 

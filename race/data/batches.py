@@ -114,8 +114,8 @@ def _int32(array: np.ndarray) -> torch.Tensor:
 class ShuffledBatches(Sampler[list[int]]):
     """Batches of question indices, in an order that depends on (seed, epoch) only, from batch number `first` on.
 
-    With several processes, each takes every `world`-th question of every batch: a batch holds the same questions
-    whatever their number. sizes: [N] tokens of each question; the longest ones of a batch then come first.
+    Of several processes, each takes every `world`-th question of every batch. sizes: [N] tokens of each question; the
+    longest ones of a batch then come first.
     """
 
     questions: int

@@ -84,10 +84,10 @@ class RaceDataset(Dataset):
         lengths = self._part_lengths()
         questions = self._questions["question"].take(pa.array(self._rows)).to_pylist()
         truncated = (self._template.lengths(*lengths) > self.max_len).any(1)
-        known = {"question": questions, "article_tokens": lengths[0][:, 0], "truncated": truncated}
-        further = {"further": self._questions["further"]} if "further" in self._questions.schema.names else {}
-        more = [pd.DataFrame(column.take(pa.array(self._rows)).to_pylist()) for column in further.values()]
-        return pd.concat([pd.DataFrame(known), *more], axis=1)
+        known = pd.DataFrame({"question": questions, "article_tokens": lengths[0][:, 0], "truncated": truncated})
+        if "further" not in self._questions.schema.names:
+            return known
+        return known.join(pd.DataFrame(self._questions["further"].take(pa.array(self._rows)).to_pylist()))
 
     def article_hashes(self) -> np.ndarray:
         """[N] uint64 of each question's article: equal texts, equal numbers, whatever their spacing and capitals.
@@ -111,8 +111,7 @@ def _ragged(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 class RaceDataModule(pl.LightningDataModule):
     """Train, validation and test splits of a token cache; opens files in setup(), works without a network.
 
-    Parameters are those of the notebooks. num_workers: None means 0 on CPU and 2 with a GPU. Splits that the cache
-    lacks are None.
+    Parameters are those of the notebooks. num_workers: None: 0 on CPU, 2 with a GPU. Splits that it lacks are None.
     """
 
     def __init__(

@@ -21,8 +21,7 @@ def vocabulary() -> list[tuple[str, float]]:
 def write_model(folder, seed: int = 0) -> None:
     """Write tokenizer, configuration and seeded random weights of a tiny ALBERT into `folder`.
 
-    Keys start equal to queries and position vectors small: a word then attends to the same word elsewhere, which a
-    model of this size would otherwise need tens of thousands of questions to find out.
+    Keys start equal to queries, and position vectors small: a word then attends to the same word elsewhere.
     """
     vocab = vocabulary()
     AlbertTokenizer(vocab=vocab, model_max_length=512).save_pretrained(folder)

@@ -39,9 +39,9 @@ def export_checkpoint(
 ) -> Path:
     """Write model (safetensors, float32), tokenizer, configuration and model card to `out_dir`; returns it.
 
-    cache_dir: the cache of the checkpoint, which keeps its tokenizer. results: the results.csv whose rows of this
-    checkpoint go into the card. repo: the hub repository (USER/NAME) it is meant for. The folder is written atomically,
-    after it has been loaded again and compared; one of other content is replaced only with `force`. Raises RaceError.
+    cache_dir: the checkpoint's, which keeps its tokenizer. results: a results.csv for the card. repo: the hub
+    repository (USER/NAME) it is meant for. The folder is written atomically, after it was loaded again and compared;
+    one of other content is replaced only with `force`. Raises RaceError.
     """
     out, cache, lineage = Path(out_dir), open_cache(cache_dir), ancestry(checkpoint)
     if out.exists() and not (out / "export.json").is_file():

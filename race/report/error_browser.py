@@ -1,7 +1,6 @@
 """The questions themselves, to read in a notebook: cards with article, options and probabilities, and filters.
 
-The cards are plain <details> elements, which every viewer shows. A script adds the filters: in a notebook that
-JupyterLab does not trust it does not run, and the cards are there without styles and filters.
+The cards are plain <details> elements. A script adds the filters, except in a notebook that JupyterLab does not trust.
 """
 
 import hashlib
@@ -26,8 +25,8 @@ HEAD = f'<div class="race-head">{FIELDS.format("answer", "confidence", "level", 
 def error_browser(predictions: pd.DataFrame, dataset) -> HTML:
     """Questions to read, with filters: all mistakes and correct answers, or a sample (`browsed_rows`).
 
-    Mistakes come first, the most confident first; then correct answers, the least confident first. `dataset`: the
-    questions behind the predictions, in the same order; raises RaceError if it is another.
+    Mistakes come first, the surest first; then correct answers, the least sure first. Raises RaceError if `dataset` is
+    not of the predictions' questions.
     """
     rows, is_good = browsed_rows(predictions), is_correct(predictions)
     cards = "".join(_card(predictions, dataset, int(row)) for row in rows)

@@ -21,10 +21,7 @@ def _bins(predictions: pd.DataFrame) -> np.ndarray:
 
 
 def reliability(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Mean confidence, accuracy and its Wilson interval in BINS bins of equal width over (0, 1], if not empty.
-
-    Not scikit-learn's calibration_curve: it does not count the questions in a bin, which the intervals need.
-    """
+    """Mean confidence, accuracy and its Wilson interval in BINS bins of equal width over (0, 1], if not empty."""
     edges, bins = np.linspace(0, 1, BINS + 1), _bins(predictions)
     counts = pd.Series(is_correct(predictions)).groupby(bins).agg(questions="size", correct="sum")
     counts["confidence"] = pd.Series(confidence(predictions)).groupby(bins).mean()
@@ -68,8 +65,7 @@ def log_loss_change(before: pd.DataFrame, after: pd.DataFrame) -> tuple[float, f
 def fit_temperature(predictions: pd.DataFrame) -> float | None:
     """The temperature with the lowest log loss (Guo et al. 2017); None if there is none, the reason printed.
 
-    Above 1: the model is too confident. Not by `losses`, which cuts probabilities off at 2e-16, where the search would
-    find no slope.
+    Above 1: the model is too confident. Not by `losses`: probabilities cut off at 2e-16 have no slope to follow.
     """
     logits, answers, ends = _log_probabilities(predictions), _answers(predictions), np.log(TEMPERATURES)
 

@@ -29,9 +29,8 @@ QUESTIONS_A_PASSAGE = 3.5
 def paired_comparison(first: pd.DataFrame, second: pd.DataFrame) -> dict:
     """`second` against `first` on the same questions: counts, difference of accuracy, its 95 % interval and p.
 
-    One t test, with passages as clusters within levels, as recipe_difference has it for questions; the interval is
-    that of the test, and leaves out 0 exactly where p is below 0.05. NaN where one of the two was trained or selected
-    on most of the articles, and where there are too few passages.
+    One t test, with passages as clusters within levels, as recipe_difference has it for questions; the interval is the
+    test's. NaN where one was trained or selected on most of the articles, and where there are too few passages.
     """
     check_same_questions([first, second])
     before, after, questions = is_correct(first), is_correct(second), len(first)
@@ -146,8 +145,7 @@ def _variance_of_questions(each: np.ndarray, passages: np.ndarray, levels: np.nd
 def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.DataFrame:
     """A row for each recipe but the first, which they are compared with; p_holm: adjusted for all of them.
 
-    correct: [seeds, questions] by recipe; facts: predictions of a run. Nothing is tested where they were selected on
-    most of the articles.
+    correct: [seeds, questions] by recipe; facts: predictions of a run. Nothing is tested on articles of selection.
     """
     (first, base), *others = correct.items()
     columns = facts["example_id"], facts["level"]

@@ -32,8 +32,7 @@ RESULT_COLUMNS = ["stage", "checkpoint", "split", "level", "questions", "correct
 class Predictions:
     """A table with a row for each question (as `predict` gives it), and what made it.
 
-    made: settings with hashes of checkpoint and cache, checkpoint, folder, stage, source, seconds, made, versions.
-    saved: whether it was there before.
+    made: settings with hashes, checkpoint, folder, stage, source, seconds, made, versions. saved: it was there before.
     """
 
     table: pd.DataFrame
@@ -87,11 +86,10 @@ def validation_predictions(
 ) -> Predictions | None:
     """Predictions on validation, to fit a temperature for `split`; None if that makes no sense, the reason printed."""
     data.setup()
-    if split == "validation" or data.val_dataset is None:
-        reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has no such ones"
-        print(f"no temperature is fitted on validation questions: {reason}")
-        return None
-    return kept_predictions(checkpoint, data, "validation", run_dir, **how)
+    if split != "validation" and data.val_dataset is not None:
+        return kept_predictions(checkpoint, data, "validation", run_dir, **how)
+    reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has no such ones"
+    print(f"no temperature is fitted on validation questions: {reason}")
 
 
 def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
@@ -167,8 +165,7 @@ def _saved_predictions(path: Path) -> Predictions | None:
 def save_results(run_dir: str | Path, scored: list[Predictions]) -> None:
     """Put results into results.csv, where they replace those of the same checkpoints and split; other rows stay.
 
-    The same: of one hash, or of one name in one folder, where a file has been written again. Of one level alone only
-    that level's rows are replaced.
+    The same: of one hash, or of one name in one folder (written again). Of one level alone that level's are replaced.
     """
     path, table = Path(run_dir) / "results.csv", pd.concat([found.results.astype(object) for found in scored])
     if made := sorted(found.made["made"] for found in scored if found.saved):

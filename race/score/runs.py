@@ -141,8 +141,7 @@ def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
     """What the runs of each recipe had, a row each; of numbers that differ between its seeds, the largest.
 
     Columns: recipe, stages (how many), learning_rate (the highest of each stage), epochs, questions (trained on),
-    checkpoints (to choose from), choices (the same by stage), seeds, monitor (the rule of selection, or that of each
-    stage), learning_rates_tried (as the recipe says),
+    checkpoints (to choose from), choices (by stage), seeds, monitor (of all, or of each stage), learning_rates_tried,
     fewest_epochs (of its seeds), also (dict: settings that should be the same for all recipes).
     """
     rows = []
@@ -203,9 +202,8 @@ def learning_story(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Validation after each epoch of all stages over the questions seen, and notes on logs that are missing.
 
-    stages: their names, and which of MONITORS picks the best checkpoint of each.
-    Columns: stage, monitor, epoch (from 0), questions (trained on by then, over all stages), val_loss, val_acc, val_low
-    and val_high (Wilson's 95 % interval of val_acc), learning_rate (the stage's highest).
+    stages: name → which of MONITORS picks its best. Columns: stage, monitor, epoch (from 0), questions (trained on by
+    then, in all), val_loss, val_acc, val_low and val_high (Wilson's 95 % interval), learning_rate (the highest).
     """
     parts, notes, before, asked = [], [], 0, validation_questions or math.nan
     for stage, monitor in stages.items():
@@ -282,8 +280,7 @@ def record_margin(run_dir: str | Path, margin: float) -> float:
 def stages_over_seeds(runs: list[Run], data: RaceDataModule, split: str, **how) -> tuple[pd.DataFrame, dict]:
     """The best checkpoints of each stage over the seeds: (accuracies, compare_runs: each against the first stage).
 
-    runs: of one recipe, one for each seed, which keeps its own predictions; how: precision and accelerator. Raises
-    RaceError.
+    runs: of one recipe, one for each seed; how: precision and accelerator. Raises RaceError.
     """
     if problems := unlike(runs):
         raise RaceError("\n".join(problems))

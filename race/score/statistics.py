@@ -152,9 +152,9 @@ def group_accuracies(predictions: pd.DataFrame, by: list[str] | None = None) -> 
 
     Columns: grouping, level ("middle", "high"; "all" if no level is known), GROUP_COLUMNS (Wilson intervals), rest
     (accuracy of the level's other questions), difference (to the rest), p (Fisher's exact test), p_holm (Holm's
-    adjustment for all tests of the table). Groups of whole passages are tested with all counts divided by the level's
-    design effect, rounded. Without other questions, the last four are NaN; of two groups, which are each other's rest,
-    the second is tested. by: further columns to group by; raises RaceError for one that is not there.
+    for all tests of the table). Groups of whole passages are tested with counts divided by the level's design effect.
+    The last four are NaN without other questions, and for the first of two groups. by: further columns to group by;
+    raises RaceError for one that is not there.
     """
     lengths, order = length_groups(predictions["article_tokens"])
     whole = predictions["truncated"].map({True: "truncated", False: "not truncated"})
@@ -211,10 +211,9 @@ def confusion(predictions: pd.DataFrame) -> np.ndarray:
 def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     """Are letters chosen as often as they are correct? Stuart and Maxwell's χ², its degrees of freedom, and p.
 
-    p is NaN with fewer than FEW_ERRORS wrong answers: χ² is then no good approximation.
-    The choice and the correct answer belong to the same question: the test is paired (Maxwell 1970, British Journal of
-    Psychiatry 116:651). Not statsmodels' SquareTable.homogeneity: it gives NaN if the covariance is singular, as it is
-    where a letter is in no wrong answer, and a p of 0 for every χ² beyond 80 or so.
+    p is NaN with fewer than FEW_ERRORS wrong answers. Paired: choice and correct answer are of one question (Maxwell
+    1970, British Journal of Psychiatry 116:651). Not statsmodels' SquareTable.homogeneity: NaN where a letter is in no
+    wrong answer, and a p of 0 for every χ² beyond 80 or so.
     """
     counts = confusion(predictions).astype(float)
     difference = (counts.sum(0) - counts.sum(1))[:-1]

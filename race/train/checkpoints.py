@@ -27,8 +27,7 @@ LIBRARIES += ("transformers", "argparse", "pathlib", "omegaconf", "numpy", "typi
 class Checkpoint:
     """A checkpoint: a file, a Hugging Face folder, or the name of a model on the hub.
 
-    lineage: what the file says of itself; the file's name says nothing. Everything unknown is None. Raises RaceError if
-    it is missing, damaged, or could run code.
+    lineage: what the file says of itself. What is unknown is None. Raises RaceError: missing, damaged, could run code.
     """
 
     def __init__(self, source: str | Path):
@@ -87,8 +86,7 @@ class Checkpoint:
     def load(self, cache: Cache | str | Path, **settings) -> RaceModule:
         """Its weights in a RaceModule; settings: those of RaceModule.
 
-        A file of other code gets the configuration of the cache's model. Raises RaceError unless the weights are those
-        of a whole multiple-choice model.
+        A file of other code gets the configuration of the cache's model. Raises RaceError unless all weights are there.
         """
         if self.own:
             return RaceModule.load_from_checkpoint(self.path, **settings)

@@ -16,8 +16,8 @@ from race.train.checkpoints import Checkpoint, read_checkpoints
 class Stage:
     """One stage of the chain and its files; raises RaceError for a name that the chain does not have.
 
-    monitor: which of MONITORS picks its best checkpoint; None: what the stage was trained with. found: all checkpoints
-    of the folder, if they have been read; None: they are read once, when they are first asked for.
+    monitor: which of MONITORS picks its best checkpoint; None: that of its training. found: all checkpoints of the
+    folder; None: they are read once, when they are first asked for.
     """
 
     name: str
@@ -116,8 +116,7 @@ def epochs_trained(checkpoint: Checkpoint) -> int | None:
 def lineage_table(checkpoints: list[Checkpoint], names: list[str]) -> pd.DataFrame:
     """What each named checkpoint remembers, a row each.
 
-    recipe: dict, None if unknown; epochs: trained in its stage; chosen_epoch: its own, from 0; parent: which of the
-    others its base is, by hash.
+    recipe: dict or None; epochs: of its stage; chosen_epoch: its own, from 0; parent: which of the others is its base.
     """
     rows, own = [], {it.sha256: name for it, name in zip(checkpoints, names, strict=True)}
     for it, name in zip(checkpoints, names, strict=True):

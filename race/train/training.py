@@ -54,8 +54,8 @@ def start_stage(
 ) -> RaceModule:
     """The module that a stage trains: the weights of its base, and no optimizer state.
 
-    The first stage starts from `base_model` (None: the model kept in the cache), others from `base_checkpoint` (None:
-    the best one of the stage before). settings: those of RaceModule, such as learning_rate.
+    base_model: of the first stage (None: the cache's); base_checkpoint: of others (None: the best of the stage before);
+    settings: those of RaceModule, such as learning_rate.
     """
     cache = open_cache(cache)
     if stage.before is None:
@@ -192,9 +192,8 @@ def _begin(stage: Stage, module: RaceModule, data: pl.LightningDataModule) -> No
 def further_loggers(wanted: dict[str, dict] | None, run_dir: str | Path, name: str, state: dict | None = None) -> list:
     """The loggers of these names, each with its arguments; nothing is imported that is not asked for.
 
-    One is named as in pytorch_lightning.loggers, such as WandbLogger, or "package.module.Class". Unless they are given,
-    save_dir is `run_dir`/loggers, name is `name`, and version (or run_id) that of the run that resumes from `state`.
-    Raises RaceError.
+    Named as in pytorch_lightning.loggers, or "package.module.Class". Unless given, save_dir is `run_dir`/loggers,
+    name is `name`, and version (or run_id) that of the run that resumes from `state`. Raises RaceError.
     """
     made, defaults = [], {"save_dir": str(Path(run_dir) / "loggers"), "name": name, "run_name": name}
     for named, given in (wanted or {}).items():

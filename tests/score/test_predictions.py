@@ -4,7 +4,6 @@ import contextlib
 import json
 import multiprocessing
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -358,10 +357,3 @@ def test_bad_questions_are_named_and_nothing_is_written(checkpoint, data, tmp_pa
     (tmp_path / "asked.csv").write_text("article,question,A,B,C,D\nTom has a dog.,What has Tom?,a,b,c,\n")
     with pytest.raises(RaceError, match="row 2: option D"):
         save_answers(checkpoint, str(tmp_path / "asked.csv"), data, tmp_path / "out", accelerator="cpu")
-
-
-@pytest.mark.parametrize("gone", ["answers", "seeds"])
-def test_a_command_that_is_gone_says_what_to_do_now(gone):
-    command = [sys.executable, "-m", f"race.score.{gone}", "x"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stderr.startswith(f"race.score.{gone} is gone: ")
