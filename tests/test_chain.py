@@ -159,7 +159,7 @@ def test_one_other_recipe_is_evaluated_like_the_chain_and_a_trial_kept_apart(ran
 def test_several_recipes_run_their_stages_and_are_then_compared(ran):
     """Each with each seed in folders of its own, without the evaluations of a single chain."""
     assert ran("race", "--recipe", "chain", "linear", "--seeds", "1", "2", "1", "--limit-questions", "9") == 0
-    assert ran.names() == [*STAGES, "ex01", *STAGES, "ex01", "compare_recipes"] and not ran.reported
+    assert ran.names() == [*STAGES, "ex01", *STAGES, "ex01", "compare_recipes"] and len(ran.reported) == 1
     assert ran.values("RUN_DIR")[2:5] == [f"runs/race-trial{it}" for it in ("-seed1", "-linear-seed1", "-seed2")]
     assert ran.notebooks[3][1]["SCHEDULE"] == "linear" and ran.values("SEED")[2:5] == [1, 1, 2]
     compared = ran.notebooks[-1][1]
