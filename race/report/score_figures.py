@@ -114,6 +114,7 @@ def confidence_figure(versions: dict, calibration: pd.DataFrame) -> Figure:
     diagram.set_title(wrapped(title, 3.2, 10))
     counts.set_title("Questions in each bin")
     counts.yaxis.set_major_formatter("{x:,.0f}")
+    counts.yaxis.get_major_locator().set_params(integer=True)
     figures.percent_axis(diagram.yaxis, "accuracy, 95 % interval")
     for axes in (diagram, counts):
         figures.percent_axis(axes.xaxis, f"confidence in the chosen option ({BINS} bins)")

@@ -214,7 +214,7 @@ def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", *
     precision = prediction_settings(data, split, **how)["precision"]
     checkpoint.check_encoding(data.cache)
     dataset, module, parts = data.dataset(split), _loaded(checkpoint, data, how.get("accelerator")), []
-    with tqdm(total=len(dataset), desc=f"scoring {split}", unit=" questions") as bar:
+    with tqdm(desc=f"{checkpoint.label[:40]}, {split}", total=len(dataset), unit=" questions", leave=False) as bar:
         for batch in data.ordered_loader(split):
             parts.append(_probabilities(module, batch, precision))
             bar.update(len(batch))

@@ -100,19 +100,21 @@ def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list
 
     seeds: None: the one run of each recipe without a seed in its name.
     """
-    problems = []
+    problems, found = [], {}
     if len(recipes) < 2 or len(set(recipes)) < len(recipes):
         problems.append(f"RECIPES is {recipes}: name two or more, each once; the others are compared with the first")
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
         problems.append(f"SEEDS is {seeds}: name one or more, each once")
-    found = {}
     for recipe in dict.fromkeys(recipes):
         names = [(seed, run_name("", recipe, seed)) for seed in seeds or [None]]
         found[recipe] = [Run(recipe, seed, f"{checkpoint_dir}{name}", f"{run_dir}{name}") for seed, name in names]
         own = [problem for run in found[recipe] if (problem := run.problem())]
         problems += own or unlike(found[recipe])
+    runs = [run for of_recipe in found.values() for run in of_recipe]
+    if not any(Path(run.checkpoint_dir).exists() for run in runs):
+        given = " ".join([*recipes, *(["--seeds", *map(str, seeds)] if seeds else [])])
+        problems = [f"these runs are not there: make them with python -m race.chain race (or demo) --recipe {given}"]
     if not problems:
-        runs = [run for of_recipe in found.values() for run in of_recipe]
         hashes = [run.chosen.sha256 for run in runs]
         if same := [run.checkpoint_dir for run in runs if hashes.count(run.chosen.sha256) > 1]:
             problems.append(f"{', '.join(same)}: the same checkpoint, which says nothing of two recipes")
