@@ -21,8 +21,7 @@ class PackedBatch:
         position_ids 0 1 2 0 1
         cu_seqlens   0     3   5
 
-    so sequence s is `input_ids[cu_seqlens[s]:cu_seqlens[s + 1]]`, and sequences kq to kq + k - 1 are the options of
-    question q. Attention stays inside a sequence; every other layer works on the T tokens.
+    so sequence s is `input_ids[cu_seqlens[s]:cu_seqlens[s + 1]]`, and sequences kq to kq + k - 1 are question q's.
     """
 
     input_ids: torch.Tensor  # int32 [T]

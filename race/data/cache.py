@@ -176,8 +176,8 @@ def build_cache(
 ) -> dict:
     """Encode `source` with the tokenizer of `model` into the folder `out`, atomically; returns the manifest.
 
-    A cache of the same content is kept, another one replaced only with `force`. `skip_bad`: what is bad is left out and
-    listed in `out`/left-out.txt. Without `how.answers` some may be missing; returns `places` too. Raises RaceError.
+    Another cache is replaced only with `force`. `skip_bad`: what is bad is listed in `out`/left-out.txt. Without
+    `how.answers` some may be missing; returns `places` too. Raises RaceError.
     """
     started, out = time.perf_counter(), Path(out)
     check(max_qa_len=max_qa_len)

@@ -22,8 +22,7 @@ def seen_articles(data, before: dict | None) -> dict:
 def seen_before(lineage: dict, dataset) -> dict[str, np.ndarray]:
     """[N] article_in_train, article_in_validation: is the article of a question one that trained, or chose, a model?
 
-    True, False, or None where that is not known. lineage: of a checkpoint; one without hashes, but of the same source
-    as the cache, had the cache's own splits. dataset: RaceDataset.
+    None: not known. lineage: of a checkpoint; one without hashes, of the cache's source, had the cache's own splits.
     """
     articles, cache = lineage.get("articles"), dataset.cache
     known, complete = {}, bool(articles and articles["complete"])

@@ -1,11 +1,14 @@
 """One style for all figures, dark on white and readable without colour vision; figures of training and chain."""
 
+import base64
 import textwrap
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
@@ -26,13 +29,15 @@ STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
 @plt.style.context(STYLE)
-def save_figure(figure: Figure, run_dir: str | Path, name: str) -> Figure:
-    """Keep a figure as PNG and SVG in `run_dir`/figures."""
+def save_figure(figure: Figure, run_dir: str | Path, name: str) -> HTML:
+    """Keep a figure as PNG and SVG in `run_dir`/figures; returns the picture, its titles as alternative text."""
     folder = Path(run_dir) / "figures"
     atomic_write(folder / f"{name}.png", lambda file: figure.savefig(file, dpi=150, format="png"))
     atomic_write(folder / f"{name}.svg", lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
     plt.close(figure)
-    return figure
+    titles = escape(" ".join(filter(None, [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)])))
+    source = f"data:image/png;base64,{base64.b64encode((folder / f'{name}.png').read_bytes()).decode()}"
+    return HTML(f'<img src="{source}" alt="{titles}" width="{100 * WIDTH:.0f}">')
 
 
 def wrapped(text: str, inches: float, size: float = 9) -> str:

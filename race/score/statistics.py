@@ -81,10 +81,9 @@ def wilson(correct, questions, alpha: float = 0.05):
 def by_passage(predictions: pd.DataFrame) -> dict:
     """The accuracy's 95 % interval with passages as clusters within levels, and what it follows from.
 
-    Questions of one passage are alike, so that they count for less than as many single ones. passages;
-    design_effect: variance of the accuracy with whole passages drawn (Cochran 1977, ch. 9 to 11) over that with single
-    questions drawn, at least 1; passage_low and passage_high: Wilson's interval for questions / design_effect, with the
-    t quantile for passages − levels. NaN where there are too few passages, and where all answers are right, or wrong.
+    passages; design_effect: variance of the accuracy with whole passages drawn (Cochran 1977, ch. 9 to 11) over that
+    with single questions drawn, at least 1; passage_low and passage_high: Wilson's interval for questions /
+    design_effect, with the t quantile for passages − levels. NaN: too few passages, or all answers right, or wrong.
     """
     correct, count = is_correct(predictions), len(predictions)
     rate, (passage, level) = correct.mean(), passages_within_levels(predictions["level"], predictions["example_id"])
