@@ -10,7 +10,7 @@ from race.score.statistics import quoted_interval
 
 PUBLISHED = Path(__file__).with_name("published.csv")  # other people's accuracies on RACE, and what each of them is
 # What `styled` shows of each table: columns, a heading where the name does not do; x_low is the interval up to x_high.
-SCORES = "stage, checkpoint, split, level, questions, correct, accuracy, passage_low: 95 % interval by passage, "
+SCORES = "level, questions, correct, accuracy, passage_low: 95 % interval by passage, "
 SCORES += "trained_on: seen in training, selected_on: used for choosing, not_known"
 CHECKPOINTS = "name, base, learning_rate, recipe: schedule, epochs: epochs trained, chosen_epoch: chosen epoch (from 0)"
 CHECKPOINTS += ", val_loss: validation loss, accuracy, accuracy_low: 95 % interval, middle, high"
@@ -32,7 +32,7 @@ def styled(table: pd.DataFrame, columns: str):
         form = FORMATS.get(heading, _plain)
         if name in table and name.endswith("_low"):
             ends = zip(table[name], table[name.replace("_low", "_high")], strict=True)
-            shown[heading] = [interval(low, high, form) for low, high in ends]
+            shown[heading] = [interval(low, high, form).replace(" ", "\xa0") for low, high in ends]
         elif name in table:
             shown[heading] = [_cell(value, form) for value in table[name]]
     return pd.DataFrame(shown).style.hide(axis="index")
@@ -41,11 +41,11 @@ def styled(table: pd.DataFrame, columns: str):
 def _cell(value, form) -> str:
     if isinstance(value, list):
         return ", ".join(_cell(item, form) for item in value)
-    return "–" if pd.isna(value) else form(value)
+    text = "–" if pd.isna(value) else form(value)
+    return text.replace(" ", "\xa0") if isinstance(value, float) else text  # "76.9 %" is not broken
 
 
 def _plain(value) -> str:
-    """Text as it is, a count with commas, a fraction in percent."""
     return value if isinstance(value, str) else percent(value) if isinstance(value, float) else f"{value:,}"
 
 
