@@ -1,7 +1,9 @@
 """Recipes as data: what ships with the repository, and what a user writes."""
 
+import re
+
 import pytest
-from helpers import notebook_parameters
+from helpers import ROOT, notebook_parameters
 
 from race import CHAIN, RaceError
 from race.recipes import ALLOWED, FILES, named_recipes, read_recipes, run_name
@@ -30,6 +32,15 @@ def test_all_recipes_of_a_corpus_have_the_same_budget_and_learning_rate(corpus):
 def test_the_chain_of_race_is_the_notebooks_own_and_they_have_what_a_recipe_may_set():
     assert read_recipes(FILES["race"])["chain"].stages == {"e1": {}, "e2": {}, "e3": {}}
     assert all(set(ALLOWED) <= notebook_parameters(notebook).keys() for notebook in CHAIN.values())
+
+
+def test_the_files_that_the_page_shows_are_recipes(tmp_path):
+    (slow, sweep) = (tmp_path / name for name in ("slow.toml", "sweep.toml"))
+    shown = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)
+    for path, text in zip((slow, sweep), shown, strict=True):
+        path.write_text(text)
+    assert read_recipes(slow)["slow"].learning_rates_tried == 3
+    assert [it.stages["e1"]["LEARNING_RATE"] for it in read_recipes(sweep).values()] == [1e-5, 2e-5, 3e-5]
 
 
 def test_a_users_file(tmp_path):
