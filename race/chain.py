@@ -28,13 +28,14 @@ from race.files import atomic_write, file_hash
 from race.parameters import ROOT, Settings, check, names_in, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.sentences import over_seeds
-from race.score.predictions import RESULT_COLUMNS, write_json
+from race.score.predictions import write_json
 from race.score.runs import Run, record_margin, stages_over_seeds
 from race.train.state import SIGNALS
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
 COMPARISON = "compare_recipes"
+SHOWN = ["stage", "split", "level", "questions", "correct", "accuracy", "passage_low", "passage_high"]  # of results.csv
 MADE_FROM = {"race": {"source": "ehovy/race", "model": "albert-base-v2"}, "demo": {"source": "demo", "model": "demo"}}
 OF_A_RUN = {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"}  # of several runs each has its own
 
@@ -183,8 +184,8 @@ def inputs(notebook: str, parameters: dict) -> dict:
 def report(options: argparse.Namespace, evaluated: list[dict]) -> None:
     """Print the results of one recipe, from the parameters of its runs' last notebook; raises RaceError."""
     if evaluated and not options.seeds:
-        print(pd.read_csv(ROOT / evaluated[0]["RUN_DIR"] / "results.csv")[RESULT_COLUMNS].to_string(index=False))
-        print("notebooks, figures and predictions: {RUN_DIR}; checkpoints: {CHECKPOINT_DIR}".format(**evaluated[0]))
+        print(pd.read_csv(ROOT / evaluated[0]["RUN_DIR"] / "results.csv")[SHOWN].round(3).to_string(index=False))
+        print("open {RUN_DIR}/eval_test_dataset_race_2.ipynb; checkpoints: {CHECKPOINT_DIR}".format(**evaluated[0]))
     elif evaluated:
         name = options.recipes[0].name
         settings = Settings(evaluated[0] | {"SEED": 0, "RUN_DIR": f"runs/{run_name(options.run, name)}-over-seeds"})

@@ -53,6 +53,14 @@ if torch.version.cuda and not has_compiler():  # torch 2.13 multiplies with Trit
         importlib.import_module("torch._native.triton_utils").deregister_op_overrides()
 
 
+def check_ready(compile: bool) -> None:
+    """Raise RaceError if the method's code was edited after its import, or there is no C compiler to compile with."""
+    if code_hash() != CODE:
+        raise RaceError("the code of the method was edited after this process imported it: restart the kernel")
+    if compile and not has_compiler():
+        raise RaceError("COMPILE = True needs a C compiler (gcc or clang): this node has none, or CC does not name it")
+
+
 def versions() -> dict[str, str]:
     """The libraries that decide a result."""
     return {name: version(name) for name in ("torch", "transformers", "pytorch-lightning", "pyarrow", "numpy")}

@@ -63,11 +63,10 @@ def fit_memory(module, device: torch.device, half: bool = False) -> None:
 def token_budget_for(config, parameters: int, free: int, half: bool, padded: bool = False, padding: int = 1) -> int:
     """Tokens of a micro-batch with `free` bytes: nine tenths of them, less weights and optimizer state.
 
-    Kept for the backward pass, a token and layer. In float32: its input, query, key, value, context as attention gives
-    it and as joined, two layer-norm inputs and one output (9 hidden of 4 bytes), and the feed-forward before and after
-    its activation (2 intermediate). Under autocast: the layer-norm inputs in float32, 7 hidden and 2 intermediate of 2
-    bytes. In the backward pass, one layer's gradients need about as much again. Padded families keep maps of attention.
-    padding: how many times query, key, value and context are kept, filled up (race.attention).
+    Kept for the backward pass, a token and layer, in float32: input, query, key, value, context twice, two layer-norm
+    inputs and one output (9 hidden of 4 bytes), feed-forward before and after its activation (2 intermediate). Under
+    autocast: layer-norm inputs in float32, 7 hidden and 2 intermediate of 2 bytes. One layer's gradients need about as
+    much again. Padded families keep maps of attention; with `padding`, query, key, value and context are filled up.
     """
     layers, hidden = config.num_hidden_layers * getattr(config, "inner_group_num", 1), config.hidden_size
     names = ("intermediate_size", "hidden_dim", "d_inner")  # as families call the width of the feed-forward layers

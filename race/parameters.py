@@ -192,9 +192,8 @@ def parse_set(pairs: list[str], stage: str | None = None, takers: dict[str, set]
 class Settings:
     """A notebook's parameters under their own names, read from its variables each time one is used.
 
-    Text that means a number, None or a flag is taken for it. Where CACHE_DIR is not there, a notebook goes on in the
-    repository's folder, from which relative paths are then meant. A script made from a notebook takes NAME=VALUE, or
-    e3.NAME=VALUE for one stage, after `--set` on its command line. Raises RaceError with every value that is wrong.
+    Text that means a number, None or a flag is taken for it. Where CACHE_DIR is not there, paths are meant from the
+    repository's folder. A script made from a notebook takes `--set NAME=VALUE`. Raises RaceError with what is wrong.
     """
 
     def __init__(self, variables: dict):

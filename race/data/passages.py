@@ -30,8 +30,8 @@ def read_source(
 ) -> tuple[dict[str, list[Passage]], list[str]]:
     """Passages per split, in a fixed order, and a line for each thing left out; splits that a source lacks are absent.
 
-    `source`: "demo", a folder, archive or file of records or tables, or a hub id. Raises RaceError with all problems at
-    once, unless `skip_bad`. Without `how.answers` they may be missing; each record is a passage of "test", in order.
+    Raises RaceError with all problems at once, unless `skip_bad`. Without `how.answers` they may be missing, and each
+    record is a passage of "test", in order.
     """
     found = attempt(read_records, source, how)
     if isinstance(found, RaceError):

@@ -1,7 +1,6 @@
 """A small corpus in the layout of RACE.tar.gz: template stories, written anew from a seed.
 
-`middle`: a story about one person; exactly one of the four options is mentioned in it.
-`high`: a story about three friends; two to four options are mentioned, so one has to read who did what.
+`middle`: one person; one option is mentioned. `high`: three friends; two to four are: one has to read who did what.
 """
 
 import json

@@ -25,8 +25,7 @@ HEAD = f'<div class="race-head">{FIELDS.format("answer", "confidence", "level", 
 def error_browser(predictions: pd.DataFrame, dataset) -> HTML:
     """Questions to read, with filters: all mistakes and correct answers, or a sample (`browsed_rows`).
 
-    Mistakes come first, the surest first; then correct answers, the least sure first. Raises RaceError if `dataset` is
-    not of the predictions' questions.
+    Mistakes come first, the surest first; then correct answers. Raises RaceError if `dataset` has other questions.
     """
     rows, is_good = browsed_rows(predictions), is_correct(predictions)
     cards = "".join(_card(predictions, dataset, int(row)) for row in rows)

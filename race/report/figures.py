@@ -279,10 +279,7 @@ def story_figure(story: pd.DataFrame) -> Figure:
 
 @plt.style.context(STYLE)
 def courses_figure(validated: pd.DataFrame, rates: pd.DataFrame, options: int = OPTIONS) -> Figure:
-    """Validation loss, accuracy and learning rate over the questions (runs.training_curves), a column for each recipe.
-
-    The first recipe is drawn in grey in the columns of the others.
-    """
+    """Validation loss, accuracy and rate over the questions, a column for each recipe; the first is grey in others."""
     names, seeds = list(validated["recipe"].unique()), max(1, validated["seed"].nunique())
     blocks, across = -(-len(names) // 5), min(5, len(names))
     shape = {"sharex": True, "squeeze": False, "height_ratios": (1.1, 1.1, 0.6) * blocks}

@@ -170,6 +170,7 @@ def scope(lineage: pd.DataFrame) -> str:
         return ""
     text = "Each checkpoint is one training run: this compares these checkpoints, not their recipes, which takes "
     text += "several seeds. Not significant does not mean equal: the interval shows which differences remain possible."
+    text += " They were trained with different code of the method." if lineage["code"].nunique() > 1 else ""
     for row in lineage[lineage["parent"].notna()].itertuples():
         text += f" {row.name} continues from {row.parent}, so it has also trained longer."
     return text
@@ -223,10 +224,7 @@ def over_seeds(means: pd.DataFrame, compared: dict, seeds: list[int]) -> list[st
 
 
 def verdict_on_runs(compared: dict, seeds: list, margin: float) -> list[str]:
-    """A sentence for each recipe against the first; then which runs are at chance, and the comparison without them.
-
-    compared: of compare_runs; seeds: of each row of the runs.
-    """
+    """A sentence for each recipe against the first (compare_runs); which runs are at chance; the same without them."""
     tables, failed = (compared[name] for name in ("differences", "without_failed")), compared["failed"]
     told, again = ([difference(row, margin) for _, row in table.iterrows()] for table in tables)
     runs = (1 + len(told)) * len(seeds)

@@ -100,8 +100,7 @@ def check_same_questions(predictions: list[pd.DataFrame]) -> None:
 def recipe_difference(first: np.ndarray, second: np.ndarray, passages: np.ndarray, levels: np.ndarray) -> dict:
     """Accuracy of recipe `second` − of `first`, over seeds and questions: the keys of DIFFERENCE_COLUMNS.
 
-    first, second: [seeds, questions] right (1) or wrong (0). Row s of both is the run of one seed, with the same head
-    and order of questions: runs are compared seed by seed. passages, levels: [questions].
+    first, second: [seeds, questions] right (1) or wrong (0), row s of both with one seed.
     The variance is that of the questions, with passages as clusters within levels, and that of the runs beyond what
     the questions explain; degrees of freedom after Satterthwaite: multi-reader multi-case analysis with runs as readers
     (Hillis 2014, Statistics in Medicine 33:330). One seed has no interval, and fewer than LEAST_SEEDS no p: NaN.
@@ -170,10 +169,7 @@ def at_chance(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> dict[str, 
 
 
 def compare_runs(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> dict:
-    """differences: against_baseline; failed: at_chance; without_failed: differences without the seeds of those runs.
-
-    without_failed is empty if no run failed, or a run of every seed.
-    """
+    """differences: against_baseline; failed: at_chance; without_failed: differences without their seeds, or empty."""
     found = {"differences": against_baseline(correct, facts), "failed": at_chance(correct, facts)}
     failed = sorted({row for rows in found["failed"].values() for row in rows})
     others = {name: np.delete(runs, failed, 0) for name, runs in correct.items()}
@@ -199,8 +195,8 @@ def measured_spread(correct: dict[str, np.ndarray]) -> dict:
 def power(difference: float, seeds: int, questions: int, contrasts: int = 1) -> dict:
     """What a comparison of so many seeds a recipe will see of a true difference (a fraction, as accuracy is).
 
-    Keys: seeds, questions, half_width (of the 95 % interval, median), power (share of comparisons that find it),
-    power_holm (the same in the strictest step of Holm's adjustment for `contrasts`).
+    Keys: seeds, questions, half_width (of the 95 % interval, median), power (share of comparisons that find it; _holm:
+    in the strictest step of Holm's adjustment for `contrasts`).
     """
     of_questions = (RECIPES_DIFFER - RUNS_DIFFER + RUNS_DIFFER / seeds) / questions
     of_runs, noise = (2 * SD**2 + RUNS_DIFFER / questions) / seeds, RUNS_DIFFER / questions / seeds

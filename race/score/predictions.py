@@ -75,7 +75,7 @@ def score_each(
     """`score` for several checkpoints, by short name; raises RaceError if one is named twice."""
     hashes = [checkpoint.sha256 for checkpoint in checkpoints]
     if twice := [str(it) for it, sha256 in zip(checkpoints, hashes, strict=True) if hashes.count(sha256) > 1]:
-        raise RaceError(f"the same checkpoint is named more than once: {', '.join(twice)}")
+        raise RaceError(f"these files hold the same checkpoint; name it once: {', '.join(twice)}")
     scored = [kept_predictions(checkpoint, data, split, run_dir, **how) for checkpoint in checkpoints]
     save_results(run_dir, scored)
     return dict(zip(short_names(checkpoints), scored, strict=True))
@@ -208,8 +208,7 @@ def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split
 def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", **how) -> pd.DataFrame:
     """Score one checkpoint on a split; one row a question, in the order of the cache. how: as prediction_settings.
 
-    Columns: example_id, question_index, level, answer and prediction ("A" …), p_A …, kind, those of
-    RaceDataset.facts and of race.data.seen. Raises RaceError if the model's output is not finite.
+    Columns: example_id, question_index, level, answer, prediction, p_A …, kind, those of RaceDataset.facts and seen.
     """
     precision = prediction_settings(data, split, **how)["precision"]
     checkpoint.check_encoding(data.cache)

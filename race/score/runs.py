@@ -207,7 +207,8 @@ def learning_story(
     stages: name → which of MONITORS picks its best. Columns: stage, monitor, epoch (from 0), questions (trained on by
     then, in all), val_loss, val_acc, val_low and val_high (Wilson's 95 % interval), learning_rate (the highest).
     """
-    parts, notes, before, asked = [], [], 0, validation_questions or math.nan
+    parts, before, asked = [], 0, validation_questions or math.nan
+    notes = [] if stages else ["these are not the stages of one chain: the notebook of each has its curves"]
     for stage, monitor in stages.items():
         try:
             log, epochs = _course(run_dir, stage, before, questions_per_epoch)
@@ -238,7 +239,7 @@ def correct_answers(
 ) -> tuple[Correct, Correct, pd.DataFrame]:
     """(answers of the chosen checkpoints, of those of the last epoch, predictions of the first run for their facts).
 
-    how: precision and accelerator. Raises RaceError if a checkpoint was trained on most of the questions.
+    Raises RaceError if a checkpoint was trained on most of the questions.
     """
     scored = {}
     for run in itertools.chain(*found.values()):

@@ -210,9 +210,8 @@ def confusion(predictions: pd.DataFrame) -> np.ndarray:
 def letter_test(predictions: pd.DataFrame) -> tuple[float, int, float]:
     """Are letters chosen as often as they are correct? Stuart and Maxwell's χ², its degrees of freedom, and p.
 
-    p is NaN with fewer than FEW_ERRORS wrong answers. Paired: choice and correct answer are of one question (Maxwell
-    1970, British Journal of Psychiatry 116:651). Not statsmodels' SquareTable.homogeneity: NaN where a letter is in no
-    wrong answer, and a p of 0 for every χ² beyond 80 or so.
+    p is NaN with fewer than FEW_ERRORS wrong answers. Paired (Maxwell 1970, British Journal of Psychiatry 116:651). Not
+    statsmodels' SquareTable.homogeneity: NaN where a letter is in no wrong answer, and p = 0 for χ² beyond 80 or so.
     """
     counts = confusion(predictions).astype(float)
     difference = (counts.sum(0) - counts.sum(1))[:-1]

@@ -74,11 +74,11 @@ class LossWatch(pl.Callback):
         chance = math.log(options := trainer.datamodule.cache.options)
         if abs(mean - chance) < 0.01:
             self.warned = True
-            trainer.progress_bar_callback.print(
-                f"the loss has stayed at {mean:.3f} for {STUCK:,} questions; chance is ln {options} = {chance:.3f}. "
-                "Random weights, such as the demo's, leave it after an epoch or more; with pretrained ones try another "
-                "LEARNING_RATE, dropout 0 for ALBERT v2, or a batch of 16 questions or more"
-            )
+            advice = "try another LEARNING_RATE, dropout 0 for ALBERT v2, or a batch of 16 questions or more"
+            if module.lineage.get("base") == "demo":
+                advice = "the demo's random weights take about an epoch to leave it"
+            told = f"the loss has stayed at {mean:.3f} for {STUCK:,} questions; chance is ln {options} = {chance:.3f}"
+            trainer.progress_bar_callback.print(f"{told}: {advice}")
 
 
 class StageReport(pl.Callback):

@@ -169,12 +169,13 @@ def _by_name(state: dict, wanted, encoder: str) -> dict[str, torch.Tensor]:
 
 
 def short_names(checkpoints: list[Checkpoint]) -> list[str]:
-    """A name for each: its stage, stage and epoch, name, or folder and name: the first that tells all of them apart."""
+    """A name for each: stage, with epoch or folder; or its name, with folder: the first that tells all apart."""
     names = []
     for it in checkpoints:
         stage = it.stage or it.label
         epoch = stage if it.epoch is None else f"{stage}, epoch {it.epoch}"
-        names.append((stage, epoch, it.label, f"{it.path.parent.name}/{it.label}", str(it.path)))
+        folder = it.path.parent.name
+        names.append((stage, epoch, f"{folder}/{stage}", it.label, f"{folder}/{it.label}", str(it.path)))
     return next(list(of_kind) for of_kind in zip(*names, strict=True) if len(set(of_kind)) == len(of_kind))
 
 

@@ -122,12 +122,14 @@ def lineage_table(checkpoints: list[Checkpoint], names: list[str]) -> pd.DataFra
     for it, name in zip(checkpoints, names, strict=True):
         row = {"name": name, "stage": it.stage or it.label, "base": it.base, "learning_rate": it.learning_rate}
         row |= {"recipe": it.lineage.get("recipe"), "epochs": epochs_trained(it), "chosen_epoch": it.epoch}
-        rows.append(row | {"val_loss": it.val_loss, "parent": own.get(it.base_sha256)})
+        rows.append(row | {"val_loss": it.val_loss, "parent": own.get(it.base_sha256), "code": it.lineage.get("code")})
     return pd.DataFrame(rows)
 
 
 def stages_behind(checkpoints: list[Checkpoint]) -> dict[str, str]:
-    """The stages that these checkpoints have gone through, as they remember them, each with its rule of selection."""
+    """The stages of one chain that these checkpoints went through, each with its rule; none if they are no chain."""
+    if len({it.stage for it in checkpoints}) < len(checkpoints):
+        return {}
     named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
     rules, last = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}, checkpoints[-1]
     stages = [Stage(name, last.path.parent, found=last.beside) for name in CHAIN if name in named]

@@ -4,8 +4,8 @@ A state is a position (epoch, batches done in it) with weights, optimizer, loss 
 and the log so far. It is saved before a step, never after the last step of an epoch: what ends an epoch (validation,
 checkpoint, log rows) is done again by a resumed run, with the same result.
 
-Lightning's mid-epoch restart is not used: with loaders that prefetch it starts from another epoch's order, and forgets
-the epoch's sums and rows of the log (2.6.6). It restores weights, optimizer, scaler and callbacks; the rest is here.
+Lightning's mid-epoch restart starts from another epoch's order where loaders prefetch, and forgets the epoch's sums and
+log rows (2.6.6). It restores weights, optimizer, scaler and callbacks; the rest is here.
 """
 
 import contextlib

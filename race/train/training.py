@@ -21,7 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from race import HUB_ID, LETTERS, MONITORS, RaceError
 from race.data import Cache, open_cache, seen_articles
-from race.device import AUTOCAST, CODE, default_device, default_precision, hardware, has_compiler, processes, versions
+from race.device import AUTOCAST, CODE, check_ready, default_device, default_precision, hardware, processes, versions
 from race.encoder import attention_kernel, compile_layers, longest_input
 from race.files import locked, remove_unfinished
 from race.parameters import ROOT, check
@@ -125,16 +125,15 @@ def train_stage(
 ) -> pl.Trainer:
     """Train a stage, or resume it where a kill or an interrupt ended it; prints which. A finished one trains nothing.
 
-    Settings are those of the notebooks (race.parameters), but log_every (steps) and callbacks (further ones).
-    SIGTERM, SIGUSR1 and an interrupt end training after the micro-batch, with the state saved: the signal then has its
-    usual effect (exit status 143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
+    Settings are the notebooks' (race.parameters), but log_every (steps) and callbacks. SIGTERM, SIGUSR1 and an
+    interrupt end training after the micro-batch, with the state saved, and then have their usual effect (exit status
+    143 or 138, or KeyboardInterrupt). Raises RaceError if settings have changed since.
     """
     check(max_epochs=max_epochs, early_stopping=early_stopping, save_minutes=save_minutes)
     check(precision=precision, accelerator=accelerator)
     precision, monitor = precision or default_precision(accelerator), stage.monitor or MONITORS[0]
     device = default_device(accelerator)
-    if compile and not has_compiler():
-        raise RaceError("COMPILE = True needs a C compiler (gcc or clang): this node has none, or CC does not name it")
+    check_ready(compile)
     module.schedule.steps = steps = max_epochs * data.batches_per_epoch()
     if (warmup := module.schedule.warmup) >= max(1, steps):
         raise RaceError(f"WARMUP is {warmup:g} steps, the stage has {steps}: give fewer, or a share such as 0.1")

@@ -134,7 +134,7 @@ def test_verdict(predictions, said):
 
 
 def test_scope_says_what_one_seed_cannot():
-    lineage = pd.DataFrame({"name": ["e1", "e2"], "parent": [None, "e1"]})
+    lineage = pd.DataFrame({"name": ["e1", "e2"], "parent": [None, "e1"], "code": ["a", "a"]})
     assert "not their recipes" in sentences.scope(lineage) and "e2 continues from e1" in sentences.scope(lineage)
     assert sentences.scope(lineage[:1]) == ""
 

@@ -6,7 +6,7 @@ import torch
 from predictions import made
 
 from race.files import file_hash
-from race.report import tables
+from race.report import sentences, tables
 from race.score.predictions import accuracy_table
 from race.train.checkpoints import Checkpoint, short_names
 from race.train.stages import lineage_table, stages_behind
@@ -35,6 +35,16 @@ def test_lineage_follows_hashes(three):
     again = [Checkpoint(checkpoint.path) for checkpoint in three]
     assert lineage_table(again, short_names(again)).set_index("name")["parent"].isna().all()
     assert stages_behind(three[1:]) == dict.fromkeys(["e1", "e2"], "val_loss_epoch")
+
+
+def test_two_runs_of_a_stage_are_told_apart_and_are_no_chain(tmp_path):
+    for name, code in (("plain", "a"), ("smooth", "b")):
+        (tmp_path / name).mkdir()
+        torch.save({"race": {"stage": "e1", "epoch": 1, "code": code}}, tmp_path / name / f"e1-{code}.ckpt")
+    two = [Checkpoint(path) for path in sorted(tmp_path.glob("*/*.ckpt"))]
+    assert short_names(two) == ["plain/e1", "smooth/e1"] and stages_behind(two) == {}
+    assert "trained with different code" in sentences.scope(lineage_table(two, short_names(two)))
+    assert "trained with different code" not in sentences.scope(lineage_table(two[:1] * 2, ["a", "b"]))
 
 
 def test_comparison_has_a_row_for_each_checkpoint(three):

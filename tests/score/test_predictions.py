@@ -256,7 +256,7 @@ def test_checkpoints_are_told_apart_by_their_content(cache, checkpoint, calls, t
     assert list(found) == ["lower/mine", f"{checkpoint.path.parent.name}/mine"] and len(calls) == 2
     assert [it.made["settings"]["checkpoint_sha256"] for it in found.values()] == [it.sha256 for it in two]
     assert sum(row[2] == "all" for row in rows(tmp_path)) == 2
-    with pytest.raises(RaceError, match="named more than once: .*mine.ckpt"):
+    with pytest.raises(RaceError, match="the same checkpoint; name it once: .*mine.ckpt"):
         score_each([checkpoint, checkpoint], data, "test", tmp_path)
 
 

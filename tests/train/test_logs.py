@@ -42,6 +42,7 @@ def test_learning_story_on_one_axis(tmp_path):
     assert learning_story(tmp_path, {"e1": "val_acc"}, 0, 0)[0]["val_low"].isna().all()
     assert len(notes) == 1 and notes[0].startswith("no log of e3")
     assert learning_story(tmp_path / "none", {"e1": "val_acc"}, 30, 50)[0].empty
+    assert "not the stages of one chain" in learning_story(tmp_path, {}, 30, 50)[1][0]
 
 
 class Kept(Logger):

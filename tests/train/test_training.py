@@ -208,6 +208,13 @@ def test_deterministic_algorithms_on_request(cache, tmp_path):
         torch.use_deterministic_algorithms(False)
 
 
+def test_code_that_was_edited_after_its_import_is_not_trained(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("race.device.code_hash", lambda: "another")
+    with pytest.raises(RaceError, match="edited after this process imported it: restart the kernel"):
+        stage(tmp_path, cache, **FEW)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_compile_reaches_the_layers(cache, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("race.train.training.compile_layers", seen.append)
