@@ -1,5 +1,6 @@
 """RaceModule for those who know PyTorch: optimizer, clipping, half precision, compiled layers, checkpoints."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -136,7 +137,7 @@ def test_checkpoint_loads_without_network_cache_or_hub(cache, tmp_path):
     trainer.fit(module, data := RaceDataModule(cache, batch_size=8, limit_questions=16))
     trainer.save_checkpoint(tmp_path / "full.ckpt")
     batch = collate([data.val_dataset[i] for i in range(4)])
-    torch.save([vars(batch), module.eval()(batch).detach()], tmp_path / "expected.pt")
+    torch.save([dataclasses.asdict(batch), module.eval()(batch).detach()], tmp_path / "expected.pt")
     code = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise OSError('no network')\n"

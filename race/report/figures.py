@@ -35,7 +35,7 @@ def save_figure(figure: Figure, run_dir: str | Path, name: str) -> HTML:
     atomic_write(folder / f"{name}.png", lambda file: figure.savefig(file, dpi=150, format="png"))
     atomic_write(folder / f"{name}.svg", lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
     plt.close(figure)
-    titles = escape(" ".join(filter(None, [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)])))
+    titles = escape(" ".join(filter(None, [figure.get_suptitle(), *(axes.get_title("left") for axes in figure.axes)])))
     source = f"data:image/png;base64,{base64.b64encode((folder / f'{name}.png').read_bytes()).decode()}"
     return HTML(f'<img src="{source}" alt="{titles}" width="{100 * WIDTH:.0f}">')
 
