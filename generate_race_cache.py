@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--max-qa-len", type=int, metavar="N", default=MAX_QA_LEN, help=last)
     stands = "what stands for article (article=: there are none), question, options (options=a,b,c), answer, id, level"
     add("--columns", nargs="+", action="extend", metavar="NAME=COLUMN", default=[], help=f"{stands}; a.b is nested")
-    add("--keep", nargs="+", action="extend", metavar="COLUMN", default=[], help="go along to predictions (GROUP_BY)")
+    add("--keep", nargs="+", action="extend", metavar="COLUMN", default=[], help="further columns for GROUP_BY")
     numbered = "how answers are written: letters (the default), numbers from 0 or from 1, or the text of the option"
     add("--answers", choices=("letters", "0", "1", "text"), default="letters", dest="numbering", help=numbered)
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads of the tokenizer (default: all cores)")

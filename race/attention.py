@@ -70,19 +70,14 @@ def _varlen_attention(query, key, value, packing, one_row_each: bool, reach: int
 
 def _masked_attention(query, key, value, packing, one_row_each: bool, reach: int | None, **settings) -> torch.Tensor:
     """All sequences in one padded and masked call, for short ones."""
-    count, longest = len(packing.lengths), packing.max_seqlen
-    lengths = packing.cu_seqlens.diff()
-    sequence = torch.arange(count, device=lengths.device).repeat_interleave(lengths, output_size=key.shape[2])
-    place = packing.position_ids + sequence * longest  # [T], of each token among [kB * longest]
+    count, longest, (place, filled) = len(packing.lengths), packing.max_seqlen, packing.grid
 
     def pad(states: torch.Tensor) -> torch.Tensor:  # [1, heads, T, d] → [kB, heads, longest, d]
         rows = states[0].transpose(0, 1).flatten(1)
         grid = rows.new_zeros(count * longest, rows.shape[1]).index_copy(0, place, rows)
         return grid.view(count, longest, *states.shape[1::2]).transpose(1, 2)
 
-    key, value = pad(key), pad(value)
-    query = query.transpose(0, 2) if one_row_each else pad(query)
-    filled = torch.arange(longest, device=lengths.device) < lengths[:, None]
+    query, key, value = query.transpose(0, 2) if one_row_each else pad(query), pad(key), pad(value)
     mask = filled[:, None, None]
     if reach is not None:  # rows of padding look at every token: without any, their gradient would not be a number
         mask = (mask & within_reach(longest, reach, mask.device)) | ~filled[:, None, :, None]

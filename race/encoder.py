@@ -236,7 +236,7 @@ def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch
         return "padded to the longest of a micro-batch"
     if most_padding(config, device, half) == 1:
         return "attention of variable length"
-    return f"attention sequence by sequence (up to {SHORT[device.type]} tokens in one masked call)"
+    return f"masked attention up to {SHORT[device.type]} tokens, longer sequences one by one"
 
 
 def most_padding(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> int:

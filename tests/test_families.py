@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoModelForMultipleChoice, GPT2Con
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
-from race import OPTIONS, RaceError
+from race import OPTIONS, RaceError, attention
 from race.attention import packed_attention
 from race.data import collate
 from race.encoder import (
@@ -278,3 +278,25 @@ def test_compiled_layers_compute_the_same_with_few_graphs(family, kernel, items,
     assert 0 < graphs[-1] == graphs[1] <= (3 if kernel else 8), graphs
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["albert", "bert", "modernbert"])
+def test_one_masked_call_computes_what_a_call_for_each_sequence_does(family, items, monkeypatch):
+    """On a GPU up to 512 tokens, unless padding more than doubles the tokens."""
+    module, masked, found = RaceModule(config=tiny_config(family)).double(), attention._masked_attention, []
+    batch = collate(questions(items, family, 5, 300))
+    for short in (0, 512):
+        monkeypatch.setitem(attention.SHORT, "cpu", short)
+        loss = module.loss(module(batch), batch.labels)
+        gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+        found.append([loss, *(it for it in gradients if it is not None)])
+    assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-12) for one, other in zip(*found, strict=True))
+    calls = []
+    monkeypatch.setattr(attention, "_masked_attention", lambda *it, **how: calls.append(it) or masked(*it, **how))
+    short, long = questions(items, family, 9, 12), questions(items, family, 1, 300)
+    long[0]["input_ids"] = [np.resize(ids, 300) for ids in long[0]["input_ids"]]
+    long[0]["token_type_ids"] = [np.zeros(300, int)] * OPTIONS
+    module(collate(short + long))
+    assert not calls
+    module(collate(long))
+    assert len(calls) == module.model.config.num_hidden_layers

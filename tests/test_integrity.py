@@ -431,3 +431,11 @@ def test_paths_in_a_tar_lead_nowhere(tmp_path, name):
     assert Cache(tmp_path / "out" / "cache").manifest["splits"]["train"]["passages"] == 1
     assert not list(tmp_path.rglob("evil*")) and not (tmp_path.parent / "train").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "race.tar"}
+
+
+@pytest.mark.parametrize("name", ["RaceError", "Interrupted"])
+def test_what_a_user_meets_in_jupyter_is_one_line(name, capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    InteractiveShell().run_cell(f"import race\nraise race.{name}('do this')")
+    assert capsys.readouterr().out.strip() == f"{name}: do this"

@@ -11,10 +11,11 @@ import pytorch_lightning as pl
 import torch
 from helpers import ROOT
 from small_stage import At, stage, state
-from transformers import AlbertConfig
+from transformers import AlbertConfig, BertConfig
 
 from race import RaceError
 from race.data import collate
+from race.encoder import most_padding
 from race.memory import CPU_TOKENS, fit_memory, in_parts, token_budget_for
 from race_module import RaceModule
 
@@ -108,6 +109,10 @@ def test_token_budget_grows_with_memory(albert_config):
     for budgets in (full, half):
         assert budgets == sorted(budgets) and budgets[0] == 4 * 512 and budgets[-1] > 32 * 4 * 512
     assert half[3] > 1.6 * full[3]
+    assert token_budget_for(base, 12_000_000, 24 << 30, True, padding=2) < 0.85 * half[3]  # of queries, keys, values
+    bert = BertConfig()
+    assert most_padding(bert, torch.device("cuda"), torch.bfloat16) == 2  # attention dropout: no kernel takes it
+    assert most_padding(base, torch.device("cuda"), torch.float32) == 2
     fit_memory(module := RaceModule(config=albert_config), torch.device("cpu"))
     assert module.token_budget == CPU_TOKENS
 

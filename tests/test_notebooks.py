@@ -123,6 +123,8 @@ def test_notebook_as_a_document(notebook):
     values = notebook_parameters(notebook)
     own = OWN[notebook] | {"BATCH_SIZE": 32, "MAX_LEN": 512}
     assert values.keys() >= SHARED and {name: values.get(name, "missing") for name in own} == own
+    usual, _, _ = parameters.source.partition("\n\n")
+    assert len(usual.splitlines()) <= 8 and code[-1].source == "environment()"
     for cell in code:
         assert (
             len(list(filter(None, cell.source.splitlines()))) <= (25 if cell is parameters else 17)

@@ -44,6 +44,14 @@ class PackedBatch:
         """The longest sequence, in tokens."""
         return max(self.lengths)
 
+    @functools.cached_property
+    def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the sequences padded to the longest: [T] the place of each token in [kB * L], [kB, L] what is filled."""
+        lengths = self.cu_seqlens.diff()
+        starts = self.max_seqlen * torch.arange(len(lengths), device=lengths.device)
+        places = self.position_ids + starts.repeat_interleave(lengths, output_size=len(self.input_ids))
+        return places, torch.arange(self.max_seqlen, device=lengths.device) < lengths[:, None]
+
     def tokens(self, padded: bool = False) -> int:
         """How many tokens a model gets: `padded`, each sequence as long as the longest."""
         return _tokens(np.array(self.lengths), padded)
