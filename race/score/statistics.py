@@ -11,7 +11,6 @@ from race import LETTERS, LEVELS, RaceError
 PROBABILITIES = [f"p_{letter}" for letter in LETTERS]
 GROUP_COLUMNS = ["group", "questions", "correct", "accuracy", "ci_low", "ci_high"]
 SEEN_COLUMNS = {"trained_on": "article_in_train", "selected_on": "article_in_validation"}  # of results: of predictions
-OF_PASSAGES = ("article length (tokens)", "sequence", "article")  # groupings that hold a passage's questions together
 FEW_ERRORS = 50  # wrong answers from which letters are tested
 
 
@@ -151,17 +150,18 @@ def group_accuracies(predictions: pd.DataFrame, by: list[str] | None = None) -> 
 
     Columns: grouping, level ("middle", "high"; "all" if no level is known), GROUP_COLUMNS (Wilson intervals), rest
     (accuracy of the level's other questions), difference (to the rest), p (Fisher's exact test), p_holm (Holm's
-    for all tests of the table). Groups of whole passages are tested with counts divided by the level's design effect.
+    for all tests of the table). Groups of whole passages are tested with counts divided by the level's design effect;
+    truncation is taken for one.
     The last four are NaN without other questions, and for the first of two groups. by: further columns to group by;
     raises RaceError for one that is not there.
     """
     lengths, order = length_groups(predictions["article_tokens"])
-    whole = predictions["truncated"].map({True: "truncated", False: "not truncated"})
+    cut = predictions["truncated"].map({True: "truncated", False: "not truncated"})
     seen = predictions["article_in_train"].astype(object).map({True: "also in train", False: "not in train"})
     groupings = {
         "kind of question": pd.Categorical(predictions["kind"], KINDS),
         "article length (tokens)": pd.Categorical(lengths, order),
-        "sequence": pd.Categorical(whole, ["not truncated", "truncated"]),
+        "sequence": pd.Categorical(cut, ["not truncated", "truncated"]),
         "correct answer": pd.Categorical(predictions["answer"], LETTERS),
     }
     if seen.notna().any():
@@ -169,7 +169,7 @@ def group_accuracies(predictions: pd.DataFrame, by: list[str] | None = None) -> 
         groupings["article"] = pd.Categorical(seen.fillna(names[-1]), names)
     if missing := sorted({*(by or ())} - {*predictions}):
         raise RaceError(f"GROUP_BY: no column {', '.join(missing)}: name it with --keep when the cache is made")
-    groupings |= {name: pd.Categorical(predictions[name]) for name in by or ()}
+    groupings |= {name: pd.Categorical(predictions[name].replace("", "not known")) for name in by or ()}
     known = predictions["level"].isin(LEVELS).any()
     level = pd.Categorical(predictions["level"] if known else ["all"] * len(predictions), [*LEVELS, "all"])
     correct, counts = pd.Series(is_correct(predictions)), {}
@@ -180,7 +180,10 @@ def group_accuracies(predictions: pd.DataFrame, by: list[str] | None = None) -> 
     others = of_level[["questions", "correct"]].transform("sum") - table[["questions", "correct"]]
     table["rest"] = others["correct"] / others["questions"].where(others["questions"] > 0)
     effects = {it: by_passage(predictions[level == it])["design_effect"] for it in table["level"].unique()}
-    effect = np.fmax(1.0, table["level"].map(effects).where(table["grouping"].isin(OF_PASSAGES), 1.0).to_numpy(float))
+    passage = passages_within_levels(predictions["level"], predictions["example_id"])[0]
+    groups = {name: pd.Series(group.codes).groupby(passage).nunique() for name, group in groupings.items()}
+    whole = [name for name, it in groups.items() if len(it) < len(passage) and (it.max() == 1 or name == "sequence")]
+    effect = np.fmax(1.0, table["level"].map(effects).where(table["grouping"].isin(whole), 1.0).to_numpy(float))
     own = [table["correct"], table["questions"] - table["correct"]]
     cells = np.column_stack([*own, others["correct"], others["questions"] - others["correct"]]) / effect[:, None]
     tested = (others["questions"] > 0) & ~((of_level["group"].transform("size") == 2) & (of_level.cumcount() == 0))
