@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -15,11 +16,13 @@ LETTERS = [*"ABCDEFGH"]  # of the options of a question, two to eight
 OPTIONS = 4  # of RACE; the number of another exam is in its cache
 LEVELS = ("middle", "high")
 CHAIN = {"e1": "ex01", "e2": "ex02", "e3": "ex03"}  # stages and their notebooks; each starts from the one before
+COLUMNS = ("article", "question", "options", "answer", "id", "level")  # of a question, which --columns may name
 SPLITS = ("train", "validation", "test")
 MONITORS = ("val_loss_epoch", "val_acc")  # what picks the best checkpoint: the lowest loss, or the highest accuracy
 RACE_QUESTIONS = {"train": 87866, "validation": 4887, "test": 4934}  # Lai et al. 2017, arXiv:1704.04683
 MAX_LEN, MAX_QA_LEN = 512, 128  # tokens of a sequence, and of its question+option
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # of a cluster, or a user: save and end
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # name or owner/name on the Hugging Face hub
 
 

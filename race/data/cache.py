@@ -211,6 +211,7 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
     counts = {split: _write_split(folder, split, splits[split], tokenizer, template, max_qa_len) for split in splits}
     occurs = Counter(text for passages in splits.values() for text in {passage.article for passage in passages} - {""})
     digest, files = tokenizer_hash(tokenizer), sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = [{"bytes": it.stat().st_size, "sha256": file_hash(it)} for it in files]
     return {
         "format": FORMAT,
         "source": {"name": source, "sha256": source_fingerprint(splits), "path": Path(source).exists()},
@@ -223,20 +224,14 @@ def _write_cache(folder: Path, source: str, splits: dict, left_out: list[str], m
         "notes": left_out,
         "splits": counts,
         "articles_in_more_than_one_split": sum(count > 1 for count in occurs.values()),
-        "files": {
-            it.relative_to(folder).as_posix(): {"bytes": it.stat().st_size, "sha256": file_hash(it)} for it in files
-        },
+        "files": {it.relative_to(folder).as_posix(): of_it for it, of_it in zip(files, facts, strict=True)},
     }
 
 
-def _write_split(
-    folder: Path, split: str, passages: list[Passage], tokenizer, template: Template, max_qa_len: int
-) -> dict:
+def _write_split(folder: Path, split: str, passages: list, tokenizer, template: Template, max_qa_len: int) -> dict:
     """Write the two files of a split; returns its counts for the manifest."""
     example_ids, levels, articles, *_ = zip(*passages, strict=True)
-    rows = [
-        (number, *question) for number, passage in enumerate(passages) for question in zip(*passage[3:8], strict=True)
-    ]
+    rows = [(number, *row) for number, passage in enumerate(passages) for row in zip(*passage[3:8], strict=True)]
     passage_of, questions, options, labels, further, places = zip(*rows, strict=True)
     texts, count = [question_option(row[1], option) for row in rows for option in row[2]], len(options[0])
     article_ids = tokenize(tokenizer, articles, f"{split}: articles")
@@ -304,6 +299,4 @@ def _install(folder: Path, out: Path, manifest: dict, force: bool) -> dict:
     if there["files"] == manifest["files"]:
         return there | {"kept": True}
     parts = [key for key in ("source", "max_qa_len", "tokenizer") if there[key] != manifest[key]]
-    raise RaceError(
-        f"{out} holds another cache (differs in {', '.join(parts) or 'its files'}); move it away, or --force"
-    )
+    raise RaceError(f"{out} holds another cache ({', '.join(parts) or 'files'} differ); move it away, or --force")

@@ -25,9 +25,7 @@ class Passage(NamedTuple):
     asked_at: list[str]  # [questions], where they stand in the source; "" if they are not to be answered
 
 
-def read_source(
-    source: str, skip_bad: bool = False, how: Reading = PLAIN
-) -> tuple[dict[str, list[Passage]], list[str]]:
+def read_source(source: str, skip_bad=False, how: Reading = PLAIN) -> tuple[dict[str, list[Passage]], list[str]]:
     """Passages per split, in a fixed order, and a line for each thing left out; splits that a source lacks are absent.
 
     Raises RaceError with all problems at once, unless `skip_bad`. Without `how.answers` they may be missing, and each
@@ -79,14 +77,14 @@ def _checked(split: str, records: list, how: Reading, problems: list[str], lines
         if not record["questions"]:
             lines.append(f"{place}: a passage without questions, left out")
         passage, kept = (record["id"], record["level"], record["article"]), []
-        start, further = starts.get(passage, 0), record.get("further", {})
+        start = starts.get(passage, 0)
         for i, (question, options, answer) in enumerate(zip(*(record[key] for key in LISTS), strict=True)):
             if i in bad:
                 continue
             here, label, known = _place(place, record, i), LABELS.get(answer, -1), len(firsts)
             first, first_label = firsts.setdefault((record["article"], question, *options), (here, label))
             if len(firsts) > known or not how.answers:
-                kept.append((question, options, label, further, start + i, "" if how.answers else here))
+                kept.append((question, options, label, _further(record, i), start + i, "" if how.answers else here))
             elif label == first_label:
                 repeats += 1
             else:
@@ -110,6 +108,13 @@ def _checked(split: str, records: list, how: Reading, problems: list[str], lines
 def _place(place: str, record: Any, question: int | None) -> str:
     """Where a question is; the only one of a record, such as a row of a table, is where its record is."""
     return place if question is None or len(record["questions"]) == 1 else f"{place}, question {question}"
+
+
+def _further(record: dict, question: int) -> dict[str, str]:
+    """The further columns of one question; of a list with a cell for each question, its own."""
+    cells, count = record.get("further", {}), len(record["questions"])
+    own = {key: it[question] if isinstance(it, list) and len(it) == count else it for key, it in cells.items()}
+    return {key: "" if is_missing(it) else str(it) for key, it in own.items()}
 
 
 def record_problems(record: dict, how: Reading = PLAIN) -> list[tuple[int | None, str]]:

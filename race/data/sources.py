@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from race import LETTERS, LEVELS, OPTIONS, SPLITS, RaceError
+from race import COLUMNS, LETTERS, LEVELS, OPTIONS, SPLITS, RaceError
 from race.demo.corpus import write_corpus
 
 SPLIT_OF = {split: split for split in SPLITS} | dict.fromkeys(("dev", "val", "valid"), "validation")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 DIGITS = re.compile(r"(\d+)")  # 9.txt comes before 10.txt
 HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX(/|$))")  # what editors and macOS leave in folders and archives is no data
-WANTED = ("article", "question", "options", "answer")  # columns of a table
+WANTED = COLUMNS[:4]  # columns of a table
 OPTION = re.compile(r"(?:option)?([a-h])|option(\d)")  # or a column for each option: A, option_b, Option1
 OF_RACE = re.compile(rf"({'|'.join(LEVELS)})\d+\.txt")  # an id that says the level: high12.txt
 Columns = tuple[tuple[str, tuple[str, ...]], ...]  # what stands for a column: ("options", ("end0", "end1"))
@@ -216,10 +216,10 @@ def _csv_rows(name: str, text: str, how: Reading) -> Values:
 def _columns(names: tuple[str, ...], how: Reading) -> dict[str, Callable[[dict], Any]]:
     """What takes the article, question, options, answer, level and id out of a row with these columns, or RaceError."""
     words = [re.sub(r"[\W_]", "", name.lower()) for name in names]  # without case and punctuation
-    if twice := {w for w in words if words.count(w) > 1 and (w in (*WANTED, "level", "id") or OPTION.fullmatch(w))}:
+    if twice := {w for w in words if words.count(w) > 1 and (w in COLUMNS or OPTION.fullmatch(w))}:
         raise RaceError(f"columns that occur twice: {', '.join(sorted(twice))}")
     plain = dict(zip(words, names, strict=True))
-    columns = {key: [plain[key]] for key in (*WANTED, "level", "id") if key in plain}
+    columns = {key: [plain[key]] for key in COLUMNS if key in plain}
     if "exampleid" in plain:
         columns["id"] = [plain["exampleid"]]
     options = {match[1] or match[2]: name for word, name in plain.items() if (match := OPTION.fullmatch(word))}
@@ -254,8 +254,8 @@ def _record(value: Any, level: str, how: Reading) -> dict:
         value, how = {"article": "\n".join(value[0]), "id": value[2]} | lists, how._replace(numbering="text")
     if not isinstance(value, dict):
         raise value if isinstance(value, RaceError) else RaceError(f"expected an object, found {type(value).__name__}")
-    own = {name: paths for name, paths in how.columns if name not in (*WANTED, "level", "id")}
-    further = {name: str(_cell(paths, value)) for name, paths in own.items()}
+    own = {name: paths for name, paths in how.columns if name not in COLUMNS}
+    further = {name: _cell(paths, value) for name, paths in own.items()}
     value = {key: it for key, it in value.items() if "questions" not in value or (key,) not in own.values()}
     if "questions" not in value:
         row = {key: cell(value) for key, cell in _columns(tuple(value), how._replace(answers=False)).items()}

@@ -145,18 +145,22 @@ def test_columns_that_go_along_group_the_accuracy(tmp_path, capsys):
         (tmp_path / f"{split}.csv").write_text("\n".join(["article,question,A,B,answer,genre,year", *rows]) + "\n")
     command = [f"--source={tmp_path}", "--model=demo", f"--out={tmp_path / 'out'}", "--keep", "genre"]
     assert generate_race_cache([*command, "author"]) == 1 and "expected the columns author" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        generate_race_cache([*command, "level"])
+    for taken in ("level", "id", "options", "sequence", "question_index"):
+        with pytest.raises(SystemExit):
+            generate_race_cache([*command, taken])
     assert generate_race_cache(command) == 0
     facts = RaceDataset(tmp_path / "out", "test", rows=np.array([0, 4, 5])).facts()
     assert list(facts["genre"]) == ["news", "tale", "tale"] and "year" not in facts
     record = {"article": "Tom ran.", "questions": ["Who?", "How?"], "options": [["Tom", "Ann"], ["on", "by"]]}
-    record |= {"answers": ["A", "B"], "id": "1", "genre": 7}
+    record |= {"answers": ["A", "B"], "id": "1", "genre": 7, "skill": ["infer", None]}
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "train.json").write_text(json.dumps(record))
     command[0], command[2] = f"--source={tmp_path / 'more'}", f"--out={tmp_path / 'second'}"
-    assert generate_race_cache(command) == 0
-    assert list(RaceDataset(tmp_path / "second", "train").facts()["genre"]) == ["7", "7"]
+    assert generate_race_cache([*command, "skill"]) == 0
+    assert RaceDataset(tmp_path / "second", "train").facts()[["genre", "skill"]].values.tolist() == [
+        ["7", "infer"],
+        ["7", ""],
+    ]
     answered = facts.assign(answer="A", prediction=["A", "B", "A"], level="", example_id=["a", "b", "c"], kind="who")
     answered = answered.assign(article_in_train=pd.array([False] * 3, "boolean"), p_A=0.5, p_B=0.5)
     groups = group_accuracies(answered, ["genre"]).query("grouping == 'genre'")
