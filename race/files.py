@@ -6,6 +6,8 @@ import fcntl
 import functools
 import glob
 import hashlib
+import json
+import math
 import os
 import pickle
 import secrets
@@ -37,6 +39,23 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write JSON atomically: tables as lists of records, numbers that JSON does not know as null."""
+    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _plain(value: object) -> object:
+    if hasattr(value, "to_dict"):  # a table
+        value = value.astype(object).where(value.notna(), None).to_dict("records")
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_root(path: Path) -> str:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import platform
 import tempfile
 import time
@@ -15,10 +14,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from race import LETTERS, LEVELS, RaceError
+from race import COLUMNS, LETTERS, LEVELS, RaceError
 from race.data import RaceDataModule, Reading, build_cache, collate, seen_before
 from race.device import AUTOCAST, CODE, default_device, default_precision, device_name, versions
-from race.files import atomic_write, file_hash, from_root, locked
+from race.files import atomic_write, file_hash, from_root, locked, write_json
 from race.memory import fit_memory, in_parts
 from race.score import statistics
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
@@ -52,9 +51,7 @@ class Predictions:
         Of one level alone there is one row, of that level.
         """
         made, settings = self.made, self.made["settings"]
-        table = accuracy_table(self.table, made["stage"], made["checkpoint"], settings["split"])
-        if settings["level"]:
-            table = table[table["level"] == settings["level"]].reset_index(drop=True)
+        table = accuracy_table(self.table, made["stage"], made["checkpoint"], settings["split"], settings["level"])
         levels = table[table["level"] != "all"]
         whole = len(levels) == len(LEVELS) and levels["questions"].sum() == len(self.table)
         mean, low, high = statistics.macro_accuracy(levels) if whole else [None] * 3
@@ -69,10 +66,8 @@ def score(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir: str
     return next(iter(score_each([checkpoint], data, split, run_dir, **how).values()))
 
 
-def score_each(
-    checkpoints: list[Checkpoint], data: RaceDataModule, split: str, run_dir, **how
-) -> dict[str, Predictions]:
-    """`score` for several checkpoints, by short name; raises RaceError if one is named twice."""
+def score_each(checkpoints: list[Checkpoint], data: RaceDataModule, split: str, run_dir, **how) -> dict:
+    """`score` for several checkpoints: {short name: Predictions}; raises RaceError if one is named twice."""
     hashes = [checkpoint.sha256 for checkpoint in checkpoints]
     if twice := [str(it) for it, sha256 in zip(checkpoints, hashes, strict=True) if hashes.count(sha256) > 1]:
         raise RaceError(f"these files hold the same checkpoint; name it once: {', '.join(twice)}")
@@ -81,15 +76,13 @@ def score_each(
     return dict(zip(short_names(checkpoints), scored, strict=True))
 
 
-def validation_predictions(
-    checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir: str | Path, **how
-) -> Predictions | None:
+def validation_predictions(checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions | None:
     """Predictions on validation, to fit a temperature for `split`; None if that makes no sense, the reason printed."""
     data.setup()
     if split != "validation" and data.val_dataset is not None:
         return kept_predictions(checkpoint, data, "validation", run_dir, **how)
-    reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has no such ones"
-    print(f"no temperature is fitted on validation questions: {reason}")
+    reason = "the scored split is validation itself" if split == "validation" else f"{data.cache} has none"
+    print(f"no temperature is fitted on the validation split: {reason}")
 
 
 def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, run_dir, **how) -> Predictions:
@@ -120,9 +113,7 @@ def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, r
     return Predictions(pd.read_parquet(path), made)
 
 
-def prediction_settings(
-    data: RaceDataModule, split: str, precision: str | None = None, accelerator: str | None = None
-) -> dict:
+def prediction_settings(data: RaceDataModule, split: str, precision: str | None = None, accelerator=None) -> dict:
     """Everything but the checkpoint that decides predictions to the last bit, with defaults resolved.
 
     precision: default by device, one of race.device.AUTOCAST; accelerator: "cpu", "gpu" or None.
@@ -184,14 +175,15 @@ def save_results(run_dir: str | Path, scored: list[Predictions]) -> None:
         atomic_write(path, lambda file: table.to_csv(file, index=False))
 
 
-def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split: str) -> pd.DataFrame:
+def accuracy_table(predictions: pd.DataFrame, stage: str, checkpoint: str, split: str, only=None) -> pd.DataFrame:
     """RESULT_COLUMNS (Wilson intervals), columns of by_passage, SEEN_COLUMNS: a row for all questions and each level.
 
+    only: the level that all are of, if they were chosen by it; then there is its row alone.
     trained_on, selected_on: the number of questions whose article was in its training or validation split, as far as
     known; missing where that is known of none. not_known: of how many it is not.
     """
     rows = []
-    for level in ("all", *LEVELS):
+    for level in [only] if only else ("all", *LEVELS):
         part = predictions if level == "all" else predictions[predictions["level"] == level]
         if part.empty:
             continue
@@ -267,8 +259,7 @@ def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out:
     each question, in the order of the source. out: the folder; how: those of `predict`. Raises RaceError.
     """
     cache, manifest = data.cache, data.cache.manifest
-    wanted = ("article", "question", "options", "answer", "id", "level")  # the further ones may lack
-    columns = tuple((name, tuple(given)) for name, given in manifest.get("columns", ()) if name in wanted)
+    columns = tuple((name, tuple(given)) for name, given in manifest.get("columns", ()) if name in COLUMNS)
     reading = Reading(False, columns, manifest.get("numbering", "letters"))
     checkpoint.check_encoding(cache)
     with tempfile.TemporaryDirectory() as folder:
@@ -289,19 +280,3 @@ def save_answers(checkpoint: Checkpoint, source: str, data: RaceDataModule, out:
     atomic_write(path.with_suffix(".parquet"), lambda file: table.to_parquet(file, index=False))
     print(f"{len(table):,} questions answered; the table is {path}")
     return table
-
-
-def write_json(path: str | Path, content: object) -> None:
-    """Write JSON atomically: tables as lists of records, numbers that JSON does not know as null."""
-    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def _plain(value: object) -> object:
-    value = value.to_dict("records") if isinstance(value, pd.DataFrame) else value
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    value = value.item() if hasattr(value, "item") else value
-    return None if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)) else value

@@ -21,11 +21,9 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from race import MONITORS, Interrupted, RaceError
+from race import MONITORS, SIGNALS, Interrupted, RaceError
 from race.device import CODE, random_state, set_random_state
 from race.files import atomic_write, read_archive, remove_unfinished
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StageStoppedError(Exception):

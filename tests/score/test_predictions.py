@@ -129,10 +129,10 @@ def test_results_of_processes_at_the_same_time_are_all_there(tmp_path):
 
 
 def test_json_holds_tables_and_no_nan(tmp_path):
-    table = pd.DataFrame({"n": [1, 2], "share": [0.5, float("nan")]})
-    write_json(tmp_path / "x.json", {"table": table, "count": np.int64(3), "none": pd.NA, "nested": [np.float64(0.5)]})
-    table = [{"n": 1, "share": 0.5}, {"n": 2, "share": None}]
-    expected = {"table": table, "count": 3, "none": None, "nested": [0.5]}
+    table = pd.DataFrame({"n": [1, pd.NA], "share": [0.5, float("nan")]}).astype({"n": "Int64"})
+    write_json(tmp_path / "x.json", {"table": table, "count": np.int64(3), "nested": [np.float64(0.5), np.nan]})
+    table = [{"n": 1, "share": 0.5}, {"n": None, "share": None}]
+    expected = {"table": table, "count": 3, "nested": [0.5, None]}
     assert json.loads((tmp_path / "x.json").read_text()) == expected
 
 
@@ -288,7 +288,7 @@ def test_a_level_that_a_split_lacks(checkpoint, tmp_path, capsys):
     data = RaceDataModule(tmp_path / "cache", level="high")
     assert score(checkpoint, data, "test", tmp_path, accelerator="cpu").results["questions"].tolist() == [2]
     assert validation_predictions(checkpoint, data, "test", tmp_path, accelerator="cpu") is None
-    assert "no temperature is fitted on validation questions: " in capsys.readouterr().out
+    assert "no temperature is fitted on the validation split: " in capsys.readouterr().out
     with pytest.raises(RaceError, match="no such questions in validation"):
         data.dataset("validation")
 
