@@ -58,7 +58,7 @@ def check_ready(compile: bool) -> None:
     if code_hash() != CODE:
         raise RaceError("the code of the method was edited after this process imported it: restart the kernel")
     if compile and not has_compiler():
-        raise RaceError("COMPILE = True needs a C compiler (gcc or clang): this node has none, or CC does not name it")
+        raise RaceError("COMPILE = True needs a C compiler (gcc or clang): install one, or set CC")
 
 
 def versions() -> dict[str, str]:
@@ -98,16 +98,18 @@ def hardware(device: torch.device) -> str:
     return f"{device_name(device)} ({_build()}, {torch.cuda.mem_get_info(device)[0] / 1e9:.1f} GB free)"
 
 
-def environment():
-    """Versions and hardware of this run, in one row; also what keeps torch from using a GPU."""
+def environment(precision: str | None = None, accelerator: str | None = None):
+    """Versions and hardware of a run with these parameters, in one row; also what keeps torch from using a GPU."""
     import pandas as pd
 
-    rows, problem = {"python": platform.python_version()} | versions(), gpu_problem()
-    rows |= {"problem": problem} if problem else {"device": hardware(default_device())}
-    rows |= {} if problem else {"precision": default_precision()}
-    return (
-        pd.DataFrame([rows]).style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "normal"})
-    )
+    row = {"python": platform.python_version()} | versions()
+    if problem := gpu_problem() if accelerator != "cpu" else None:
+        row["problem"] = problem
+    else:
+        row["device"] = hardware(default_device(accelerator))
+        row["precision"] = precision or default_precision(accelerator)
+    wrapped = {"text-align": "left", "white-space": "normal"}
+    return pd.DataFrame([row]).style.hide(axis="index").set_properties(**wrapped)
 
 
 def gpu_problem() -> str | None:

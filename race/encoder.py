@@ -236,13 +236,14 @@ def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch
         return "padded to the longest of a micro-batch"
     if most_padding(config, device, half) == 1:
         return "attention of variable length"
-    return f"masked attention up to {SHORT[device.type]} tokens, longer sequences one by one"
+    return f"attention in one masked call up to {SHORT[device.type]} tokens, else in a call for each sequence"
 
 
 def most_padding(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> int:
-    """How many times its tokens attention keeps in training: once with the variable-length kernel, without dropout."""
+    """Memory of attention in training, in times of its tokens': 1 padded, or with the variable-length kernel."""
     width = config.hidden_size // config.num_attention_heads
-    return 1 if attention_dropout(config) == 0 and has_varlen(device, half, width) else MOST_PADDING
+    varlen = attention_dropout(config) == 0 and has_varlen(device, half, width)
+    return 1 if varlen or not is_packed(config) else MOST_PADDING
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
@@ -259,9 +260,7 @@ PACKED: dict[str, Callable] = {  # family → its head: [S, hidden] of each sequ
         (*BERTS, "roberta-prelayernorm", "xlm-roberta-xl"),
         lambda model, cls: model.classifier(model.dropout(model.base_model.pooler(cls[:, None]))),
     ),
-    "albert": lambda model, cls: model.classifier(
-        model.dropout(model.albert.pooler_activation(model.albert.pooler(cls)))
-    ),
+    "albert": lambda m, cls: m.classifier(m.dropout(m.albert.pooler_activation(m.albert.pooler(cls)))),
     "distilbert": lambda model, cls: model.classifier(model.dropout(model.pre_classifier(cls).relu())),
     "electra": lambda model, cls: model.classifier(model.sequence_summary(cls[:, None])),
     "modernbert": lambda model, cls: model.classifier(model.drop(model.head(cls))),

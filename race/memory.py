@@ -15,7 +15,7 @@ def in_parts(module, batch, run: Callable, undo: Callable | None = None, stop: C
     """run(part, is_last) for each micro-batch of a PackedBatch, of at most module.token_budget tokens → the results.
 
     stop() is called before each part, and may raise. On a GPU whose memory is full, all parts are run again with half
-    the token budget, after undo(). Raises RaceError for one question, and in the last part of processes that train.
+    the token budget, after undo(). Raises RaceError if one question does not fit, or if processes exchange gradients.
     """
     while True:
         parts, results = list(batch.micro_batches(module.token_budget, module.padded)), []

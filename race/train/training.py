@@ -40,9 +40,8 @@ def decoded_question(dataset, index: int = 0) -> pd.DataFrame:
     texts = [dataset.cache.tokenizer.decode(ids) for ids in item["input_ids"]]
     texts = [text if len(text) <= 400 else f"{text[:160]} … {text[-240:]}" for text in texts]
     answers = ["correct" if option == item["label"] else "" for option in range(len(texts))]
-    return pd.DataFrame(
-        {"answer": answers, "tokens": map(len, item["input_ids"]), "sequence": texts}, LETTERS[: len(texts)]
-    )
+    columns = {"answer": answers, "tokens": map(len, item["input_ids"]), "sequence": texts}
+    return pd.DataFrame(columns, LETTERS[: len(texts)])
 
 
 def start_stage(
@@ -170,8 +169,9 @@ def _finished(stage: Stage, state: dict) -> None:
     """Say that there is nothing to train; raises RaceError if nothing is left of it."""
     if not (left := len(dataclasses.replace(stage, found=None).saved)):
         raise RaceError(f"{stage.name} is finished, but its checkpoints are gone. {stage.how_to_train_again}")
-    text, other = f"{stage.name} is finished after {state['epoch']} epochs", other_code(state["lineage"])
-    text += f", {left} of its checkpoints are left" if left < state["epoch"] else ""
+    epochs, other = state["epoch"], other_code(state["lineage"])
+    text = f"{stage.name} is finished after {epochs} epoch{'s' * (epochs > 1)}"
+    text += f", {left} of its checkpoints are left" if left < epochs else ""
     say(f"{text}{f', with {other}' if other else ''}: nothing to train. {stage.how_to_train_again}")
 
 
@@ -230,16 +230,8 @@ def _trainer(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     torch.utils.deterministic.fill_uninitialized_memory = False  # 547 kernels a step on a GPU, with DETERMINISTIC
     # Lightning's hints do not fit: the loader needs few workers, and processes() says in its own words what runs where
-    for hint in (
-        "many workers",
-        "persistent_workers",
-        "number of training batches",
-        "LeafSpec",
-        "not empty",
-        "sync_dist",
-        "srun",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{hint}.*")
+    hints = "many workers|persistent_workers|number of training batches|LeafSpec|not empty|sync_dist|srun"
+    warnings.filterwarnings("ignore", message=f".*({hints})")
     saving = ModelCheckpoint(
         stage.checkpoint_dir,
         filename=f"{stage.name}-{module.model.config.model_type}-race-{{epoch:02d}}-{{val_loss_epoch:.2f}}",
@@ -273,9 +265,7 @@ def _trainer(
     )
 
 
-def _fit(
-    trainer: pl.Trainer, keeper: KeepState, module: RaceModule, data: pl.LightningDataModule, resume: bool
-) -> None:
+def _fit(trainer: pl.Trainer, keeper: KeepState, module: RaceModule, data, resume: bool) -> None:
     """Train, alone in the files of the stage."""
     path, first = keeper.stage.state_path, trainer.is_global_zero
     path.parent.mkdir(parents=True, exist_ok=True)

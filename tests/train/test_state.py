@@ -14,7 +14,7 @@ from kill import MINUTES, SCHEDULED, in_a_process, killed_chain, remains, run_ch
 from small_stage import At, e1, interrupt, position, same_weights, stage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from race import RaceError
+from race import SIGNALS, RaceError
 from race.data import RaceDataModule
 from race.data.cache import build_cache
 from race.device import CODE
@@ -22,7 +22,7 @@ from race.files import locked, read_archive, save_archive
 from race.parameters import CHANGED
 from race.train.checkpoints import read_checkpoints
 from race.train.stages import Stage, read_log
-from race.train.state import SIGNALS, KeepState
+from race.train.state import KeepState
 from race.train.training import start_stage, train_stage
 
 
@@ -150,7 +150,7 @@ def test_a_finished_stage_trains_nothing_and_goes_on_for_more_epochs(two_epochs,
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}
     assert stage(tmp_path, cache, epochs=1).global_step == 0
     told = capsys.readouterr().out
-    assert "finished after 1 epochs: nothing to train" in told and "CHECKPOINT_DIR" in told
+    assert "finished after 1 epoch: nothing to train" in told and "CHECKPOINT_DIR" in told
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}
     stage(tmp_path, cache, epochs=2)
     assert same_weights(tmp_path, two_epochs)
