@@ -21,21 +21,20 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient.exceptions import DeadKernelError
 
 from generate_race_cache import main as generate_race_cache
-from race import CHAIN, RaceError
+from race import CHAIN, SIGNALS, RaceError
 from race.data import Cache, RaceDataModule
 from race.device import CODE
-from race.files import atomic_write, file_hash
+from race.files import atomic_write, file_hash, write_json
 from race.parameters import ROOT, Settings, check, names_in, parse_set, read, table
 from race.recipes import BASELINE, Recipe, named_recipes, run_name
 from race.report.sentences import over_seeds
-from race.score.predictions import write_json
+from race.report.tables import ACCURACIES, styled
 from race.score.runs import Run, record_margin, stages_over_seeds
-from race.train.state import SIGNALS
 
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
 COMPARISON = "compare_recipes"
-SHOWN = ["stage", "split", "level", "questions", "correct", "accuracy", "passage_low", "passage_high"]  # of results.csv
+SHOWN = "name, learning_rate, epochs, chosen_epoch: of epoch, accuracy, accuracy_low: 95 % interval, middle, high"
 MADE_FROM = {"race": {"source": "ehovy/race", "model": "albert-base-v2"}, "demo": {"source": "demo", "model": "demo"}}
 OF_A_RUN = {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"}  # of several runs each has its own
 
@@ -61,10 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     ended = [(parameters, recipe) for parameters, recipe in evaluated if parameters["RUN_DIR"] not in failed]
     for parameters, recipe in ended:
         write_json(ROOT / parameters["RUN_DIR"] / "recipe.json", dataclasses.asdict(recipe))
-    if len(options.recipes) == 1:
-        report(options, [parameters for parameters, _ in ended])
+    if len(options.recipes) == 1 and options.seeds:
+        report_seeds(options, [parameters for parameters, _ in ended])
+    elif len(options.recipes) == 1:
+        for parameters, _ in ended:
+            report(parameters, EVALUATIONS[1], "chain", "checkpoints", SHOWN)
     elif not failed and not (failed := run_all([compared := comparison(options, split)])):
-        report_comparison(compared[1])
+        report(compared[1], COMPARISON, "recipes", "accuracies", ACCURACIES)
     if failed:
         print("\nnot finished:", *failed.values(), sep="\n", file=sys.stderr)
     return int(bool(failed))
@@ -112,6 +114,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def prepare_cache(folder: Path, options: argparse.Namespace) -> int:
     """Make the cache, or verify one that was made before on a node with internet; returns the exit status."""
     asked = {part: name for part, name in (("source", options.source), ("model", options.model)) if name}
+    if options.corpus == "race" != options.name and not (options.source or folder.exists()):
+        raise RaceError(f"there is no {folder}: make it with generate_race_cache.py, or give --source and --model")
     if options.corpus == "demo" or not folder.exists():
         made_from = MADE_FROM[options.corpus] | asked
         return generate_race_cache([*(f"--{part}={name}" for part, name in made_from.items()), f"--out={folder}"])
@@ -181,31 +185,31 @@ def inputs(notebook: str, parameters: dict) -> dict:
     }
 
 
-def report(options: argparse.Namespace, evaluated: list[dict]) -> None:
-    """Print the results of one recipe, from the parameters of its runs' last notebook; raises RaceError."""
-    if evaluated and not options.seeds:
-        print(pd.read_csv(ROOT / evaluated[0]["RUN_DIR"] / "results.csv")[SHOWN].round(3).to_string(index=False))
-        print("open {RUN_DIR}/eval_test_dataset_race_2.ipynb; checkpoints: {CHECKPOINT_DIR}".format(**evaluated[0]))
-    elif evaluated:
-        name = options.recipes[0].name
-        settings = Settings(evaluated[0] | {"SEED": 0, "RUN_DIR": f"runs/{run_name(options.run, name)}-over-seeds"})
-        how, data = settings.scoring(), RaceDataModule(**settings.data())  # one sample of questions for all seeds
-        split, out = how.pop("split"), ROOT / how.pop("run_dir")
-        places = [(it["SEED"], str(ROOT / it["CHECKPOINT_DIR"]), str(ROOT / it["RUN_DIR"])) for it in evaluated]
-        runs = [Run(name, *it, str(out) if settings.LIMIT_QUESTIONS else run_dir) for *it, run_dir in places]
-        means, compared = stages_over_seeds(runs, data, split, **how)
-        verdict = over_seeds(means, compared, options.seeds)
-        print(*verdict, sep="\n")
-        write_json(out / f"stages-{split}.json", {"verdict": verdict, "accuracies": means} | compared)
-
-
-def report_comparison(parameters: dict) -> None:
-    """Print what compare_recipes found, and where it is."""
-    newest = max((ROOT / parameters["RUN_DIR"]).glob("recipes-*.json"), key=lambda path: path.stat().st_mtime_ns)
+def report(parameters: dict, notebook: str, kind: str, table: str, columns: str) -> None:
+    """Print what a notebook has found, as it kept that in KIND-SPLIT.json, and where it is."""
+    folder = ROOT / parameters["RUN_DIR"]
+    newest = max(folder.glob(f"{kind}-*.json"), key=lambda path: path.stat().st_mtime_ns)
     kept = json.loads(newest.read_text(encoding="utf-8"))
-    print(kept["lead"], *kept["verdict"], sep="\n")
-    print(pd.DataFrame(kept["accuracies"])[["recipe", "accuracy", "each"]].to_string(index=False))
-    print("the notebook, with its figures: {RUN_DIR}/compare_recipes.ipynb".format(**parameters))
+    print(*kept["verdict"], sep="\n")
+    print(styled(pd.DataFrame(kept[table]), columns).data.to_string(index=False))
+    print(f"the notebook, with its figures: {parameters['RUN_DIR']}/{notebook}.ipynb")
+
+
+def report_seeds(options: argparse.Namespace, evaluated: list[dict]) -> None:
+    """Print how the stages of one recipe do over its seeds, from the parameters of the last notebook of each run."""
+    if not evaluated:
+        return
+    name = options.recipes[0].name
+    settings = Settings(evaluated[0] | {"SEED": 0, "RUN_DIR": f"runs/{run_name(options.run, name)}-over-seeds"})
+    how, data = settings.scoring(), RaceDataModule(**settings.data())  # one sample of questions for all seeds
+    split, out = how.pop("split"), ROOT / how.pop("run_dir")
+    places = [(it["SEED"], str(ROOT / it["CHECKPOINT_DIR"]), str(ROOT / it["RUN_DIR"])) for it in evaluated]
+    runs = [Run(name, *it, str(out) if settings.LIMIT_QUESTIONS else run_dir) for *it, run_dir in places]
+    means, compared = stages_over_seeds(runs, data, split, **how)
+    verdict = over_seeds(means, compared, [run.seed for run in runs])
+    print(*verdict, sep="\n")
+    kept = "-".join(filter(None, ["stages", split, data.level]))
+    write_json(out / f"{kept}.json", {"verdict": verdict, "accuracies": means} | compared)
 
 
 def run_all(notebooks: list[tuple[str, dict]]) -> dict[str, str]:

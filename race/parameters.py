@@ -91,8 +91,8 @@ PARAMETERS = {  # name → (what it is for, what it may be); those in small lett
     "RUNS": ("RUN_DIR of the runs to compare, without recipe and seed", FOLDER),
     "BASE_MODEL": ("what e1 starts from; None: the model in the cache", PLACE.or_none()),
     "BASE_CHECKPOINT": ("what e2 or e3 starts from; None: the best of the stage before", PLACE.or_none()),
-    "CHECKPOINT": ("what is scored; None: the best of the latest stage", PLACE.or_none()),
-    "CHECKPOINTS": ("what is compared; None: the best of each stage", PLACES.or_none()),
+    "CHECKPOINT": ("what is scored; None, or a folder of stages: the best of the latest", PLACE.or_none()),
+    "CHECKPOINTS": ("what is compared, each as CHECKPOINT; None: the best of each stage", PLACES.or_none()),
     "GROUP_BY": ("further columns of the cache by which accuracy is shown", NAME_LIST.or_none()),
     "QUESTIONS": ("a file or folder of questions without answers, to be answered", PLACE.or_none()),
     "EXPORT_DIR": ("a new folder for transformers to load", FOLDER.or_none()),
@@ -202,6 +202,8 @@ class Settings:
         lost = {*re.findall(r"^\w+(?= =)", added.partition("\n\n")[0], re.M)} - {*re.findall(r"\w+", above)}
         if lost and "CACHE_DIR" in above:
             raise RaceError(f"{', '.join(sorted(lost))}: given to this notebook, but none of its cells has that")
+        if unknown := sorted(name for name in variables if name.isupper() and name not in (*OF_NOTEBOOKS, "STAGE")):
+            print(f"not parameters, so without effect unless a cell uses them: {', '.join(unknown)}")
         if Path(sys.argv[0]).name == Path(variables.get("__file__") or os.devnull).name:  # it is run as a script
             parser = argparse.ArgumentParser(description="A stage, as its notebook runs it.")
             parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="pairs")

@@ -20,7 +20,7 @@ from race.train.stages import Stage
 from race.train.state import read_state
 
 STAGES = ["ex01", "ex02", "ex03"]
-REPORT_COMPARISON = chain.report_comparison
+REPORT = chain.report
 
 
 class Ran:
@@ -36,8 +36,8 @@ class Ran:
         monkeypatch.setattr(chain, "Cache", self.open_cache)
         monkeypatch.setattr(chain, "generate_race_cache", self.generate)
         monkeypatch.setattr(chain, "run_notebook", self.run_notebook)
-        monkeypatch.setattr(chain, "report", lambda options, evaluated: self.reported.append(evaluated))
-        monkeypatch.setattr(chain, "report_comparison", lambda parameters: self.reported.append(parameters))
+        monkeypatch.setattr(chain, "report", lambda *told: self.reported.append(told))
+        monkeypatch.setattr(chain, "report_seeds", lambda options, evaluated: self.reported.append(evaluated))
 
     def __call__(self, *arguments: str) -> int:
         self.notebooks, self.cache, self.reported = [], [], []
@@ -96,22 +96,25 @@ def test_other_data_has_a_name_of_its_own(ran):
     assert ran("race", "--name", "dream", "--source", "dream.zip", "--seeds", "1") == 0
     assert ran.cache == [["--source=dream.zip", "--model=albert-base-v2", f"--out={ran.root}/cache/dream"]]
     assert set(ran.values("CACHE_DIR")) == {"cache/dream"} and set(ran.values("RUN_DIR")) == {"runs/dream-seed1"}
+    with pytest.raises(RaceError, match="there is no .*cache/dreem: make it"):
+        ran("race", "--name", "dreem")
 
 
-def test_a_comparison_ends_with_its_verdict(ran, capsys):
-    folder = ran.root / "runs" / "race-recipes" / "chain-linear"
-    assert (
-        ran("race", "--recipe", "chain", "linear") == 0
-        and ran.reported[0]["RUN_DIR"] == "runs/race-recipes/chain-linear"
-    )
+def test_a_command_ends_with_what_its_last_notebook_found(ran, capsys):
+    (compared,) = ran("race", "--recipe", "chain", "linear") or ran.reported
+    (evaluated,) = ran("race") or ran.reported
+    folders = [ran.root / told[0]["RUN_DIR"] for told in (compared, evaluated)]
+    assert [folder.name for folder in folders] == ["chain-linear", "race"]
     rows = [{"recipe": "chain", "accuracy": 0.75, "each": [0.74, 0.76], "sd": 0.01}]
-    write_json(
-        folder / "recipes-test.json", {"lead": "No recipe differs.", "verdict": ["linear: …"], "accuracies": rows}
-    )
-    REPORT_COMPARISON(ran.reported[0])
-    said = capsys.readouterr().out.splitlines()[-5:]
-    assert said[:2] == ["No recipe differs.", "linear: …"] and said[-1].endswith("chain-linear/compare_recipes.ipynb")
-    assert "0.75" in said[3]
+    write_json(folders[0] / "recipes-test.json", {"verdict": ["No recipe differs.", "linear: …"], "accuracies": rows})
+    row = {"name": "e1", "learning_rate": 2e-5, "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8}
+    write_json(folders[1] / "chain-test.json", {"verdict": ["e1: 75.0 %"], "checkpoints": [row | {"middle": None}]})
+    for told in (compared, evaluated):
+        REPORT(*told)
+    said = capsys.readouterr().out.replace("\xa0", " ").splitlines()[-9:]
+    assert said[:2] == ["No recipe differs.", "linear: …"] and said[4].endswith("chain-linear/compare_recipes.ipynb")
+    assert "75.0 % 74.0 %, 76.0 %" in said[3] and said[5] == "e1: 75.0 %"
+    assert said[7].split() == "e1 2e-5 75.0 % 70.0 % to 80.0 % –".split()
 
 
 def test_a_cache_of_another_source_or_one_that_fails_ends_the_chain(ran, monkeypatch):

@@ -86,6 +86,12 @@ def test_each_goes_where_it_belongs():
         settings.workers  # noqa: B018
 
 
+def test_capitals_that_are_no_parameter_are_named(capsys):
+    """Of an older version, or mistyped: in a notebook, Python says nothing of them."""
+    Settings({"STAGE": "e1", "SEED": 1, "Seed": 2, "FRESH": True, "LEARNING_RAT": 1e-3})
+    assert capsys.readouterr().out.endswith("unless a cell uses them: FRESH, LEARNING_RAT\n")
+
+
 def test_a_notebook_works_in_the_repository_unless_its_cache_lies_beside_it(tmp_path, monkeypatch):
     """A copy of the notebooks in another folder never touches the checkpoints of the repository."""
     monkeypatch.chdir(tmp_path)

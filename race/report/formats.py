@@ -33,20 +33,14 @@ def questions_of(row: pd.Series) -> str:
     return f"{row['questions']:,} {'' if row['level'] == 'all' else row['level'] + ' '}{row['split']} questions"
 
 
-def p_number(p: float) -> str:
-    """p as "0.032", "< 0.001" or "–"; rounded, but never across the limit of what is called significant."""
-    if np.isnan(p) or p < 0.001:
-        return "–" if np.isnan(p) else "< 0.001"
+def p_value(p: float) -> str:
+    """p as "p = 0.032" or "p < 0.001"; rounded, but never across the limit of what is called significant."""
+    if p < 0.001:
+        return "p < 0.001"
     digits, text = 2, f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
     while (float(text) < SIGNIFICANT) != (p < SIGNIFICANT):
         digits, text = digits + 1, f"{p:.{digits}g}"
-    return text
-
-
-def p_value(p: float) -> str:
-    """p as "p = 0.032" or "p < 0.001"."""
-    text = p_number(p)
-    return f"p {text}" if text[0] == "<" else f"p = {text}"
+    return f"p = {text}"
 
 
 def rate(learning_rate: float) -> str:

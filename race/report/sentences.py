@@ -128,8 +128,10 @@ def calibration(table: pd.DataFrame, temperature: float | None = None, change: t
     mean, low, high = change
     found = "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else "not significant"
     ends = "not tested" if pd.isna(low) else f"95 % interval {signed(low, 3)} to {signed(high, 3)}: {found}"
-    text += f" At temperature {temperature:.2f}, fitted on validation, cross-entropy changes by "
-    return f"{text}{signed(mean, 3)} ({ends})."
+    text += (
+        f" At temperature {temperature:.2f}, fitted on validation, cross-entropy changes by {signed(mean, 3)} ({ends})"
+    )
+    return f"{text}, and the calibration error is {100 * table.iloc[1]['calibration_error']:.1f} points."
 
 
 def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, results: list[pd.DataFrame]) -> str:
@@ -145,7 +147,7 @@ def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, results: 
     level = found["difference"] == 0
     words = {"better": "significantly better than {}", "not significant": "lead over {} not significant"}
     words |= {"not tested": "not tested against {}"}
-    lead = by_finding(found[~level], lambda row: f"{row['first']} ({points(row['difference'])} points)", words)
+    lead = by_finding(found[~level], lambda row: f"{row['first']} ({100 * row['difference']:.1f} points)", words)
     ends = [f"{it['first']} ({interval(it['ci_low'], it['ci_high'], points)})" for _, it in found[level].iterrows()]
     return "; ".join(filter(None, [text, lead, f"the same accuracy here as {listed(ends, SHOWN)}" if ends else ""]))
 
@@ -220,7 +222,7 @@ def over_seeds(means: pd.DataFrame, compared: dict, seeds: list[int]) -> list[st
         spread += f"; at chance: {row.at_chance}" if row.at_chance else ""
         lines.append(f"{row.recipe}: {percent(row.accuracy)} ({', '.join(map(percent, row.each))}{spread})")
     lines += verdict_on_runs(compared, seeds, 1.0)
-    return [*lines, "For this training set and these learning rates: seeds vary head, order and dropout."]
+    return [*lines, "For this training set and these learning rates: seeds vary a new head, order and dropout."]
 
 
 def verdict_on_runs(compared: dict, seeds: list, margin: float) -> list[str]:
@@ -233,11 +235,14 @@ def verdict_on_runs(compared: dict, seeds: list, margin: float) -> list[str]:
 
 def failed_runs(failed: dict[str, list[int]], seeds: list[int], runs: int) -> str:
     """Which of so many runs are at chance (comparison.at_chance), and what that means; "" if none is."""
-    named = [f"{name} with seed {seeds[row]}" for name, rows in failed.items() for row in rows]
+    of_seed = ["" if seed is None else f" with seed {seed}" for seed in seeds]
+    named = [f"{name}{of_seed[row]}" for name, rows in failed.items() for row in rows]
     if not named:
         return ""
     if len(named) == runs:
         return "All runs are at chance: there is nothing to compare."
+    if len(seeds) == 1:
+        return f"At chance: {listed(named)}."
     text = f"At chance: {listed(named, SHOWN)}. An interval over so few seeds does not cover such failures"
     some = len({row for rows in failed.values() for row in rows}) < len(seeds)
     return f"{text}; without the seeds of these runs:" if some else f"{text}."

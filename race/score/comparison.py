@@ -144,7 +144,7 @@ def _variance_of_questions(each: np.ndarray, passages: np.ndarray, levels: np.nd
 def against_baseline(correct: dict[str, np.ndarray], facts: pd.DataFrame) -> pd.DataFrame:
     """A row for each recipe but the first, which they are compared with; p_holm: adjusted for all of them.
 
-    correct: [seeds, questions] by recipe; facts: predictions of a run. Nothing is tested on articles of selection.
+    correct: [seeds, questions] by recipe; facts: predictions of a run. On articles that chose them nothing is tested.
     """
     (first, base), *others = correct.items()
     columns = facts["example_id"], facts["level"]
@@ -195,15 +195,15 @@ def measured_spread(correct: dict[str, np.ndarray]) -> dict:
 def power(difference: float, seeds: int, questions: int, contrasts: int = 1) -> dict:
     """What a comparison of so many seeds a recipe will see of a true difference (a fraction, as accuracy is).
 
-    Keys: seeds, questions, half_width (of the 95 % interval, median), power (share of comparisons that find it; _holm:
-    in the strictest step of Holm's adjustment for `contrasts`).
+    Keys: half_width (of the 95 % interval, median); power, the share of comparisons that find it; power_holm, the same
+    in the strictest step of Holm's adjustment for `contrasts`.
     """
     of_questions = (RECIPES_DIFFER - RUNS_DIFFER + RUNS_DIFFER / seeds) / questions
     of_runs, noise = (2 * SD**2 + RUNS_DIFFER / questions) / seeds, RUNS_DIFFER / questions / seeds
     drawn = of_runs * chi2.ppf((np.arange(2000) + 0.5) / 2000, seeds - 1) / (seeds - 1)  # as its estimate spreads
     variance, clusters = of_questions + np.maximum(0.0, drawn - noise), max(1.0, questions / QUESTIONS_A_PASSAGE - 1)
     freedom = variance**2 / (of_questions**2 / clusters + drawn**2 / (seeds - 1))
-    found, error = {"seeds": seeds, "questions": questions}, (of_questions + of_runs - noise) ** 0.5
+    found, error = {}, (of_questions + of_runs - noise) ** 0.5
     for name, alpha in (("power", 0.05), ("power_holm", 0.05 / contrasts)):
         reach = t.ppf(1 - alpha / 2, freedom) * variance**0.5
         found.setdefault("half_width", float(np.median(reach)))

@@ -13,9 +13,10 @@ import pandas as pd
 
 from race import CHAIN, RaceError
 from race.data import Cache, RaceDataModule
+from race.files import write_json
 from race.recipes import run_name
 from race.score.comparison import at_chance, compare_runs
-from race.score.predictions import Predictions, kept_predictions, save_results, write_json
+from race.score.predictions import Predictions, kept_predictions, save_results
 from race.score.statistics import is_correct, wilson
 from race.train.stages import Stage, read_log, stages_of
 from race.train.state import read_state
@@ -55,13 +56,12 @@ class Run:
 
     def settings(self) -> dict:
         """What each stage was trained with, as its checkpoints remember it, but the seed: {"e1 batch_size": 32, …}."""
-        return {
-            f"{stage.name} {name}": value for stage in self.stages for name, value in _settings(_newest(stage)).items()
-        }
+        own = {stage.name: _settings(_newest(stage)) for stage in self.stages}
+        return {f"{stage} {name}": value for stage, settings in own.items() for name, value in settings.items()}
 
     def problem(self) -> str | None:
         """Why it cannot be compared."""
-        again = f"run python -m race.chain race (or demo) --recipe {self.recipe}"
+        again = f"run python -m race.chain race (or demo, or --name) --recipe {self.recipe}"
         again += "" if self.seed is None else f" --seeds {self.seed}"
         try:
             begun = [stage.name for stage in self.stages]
@@ -111,9 +111,9 @@ def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list
         own = [problem for run in found[recipe] if (problem := run.problem())]
         problems += own or unlike(found[recipe])
     runs = [run for of_recipe in found.values() for run in of_recipe]
-    if not any(Path(run.checkpoint_dir).exists() for run in runs):
-        given = " ".join([*recipes, *(["--seeds", *map(str, seeds)] if seeds else [])])
-        problems = [f"these runs are not there: make them with python -m race.chain race (or demo) --recipe {given}"]
+    if len(recipes) > 1 and not any(Path(run.checkpoint_dir).exists() for run in runs):
+        given = " ".join(["--recipe", *recipes, *(["--seeds", *map(str, seeds)] if seeds else [])])
+        problems = [f"these runs are not there: make them with python -m race.chain race (or demo, or --name) {given}"]
     if not problems:
         hashes = [run.chosen.sha256 for run in runs]
         if same := [run.checkpoint_dir for run in runs if hashes.count(run.chosen.sha256) > 1]:
@@ -154,7 +154,7 @@ def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
         for stage in run.stages:
             epochs = 1 + max(checkpoint.epoch for checkpoint in stage.saved)
             row["epochs"] += epochs
-            row["questions"] += epochs * _training_questions(stage, cache)
+            row["questions"] += epochs * _questions(stage, cache)
         row["learning_rate"] = [stage.saved[0].learning_rate for stage in run.stages]
         rules = [stage.saved[0].monitor for stage in run.stages]
         row["monitor"] = rules if len({*rules}) > 1 else rules[:1]
@@ -168,11 +168,11 @@ def training_totals(found: dict[str, list[Run]], cache: Cache) -> pd.DataFrame:
     return table.reset_index().astype({"learning_rates_tried": "Int64"})
 
 
-def _training_questions(stage: Stage, cache: Cache) -> int:
-    """How many questions an epoch of its training had."""
+def _questions(stage: Stage, cache: Cache, split: str = "train") -> int:
+    """How many questions of a split its training used in an epoch."""
     recipe = stage.saved[0].lineage.get("recipe", {})
     sample = {name: recipe.get(name) for name in ("limit_questions", "level")}
-    return len(RaceDataModule(cache, seed=recipe.get("seed") or 0, **sample).open_split("train"))
+    return len(RaceDataModule(cache, seed=recipe.get("seed") or 0, **sample).open_split(split))
 
 
 def training_curves(found: dict[str, list[Run]], cache: Cache) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
@@ -184,7 +184,7 @@ def training_curves(found: dict[str, list[Run]], cache: Cache) -> tuple[pd.DataF
     for run in itertools.chain(*found.values()):
         before, names = 0, {"recipe": run.recipe, "seed": run.seed}
         for stage in run.stages:
-            an_epoch = _training_questions(stage, cache)
+            an_epoch = _questions(stage, cache)
             try:
                 log, epochs = _course(run.run_dir, stage.name, before, an_epoch)
             except (RaceError, KeyError) as error:
@@ -199,26 +199,31 @@ def training_curves(found: dict[str, list[Run]], cache: Cache) -> tuple[pd.DataF
     return _joined(validated), _joined(rates), notes
 
 
-def learning_story(
-    run_dir: str | Path, stages: dict[str, str], questions_per_epoch: int, validation_questions: int
-) -> tuple[pd.DataFrame, list[str]]:
+def learning_story(run_dir: str | Path, stages: list[Stage], cache: Cache) -> tuple[pd.DataFrame, list[str]]:
     """Validation after each epoch of all stages over the questions seen, and notes on logs that are missing.
 
-    stages: name → which of MONITORS picks its best. Columns: stage, monitor, epoch (from 0), questions (trained on by
-    then, in all), val_loss, val_acc, val_low and val_high (Wilson's 95 % interval), learning_rate (the highest).
+    Columns: stage, monitor, epoch (from 0), questions (trained on by then, in all), val_loss, val_acc, val_low and
+    val_high (Wilson's 95 % interval), learning_rate (the highest).
     """
-    parts, before, asked = [], 0, validation_questions or math.nan
-    notes = [] if stages else ["these are not the stages of one chain: the notebook of each has its curves"]
-    for stage, monitor in stages.items():
+    parts, before = [], 0
+    notes = [] if stages else ["no curves: these are not stages of one run"]
+    for stage in stages:
         try:
-            log, epochs = _course(run_dir, stage, before, questions_per_epoch)
+            log, epochs = _course(run_dir, stage.name, before, _questions(stage, cache))
+            asked, losses = _questions(stage, cache, "validation"), dict(epochs[["epoch", "val_loss_epoch"]].to_numpy())
+            if not math.isclose(
+                losses.get(stage.saved[0].epoch, math.nan), stage.saved[0].val_loss or math.nan, rel_tol=1e-6
+            ):
+                raise RaceError("of another run")
         except (RaceError, KeyError):
-            notes.append(f"no log of {stage} with a validated epoch in {run_dir}/logs: it is missing from the figure")
+            notes.append(
+                f"no log of {stage.name} in {run_dir}/logs that fits its checkpoints and {cache}: it is missing"
+            )
             continue
         low, high = wilson(epochs["val_acc"] * asked, asked)
         own = epochs[["epoch", "questions", "val_acc"]].assign(val_loss=epochs["val_loss_epoch"], val_low=low)
-        rate = log["learning_rate"].max()
-        parts.append(own.assign(val_high=high, stage=stage, monitor=monitor, learning_rate=rate))
+        own = own.assign(val_high=high, stage=stage.name, monitor=stage.rule)
+        parts.append(own.assign(learning_rate=log["learning_rate"].max()))
         before = epochs["questions"].max()
     return _joined(parts), notes
 
@@ -235,7 +240,7 @@ def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def correct_answers(
-    found: dict[str, list[Run]], data: RaceDataModule, split: str, run_dir: str | Path, **how
+    found: dict[str, list[Run]], data, split: str, run_dir, **how
 ) -> tuple[Correct, Correct, pd.DataFrame]:
     """(answers of the chosen checkpoints, of those of the last epoch, predictions of the first run for their facts).
 

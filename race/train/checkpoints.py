@@ -49,6 +49,8 @@ class Checkpoint:
         recipe = self.lineage.get("recipe", {})
         self.learning_rate: float | None = recipe.get("learning_rate")
         self.monitor: str = recipe.get("monitor") or MONITORS[0]  # what picks the best checkpoint of its stage
+        codes = [it.get("code") for it in (self.lineage, *self.lineage.get("went_on_with", []))]
+        self.code: str | None = next(filter(None, reversed(codes)), None)  # the last that trained it
         self.max_len: int = recipe.get("max_len") or MAX_LEN  # tokens of a sequence
 
     def __str__(self) -> str:
@@ -169,13 +171,12 @@ def _by_name(state: dict, wanted, encoder: str) -> dict[str, torch.Tensor]:
 
 
 def short_names(checkpoints: list[Checkpoint]) -> list[str]:
-    """A name for each: stage, with epoch or folder; or its name, with folder: the first that tells all apart."""
-    names = []
+    """A name for each: stage, epoch, or name, of several folders with the folder: the first that tells all apart."""
+    names, several = [], len({it.path.parent for it in checkpoints}) > 1
     for it in checkpoints:
-        stage = it.stage or it.label
+        stage, folder = it.stage or it.label, f"{it.path.parent.name}/" if several else ""
         epoch = stage if it.epoch is None else f"{stage}, epoch {it.epoch}"
-        folder = it.path.parent.name
-        names.append((stage, epoch, f"{folder}/{stage}", it.label, f"{folder}/{it.label}", str(it.path)))
+        names.append((stage, f"{folder}{stage}", f"{folder}{epoch}", f"{folder}{it.label}", str(it.path)))
     return next(list(of_kind) for of_kind in zip(*names, strict=True) if len(set(of_kind)) == len(of_kind))
 
 

@@ -99,17 +99,17 @@ def stages_of(checkpoint_dir: str | Path, run_dir: str | Path | None = None) -> 
     return stages
 
 
-def stage_of(checkpoint: Checkpoint) -> Stage | None:
-    """The stage of a checkpoint, with the files beside it; None for a folder, and for one of other code."""
-    if checkpoint.stage not in CHAIN or checkpoint.path.is_dir():
-        return None
-    return Stage(checkpoint.stage, checkpoint.path.parent, None, found=checkpoint.beside)
+def open_checkpoint(place: str) -> Checkpoint:
+    """A checkpoint, or the best of the latest stage of a folder of stages; raises RaceError."""
+    of_stages = any(Path(place).glob("*.ckpt")) and not (Path(place) / "config.json").exists()
+    return stages_of(place)[-1].best() if of_stages else Checkpoint(place)
 
 
 def epochs_trained(checkpoint: Checkpoint) -> int | None:
     """How many epochs the stage of a checkpoint was trained, by the files of its run beside it; None if some lack."""
-    stage, start = stage_of(checkpoint), checkpoint.lineage.get("weights_start")
-    epochs = {it.epoch for it in stage.saved if it.lineage.get("weights_start") == start} if stage else set()
+    run = checkpoint.stage, checkpoint.lineage.get("weights_start")
+    files = [] if checkpoint.path.is_dir() or run[0] not in CHAIN else checkpoint.beside
+    epochs = {it.epoch for it in files if (it.stage, it.lineage.get("weights_start")) == run}
     return len(epochs) if epochs and epochs == set(range(len(epochs))) else None
 
 
@@ -122,18 +122,18 @@ def lineage_table(checkpoints: list[Checkpoint], names: list[str]) -> pd.DataFra
     for it, name in zip(checkpoints, names, strict=True):
         row = {"name": name, "stage": it.stage or it.label, "base": it.base, "learning_rate": it.learning_rate}
         row |= {"recipe": it.lineage.get("recipe"), "epochs": epochs_trained(it), "chosen_epoch": it.epoch}
-        rows.append(row | {"val_loss": it.val_loss, "parent": own.get(it.base_sha256), "code": it.lineage.get("code")})
+        rows.append(row | {"val_loss": it.val_loss, "parent": own.get(it.base_sha256), "code": it.code})
     return pd.DataFrame(rows)
 
 
-def stages_behind(checkpoints: list[Checkpoint]) -> dict[str, str]:
-    """The stages of one chain that these checkpoints went through, each with its rule; none if they are no chain."""
-    if len({it.stage for it in checkpoints}) < len(checkpoints):
-        return {}
-    named = {stage for checkpoint in checkpoints for stage in (*checkpoint.chain, checkpoint.stage)}
-    rules, last = {checkpoint.stage: checkpoint.monitor for checkpoint in checkpoints}, checkpoints[-1]
-    stages = [Stage(name, last.path.parent, found=last.beside) for name in CHAIN if name in named]
-    return {stage.name: rules.get(stage.name) or stage.rule for stage in stages}
+def stages_behind(checkpoints: list[Checkpoint]) -> list[Stage]:
+    """The stages of one folder that these checkpoints went through; none if they are of several folders or runs."""
+    folders, names = {it.path.parent for it in checkpoints}, {it.stage for it in checkpoints}
+    if len(folders) > 1 or len(names) < len(checkpoints):
+        return []
+    names.update(*(it.chain for it in checkpoints))
+    stages = [Stage(name, *folders, None, found=checkpoints[0].beside) for name in CHAIN if name in names]
+    return [stage for stage in stages if stage.saved]
 
 
 def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:

@@ -89,6 +89,7 @@ def test_calibration_and_a_temperature_that_helps_only_where_log_loss_does():
 
     text = said(predictions, 2.0)
     assert "95.0 %, accuracy 75.0 %" in text and "20.0 points, is above" in text and "the temperature helps" in text
+    assert text.endswith(", and the calibration error is 3.4 points.")
     assert "makes it worse" in said(predictions, 0.5) and "not significant" in said(few, 1.3)
     even = sentences.calibration(calibration_table({"as is": made("ABCD" * 25, "AAAA" * 25)}))
     assert "0.0 points, is not above" in even and "temperature" not in even
@@ -112,15 +113,15 @@ FIRST, SECOND = two(60, 14, 4, 22)  # 0.05 > p of one pair, but not after the ad
     [
         (
             {"weak": WEAK, "strong": STRONG},
-            ["strong: 69.4 % of 72 high test questions correct; ", "significantly better than weak (+38.9 points)"],
+            ["strong: 69.4 % of 72 high test questions correct; ", "significantly better than weak (38.9 points)"],
         ),
-        ({"a": FIRST, "b": SECOND, "c": FIRST}, ["b: ", "; lead over a (+10.0 points) and c (+10.0 points) not sig"]),
+        ({"a": FIRST, "b": SECOND, "c": FIRST}, ["b: ", "; lead over a (10.0 points) and c (10.0 points) not sig"]),
         (
             {"a": WEAK, "b": STRONG, "c": STRONG},
-            ["better than a (+38.9 points); the same accuracy here as c (−5.4 to +5.4)"],
+            ["better than a (38.9 points); the same accuracy here as c (−5.4 to +5.4)"],
         ),
         ({"alone": WEAK}, ["alone: 30.6 % of 72 high test questions correct (95 % interval 20.9 % to 42.2 %)"]),
-        ({f"e{n}": WEAK for n in range(9)} | {"best": STRONG}, ["e2 (+38.9 points) and 6 more"]),
+        ({f"e{n}": WEAK for n in range(9)} | {"best": STRONG}, ["e2 (38.9 points) and 6 more"]),
         ({"a": known(WEAK, True, False), "b": STRONG, "c": WEAK}, ["better than c (", "not tested against a ("]),
         ({"a": known(WEAK, False, True), "b": STRONG, "c": WEAK}, ["better than c (", "not tested against a ("]),
     ],
@@ -186,6 +187,7 @@ def test_runs_at_chance_are_named():
         sentences.failed_runs({"a": [0], "b": [0]}, [None], 2) == "All runs are at chance: there is nothing to compare."
     )
     assert sentences.failed_runs({}, [1], 2) == ""
+    assert sentences.failed_runs({"linear": [0]}, [None], 2) == "At chance: linear."
     means = pd.DataFrame({"recipe": "e1", "accuracy": 0.5, "each": [[0.25, 0.75]], "sd": 0.35, "at_chance": 1})
     compared = {"differences": pd.DataFrame([row()]), "failed": {"e1": [0]}, "without_failed": pd.DataFrame([row()])}
     first, told, failed, again, last = sentences.over_seeds(means, compared, [7, 8])
