@@ -34,7 +34,8 @@ from race.score.runs import Run, record_margin, stages_over_seeds
 STOPPED = 75  # exit status: ended by a signal, run again to resume (EX_TEMPFAIL of sysexits.h)
 EVALUATIONS = ("eval_test_dataset_race", "eval_test_dataset_race_2")
 COMPARISON = "compare_recipes"
-SHOWN = "name, learning_rate, epochs, chosen_epoch: of epoch, accuracy, accuracy_low: 95 % interval, middle, high"
+SHOWN = "name, learning_rate, epochs: epochs trained, chosen_epoch: its epoch (from 0), accuracy, "
+SHOWN += "accuracy_low: 95 % interval, middle, high"  # of the checkpoints
 MADE_FROM = {"race": {"source": "ehovy/race", "model": "albert-base-v2"}, "demo": {"source": "demo", "model": "demo"}}
 OF_A_RUN = {"CHECKPOINT_DIR", "RUN_DIR", "SEED", "RECIPES", "SEEDS", "RUNS"}  # of several runs each has its own
 

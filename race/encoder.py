@@ -240,7 +240,7 @@ def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch
 
 
 def most_padding(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> int:
-    """Memory of attention in training, in times of its tokens': 1 padded, or with the variable-length kernel."""
+    """How many times larger padding makes packed attention in training: once, so not, with variable lengths."""
     width = config.hidden_size // config.num_attention_heads
     varlen = attention_dropout(config) == 0 and has_varlen(device, half, width)
     return 1 if varlen or not is_packed(config) else MOST_PADDING

@@ -21,19 +21,17 @@ from race.train.training import start_stage, train_stage
 
 RECIPE = (("e1", 1e-3, 2), ("e2", 1e-3, 1), ("e3", 1e-4, 2))
 MINUTES = 0.05 / 60  # between saves
-SCHEDULED = {"schedule": "cosine", "warmup": 0.2, "max_grad_norm": 0.5, "monitor": "val_acc"}
+SCHEDULED = {"schedule": "cosine", "warmup": 0.2, "max_grad_norm": 0.5}
 
 
-def run_chain(folder: Path, cache: Path, workers: int = 0, minutes: float = MINUTES, more: dict | None = None) -> None:
-    """Three stages with dropout, so that the random state matters; more: settings of Stage and RaceModule."""
-    more = dict(more or {})
-    monitor = more.pop("monitor", None)
+def run_chain(folder: Path, cache: Path, workers: int = 0, minutes: float = MINUTES) -> None:
+    """Three stages with dropout, so that the random state matters, a schedule, clipping, and selection by accuracy."""
     warnings.simplefilter("ignore")
     race.train.training.git_commit = lambda: None  # somebody may be editing the code while the tests run
     for name, rate, epochs in RECIPE:
         pl.seed_everything(0, verbose=False)
-        stage = Stage(name, folder / "checkpoints", folder / "run", monitor)
-        module = start_stage(stage, cache, learning_rate=rate, **more)
+        stage = Stage(name, folder / "checkpoints", folder / "run", "val_acc")
+        module = start_stage(stage, cache, learning_rate=rate, **SCHEDULED)
         for part in module.modules():
             if isinstance(part, torch.nn.Dropout):
                 part.p = 0.1
@@ -93,18 +91,15 @@ def doomed_chain(place: str, number: int, *arguments) -> None:
 PLACES = ("half written", "before renaming", "after saving", "in validation", "in an epoch's checkpoint")
 
 
-def killed_chain(
-    folder: Path, cache: Path, most: int, rng: random.Random, workers: int = 0, more: dict | None = None
-) -> int:
+def killed_chain(folder: Path, cache: Path, most: int, rng: random.Random, workers: int) -> int:
     """Run the chain, killing it up to `most` times at random moments and places; returns the kills that hit."""
     for kills in range(most):
         if rng.random() < 0.4:
             number = rng.randint(1, 4) if rng.random() < 0.6 else rng.randint(1, 60)
-            arguments = (folder, cache, workers, MINUTES, more)
-            process = in_a_process(doomed_chain, rng.choice(PLACES), number, *arguments)
+            process = in_a_process(doomed_chain, rng.choice(PLACES), number, folder, cache, workers)
             process.join(120)
         else:
-            process = in_a_process(run_chain, folder, cache, workers, MINUTES, more)
+            process = in_a_process(run_chain, folder, cache, workers)
             process.join(rng.uniform(0.05, 1.6))
             if process.exitcode is None:
                 os.kill(process.pid, signal.SIGKILL)
@@ -112,7 +107,7 @@ def killed_chain(
         if process.exitcode == 0:
             return kills
         assert process.exitcode == -signal.SIGKILL, process.exitcode
-    process = in_a_process(run_chain, folder, cache, workers, MINUTES, more)
+    process = in_a_process(run_chain, folder, cache, workers)
     process.join(300)
     assert process.exitcode == 0
     return most

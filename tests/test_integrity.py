@@ -216,11 +216,7 @@ def lacking(monkeypatch, call: str, error: int, what) -> list:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "what"),
-    [
-        ("fsync", errno.EINVAL, os.path.isdir),
-        ("fsync", errno.ENOTSUP, os.path.exists),
-    ],
+    ("call", "error", "what"), [("fsync", errno.EINVAL, os.path.isdir), ("fsync", errno.ENOTSUP, os.path.exists)]
 )
 def test_file_systems_that_lack_a_call(corpus, tmp_path, monkeypatch, call, error, what):
     """A cache is made, a stage trains, stops and resumes."""
@@ -384,14 +380,6 @@ def malicious_model(folder, cache, tmp_path):
         (folder / name).write_text(json.dumps(content))
 
 
-def test_code_of_a_model_never_runs(corpus, cache, tmp_path):
-    malicious_model(tmp_path / "model", cache, tmp_path)
-    build_cache(str(corpus), str(tmp_path / "model"), tmp_path / "cache")
-    start_stage(Stage("e1"), tmp_path / "cache")
-    start_stage(Stage("e1"), cache, base_model=tmp_path / "model")
-    assert not (tmp_path / "owned").exists()
-
-
 def reseal(folder) -> None:
     """Make the manifest agree with the files, as an attacker would."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
@@ -409,6 +397,8 @@ def test_a_payload_in_a_cache_runs_nothing(corpus, cache, tmp_path):
     malicious_model(folder / "model", cache, tmp_path)
     reseal(folder)
     start_stage(Stage("e1"), folder)
+    start_stage(Stage("e1"), cache, base_model=folder / "model")
+    build_cache(str(corpus), str(folder / "model"), tmp_path / "third")
     (folder / "model" / "model.safetensors").unlink()
     torch.save({"albert.pooler.bias": Payload(tmp_path / "owned")}, folder / "model" / "pytorch_model.bin")
     reseal(folder)

@@ -76,13 +76,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         read_recipes(path)
     lines = str(caught.value).splitlines()
     told = {"lone": "a table", "Big": "small letters", "trial": "small letters", "gap": "stages are e1, e3"}
-    told |= {
-        "odd": "e1, e4",
-        "none": "stages are none",
-        "folder": "e1: RUN_DIR",
-        "tried": "learning_rates_tried is 'three'",
-        "number": "e1: e1",
-    }
+    told |= {"odd": "e1, e4", "none": "stages are none", "folder": "e1: RUN_DIR", "number": "e1: e1"}
+    told |= {"tried": "learning_rates_tried is 'three'"}
     for name, problem in told.items():
         assert any(f"{path}, recipe {name}: " in line and problem in line for line in lines), name
     values = [line for line in lines if "recipe values: " in line]

@@ -34,8 +34,8 @@ def error_browser(predictions: pd.DataFrame, dataset) -> HTML:
     name = hashlib.sha256(cards.encode()).hexdigest()[:12]
     script = SCRIPT.replace("NAME", name)
     return HTML(
-        f'<style>{CSS}</style><div class="race-cards" data-race-browser="{name}"><p>{mistakes} and {correct}: '
-        f'a sample, with the ten most confident mistakes. A click opens one.</p><div class="race-filters"></div>{HEAD}'
+        f'<style>{CSS}</style><div class="race-cards" data-race-browser="{name}"><p>{mistakes} and {correct} '
+        f'(the ten most confident mistakes, others drawn). A click opens one.</p><div class="race-filters"></div>{HEAD}'
         f'<div style="max-height: 20em; overflow-y: auto">{cards}</div></div><script>{{{script}}}</script>'
     )
 

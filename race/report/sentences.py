@@ -128,9 +128,7 @@ def calibration(table: pd.DataFrame, temperature: float | None = None, change: t
     mean, low, high = change
     found = "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else "not significant"
     ends = "not tested" if pd.isna(low) else f"95 % interval {signed(low, 3)} to {signed(high, 3)}: {found}"
-    text += (
-        f" At temperature {temperature:.2f}, fitted on validation, cross-entropy changes by {signed(mean, 3)} ({ends})"
-    )
+    text += f" At temperature {temperature:.2f}, fitted on validation, log loss changes by {signed(mean, 3)} ({ends})"
     return f"{text}, and the calibration error is {100 * table.iloc[1]['calibration_error']:.1f} points."
 
 
@@ -222,7 +220,7 @@ def over_seeds(means: pd.DataFrame, compared: dict, seeds: list[int]) -> list[st
         spread += f"; at chance: {row.at_chance}" if row.at_chance else ""
         lines.append(f"{row.recipe}: {percent(row.accuracy)} ({', '.join(map(percent, row.each))}{spread})")
     lines += verdict_on_runs(compared, seeds, 1.0)
-    return [*lines, "For this training set and these learning rates: seeds vary a new head, order and dropout."]
+    return [*lines, "For this training set and these learning rates: seeds vary order, dropout and a new head."]
 
 
 def verdict_on_runs(compared: dict, seeds: list, margin: float) -> list[str]:

@@ -12,14 +12,14 @@ PUBLISHED = Path(__file__).with_name("published.csv")  # other people's accuraci
 # What `styled` shows of each table: columns, a heading where the name does not do; x_low is the interval up to x_high.
 SCORES = "level, questions, correct, accuracy, passage_low: 95 % interval by passage, "
 SCORES += "trained_on: seen in training, selected_on: used for choosing, not_known"
-CHECKPOINTS = "name, base, learning_rate, recipe: schedule, epochs: epochs trained, chosen_epoch: of epoch (from 0)"
+CHECKPOINTS = "name, base, learning_rate, recipe: schedule, epochs: epochs trained, chosen_epoch: its epoch (from 0)"
 CHECKPOINTS += ", val_loss: validation loss, accuracy, accuracy_low: 95 % interval, middle, high"
 TOTALS = "recipe, learning_rate: highest rate of each stage, epochs, questions: questions trained on, "
 TOTALS += "choices: checkpoints to choose from, monitor: chosen by, learning_rates_tried: rates tried"
 ACCURACIES = "recipe, accuracy, each: of each seed, sd: standard deviation, at_chance: runs at chance, "
 ACCURACIES += "last_epoch: accuracy after its last epoch"
 FORMATS = {"schedule": schedule, "chosen by": RULES.get, "validation loss": "{:.3f}".format}
-FORMATS |= dict.fromkeys(["epochs trained", "of epoch (from 0)", "of epoch"], "{:.0f}".format)
+FORMATS |= dict.fromkeys(["epochs trained", "its epoch (from 0)"], "{:.0f}".format)
 FORMATS |= dict.fromkeys(["learning rate", "highest rate of each stage"], rate)
 FORMATS |= {"standard deviation": lambda value: f"{100 * value:.2f} points"}
 

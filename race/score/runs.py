@@ -61,7 +61,7 @@ class Run:
 
     def problem(self) -> str | None:
         """Why it cannot be compared."""
-        again = f"run python -m race.chain race (or demo, or --name) --recipe {self.recipe}"
+        again = f"run python -m race.chain race (or demo) [--name NAME] --recipe {self.recipe}"
         again += "" if self.seed is None else f" --seeds {self.seed}"
         try:
             begun = [stage.name for stage in self.stages]
@@ -113,7 +113,9 @@ def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list
     runs = [run for of_recipe in found.values() for run in of_recipe]
     if len(recipes) > 1 and not any(Path(run.checkpoint_dir).exists() for run in runs):
         given = " ".join(["--recipe", *recipes, *(["--seeds", *map(str, seeds)] if seeds else [])])
-        problems = [f"these runs are not there: make them with python -m race.chain race (or demo, or --name) {given}"]
+        problems = [
+            f"these runs are not there: make them with python -m race.chain race (or demo) [--name NAME] {given}"
+        ]
     if not problems:
         hashes = [run.chosen.sha256 for run in runs]
         if same := [run.checkpoint_dir for run in runs if hashes.count(run.chosen.sha256) > 1]:
@@ -211,14 +213,11 @@ def learning_story(run_dir: str | Path, stages: list[Stage], cache: Cache) -> tu
         try:
             log, epochs = _course(run_dir, stage.name, before, _questions(stage, cache))
             asked, losses = _questions(stage, cache, "validation"), dict(epochs[["epoch", "val_loss_epoch"]].to_numpy())
-            if not math.isclose(
-                losses.get(stage.saved[0].epoch, math.nan), stage.saved[0].val_loss or math.nan, rel_tol=1e-6
-            ):
+            best = stage.saved[0]
+            if not math.isclose(losses.get(best.epoch, math.nan), best.val_loss or math.nan, rel_tol=1e-6):
                 raise RaceError("of another run")
         except (RaceError, KeyError):
-            notes.append(
-                f"no log of {stage.name} in {run_dir}/logs that fits its checkpoints and {cache}: it is missing"
-            )
+            notes.append(f"{stage.name} is missing: no log in {run_dir}/logs fits its checkpoints and {cache}")
             continue
         low, high = wilson(epochs["val_acc"] * asked, asked)
         own = epochs[["epoch", "questions", "val_acc"]].assign(val_loss=epochs["val_loss_epoch"], val_low=low)

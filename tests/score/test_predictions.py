@@ -1,10 +1,7 @@
 """Predictions, what is kept of them, and the results that follow; typed questions, and questions without answers."""
 
-import contextlib
 import json
 import multiprocessing
-import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import RECORD, ROOT, padded
+from helpers import RECORD, padded
 from predictions import PROBABILITIES, made
 
 from race import RaceError
@@ -35,7 +32,6 @@ from race.score.predictions import (
 )
 from race.score.statistics import SEEN_COLUMNS
 from race.train.checkpoints import Checkpoint
-from race.train.stages import stages_of
 from race_module import RaceModule
 
 
@@ -233,21 +229,6 @@ def test_a_limit_beyond_the_split_is_no_limit(cache, data):
     assert prediction_settings(limited, "test") == prediction_settings(data, "test")
 
 
-@pytest.fixture
-def before(tmp_path) -> Path:
-    """What version 1.5 left: cache, checkpoints of a stage, and its scored run."""
-    return shutil.copytree(ROOT / "tests" / "before_1_5" / "albert", tmp_path / "before")
-
-
-def test_predictions_of_version_1_5_are_taken(before, calls):
-    """And the rows of results.csv that follow from them are the same."""
-    results, data = before / "runs" / "results.csv", RaceDataModule(before / "cache", 8, max_len=160)
-    old = pd.read_csv(results, dtype=str)
-    score(stages_of(before / "checkpoints")[-1].best(), data, "test", before / "runs", accelerator="cpu")
-    old = old.drop(columns="icc")  # which is not computed any more
-    assert not calls and pd.read_csv(results, dtype=str)[list(old)].equals(old)
-
-
 def test_checkpoints_are_told_apart_by_their_content(cache, checkpoint, calls, tmp_path):
     """Two of one name have predictions of their own; one that is named twice is refused."""
     two = [changed(checkpoint, tmp_path / "lower" / "mine.ckpt"), checkpoint]
@@ -293,22 +274,6 @@ def test_a_level_that_a_split_lacks(checkpoint, tmp_path, capsys):
         data.dataset("validation")
 
 
-def test_a_cache_is_opened_and_a_folder_of_checkpoints_listed_once(before, tmp_path):
-    """On the way of a checkpoint into the evaluation, as the first notebook goes it."""
-    seen, watching = [], [True]
-    sys.addaudithook(
-        lambda event, args: watching and event in ("open", "os.listdir", "os.scandir") and seen.append(str(args[0]))
-    )
-    with contextlib.ExitStack() as stack:
-        stack.callback(watching.clear)
-        data = RaceDataModule(before / "cache", 8, max_len=160)
-        checkpoint = stages_of(before / "checkpoints")[-1].best()
-        score(checkpoint, data, "test", tmp_path / "run", accelerator="cpu")
-        validation_predictions(checkpoint, data, "test", tmp_path / "run", accelerator="cpu")
-        answer_question(checkpoint, data, "Tom has a dog.", "What has Tom?", list("abcd"), "cpu")
-    assert seen.count(str(before / "cache" / "manifest.json")) == 1 and seen.count(str(before / "checkpoints")) == 1
-
-
 def test_a_typed_question_gets_the_probabilities_of_the_cached_one(data, checkpoint, predicted):
     text = data.dataset("test").text(2)
     typed = answer_question(checkpoint, data, text["article"], text["question"], text["options"], "cpu")
@@ -351,9 +316,3 @@ def test_every_row_comes_back_in_its_order_with_its_place(checkpoint, data, tmp_
     for folder in "ab":
         save_answers(checkpoint, str(tmp_path / folder / "test.csv"), data, tmp_path / "one", accelerator="cpu")
     assert len([*(tmp_path / "one").glob("test-*.csv")]) == 2
-
-
-def test_bad_questions_are_named_and_nothing_is_written(checkpoint, data, tmp_path):
-    (tmp_path / "asked.csv").write_text("article,question,A,B,C,D\nTom has a dog.,What has Tom?,a,b,c,\n")
-    with pytest.raises(RaceError, match="row 2: option D"):
-        save_answers(checkpoint, str(tmp_path / "asked.csv"), data, tmp_path / "out", accelerator="cpu")

@@ -19,14 +19,7 @@ from race.data import RaceDataModule
 from race.data.cache import Cache
 from race.files import file_hash
 from race.report.sentences import budget, over_seeds
-from race.score.runs import (
-    Run,
-    _settings,
-    find_runs,
-    stages_over_seeds,
-    training_curves,
-    training_totals,
-)
+from race.score.runs import Run, _settings, find_runs, stages_over_seeds, training_curves, training_totals
 from race.score.statistics import is_correct
 from race.train.stages import Stage
 from race.train.training import start_stage, train_stage

@@ -60,8 +60,9 @@ def test_an_old_checkpoint_is_scored_as_before(before):
     data = RaceDataModule(folder / "cache", batch_size=8, max_len=160)
     old = [pd.read_csv(path) for path in (folder / "runs").glob("results.csv")]  # version 0 has none
     for run_dir in (folder / "runs", folder / "new"):
-        predictions = score(checkpoint, data, "test", run_dir, accelerator="cpu").table
-        np.testing.assert_allclose(predictions[PROBABILITIES], expected["probabilities"], atol=2e-6)
+        found = score(checkpoint, data, "test", run_dir, accelerator="cpu")
+        np.testing.assert_allclose(found.table[PROBABILITIES], expected["probabilities"], atol=2e-6)
+        assert found.saved == (run_dir.name == "runs" and len(old) == 1)
         for results in old:
             new = pd.read_csv(run_dir / "results.csv")
             pd.testing.assert_frame_equal(new[results.columns[:9]], results[results.columns[:9]])

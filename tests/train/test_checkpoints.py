@@ -102,6 +102,15 @@ def test_whatever_stands_before_the_names(prefix, own, answers, model, tmp_path)
     assert torch.equal(answers(Checkpoint(tmp_path / "x.ckpt")), answers(own))
 
 
+def test_a_file_of_an_old_torch_and_one_whose_hyper_parameters_hold_a_config(own, answers, model, tmp_path):
+    """The latter as Lightning saves those of a module whose argument is a dict `config`."""
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    parameters = {"config": model.config.to_dict() | {"model_type": "t5"}, "learning_rate": 1e-5}
+    save_archive({"state_dict": model.state_dict(), "hyper_parameters": parameters, "race": "1"}, tmp_path / "x.ckpt")
+    for name in ("old.pt", "x.ckpt"):
+        assert torch.equal(answers(Checkpoint(tmp_path / name)), answers(own))
+
+
 @pytest.mark.parametrize("wrong", [{"hidden_size": "big"}, {"architectures": 5}, {"dtype": "big"}])
 def test_a_configuration_that_is_none_is_refused(wrong, own, tmp_path):
     content = torch.load(own.path, weights_only=True)
@@ -109,13 +118,6 @@ def test_a_configuration_that_is_none_is_refused(wrong, own, tmp_path):
     save_archive(content, tmp_path / "x.ckpt")
     with pytest.raises(RaceError, match=r"x\.ckpt: "):
         RaceModule.load_from_checkpoint(tmp_path / "x.ckpt")
-
-
-def test_hyper_parameters_of_other_code_may_hold_a_config(own, answers, model, tmp_path):
-    """As Lightning saves those of a module whose argument is a dict `config`."""
-    parameters = {"config": model.config.to_dict() | {"model_type": "t5"}, "learning_rate": 1e-5}
-    save_archive({"state_dict": model.state_dict(), "hyper_parameters": parameters, "race": "1"}, tmp_path / "x.ckpt")
-    assert torch.equal(answers(Checkpoint(tmp_path / "x.ckpt")), answers(own))
 
 
 @pytest.mark.parametrize(
@@ -135,11 +137,6 @@ def test_a_file_of_another_kind_is_told_from_a_damaged_one(name, said, own, tmp_
     with pytest.raises(RaceError, match=said) as error:
         Checkpoint(tmp_path / name)
     assert not re.search("remove|delete|move", str(error.value))
-
-
-def test_a_file_of_an_old_torch_is_read(own, answers, model, tmp_path):
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    assert torch.equal(answers(Checkpoint(tmp_path / "x.pt")), answers(own))
 
 
 @pytest.mark.parametrize("safe", [True, False])

@@ -46,7 +46,7 @@ def test_learning_story_on_one_axis(cache, tmp_path):
     assert story["learning_rate"].tolist() == [2e-5, 2e-5, 2e-6] and story["val_acc"].tolist() == [0.4, 0.5, 0.6]
     low, high = proportion_confint(12, 30, method="wilson")
     assert story.loc[0, ["val_low", "val_high"]].tolist() == pytest.approx([low, high])
-    assert len(notes) == 1 and notes[0].startswith("no log of e3")
+    assert len(notes) == 1 and notes[0].startswith("e3 is missing: no log")
     assert learning_story(tmp_path / "none", stages, Cache(cache))[0].empty
     assert "not stages of one run" in learning_story(tmp_path, [], Cache(cache))[1][0]
 
@@ -107,13 +107,7 @@ def test_a_logger_is_closed_before_a_signal_ends_the_process(cache, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [
-        ("WandbLogger", {}),
-        ("NoLogger", {}),
-        ("CSVLogger", {"colour": 1}),
-        ("nowhere.at.All", {}),
-        ("pathlib.Path", {}),
-    ],
+    [("WandbLogger", {}), ("NoLogger", {}), ("CSVLogger", {"colour": 1}), ("nowhere.at.All", {}), ("pathlib.Path", {})],
 )
 def test_a_logger_that_cannot_be_made_stops_before_the_training(cache, tmp_path, name, arguments):
     """A package that is not installed, a name that nobody knows, an argument that it does not take."""

@@ -73,23 +73,6 @@ def test_a_stage_that_does_not_exist():
         Stage("e4")
 
 
-def test_a_folder_is_listed_once(tmp_path, monkeypatch):
-    """On a checkpoint's way into an evaluation: the stages, their best, their epochs."""
-    for number in (1, 2, 3):
-        for epoch in (0, 1):
-            save(
-                tmp_path, f"e{number}-{epoch}.ckpt", f"e{number}", epoch, 1.0 - epoch / 9, weights_start=f"of e{number}"
-            )
-    listings, glob = [], Path.glob
-    monkeypatch.setattr(Path, "glob", lambda *asked: listings.append(asked) or glob(*asked))
-    stages = stages_of(tmp_path)
-    best = [stage.best() for stage in stages]
-    assert [(it.stage, it.epoch) for it in best] == [("e1", 1), ("e2", 1), ("e3", 1)]
-    assert stages[2].before.best() is best[1]
-    assert [epochs_trained(it) for it in best] == [2, 2, 2] and len(listings) == 1
-    assert epochs_trained(Checkpoint(best[0].path)) == 2 and len(listings) == 2
-
-
 def test_epochs_are_known_where_all_files_of_a_run_are_there(tmp_path):
     for epoch, run in ((0, "a"), (1, "a"), (1, "b")):
         save(tmp_path, f"{epoch}-{run}.ckpt", "e1", epoch, weights_start=run)

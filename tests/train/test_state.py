@@ -10,7 +10,7 @@ import time
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
-from kill import MINUTES, SCHEDULED, in_a_process, killed_chain, remains, run_chain
+from kill import in_a_process, killed_chain, remains, run_chain
 from small_stage import At, e1, interrupt, position, same_weights, stage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,23 +26,14 @@ from race.train.state import KeepState
 from race.train.training import start_stage, train_stage
 
 
-def undisturbed(cache, folder, more: dict | None = None) -> dict:
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory) -> dict:
     """What the small chain leaves when nothing happens to it."""
-    process = in_a_process(run_chain, folder, cache, 0, MINUTES, more)
+    folder = tmp_path_factory.mktemp("whole")
+    process = in_a_process(run_chain, folder, cache)
     process.join(240)
     assert process.exitcode == 0
     return remains(folder)
-
-
-@pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory):
-    return undisturbed(cache, tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture(scope="module")
-def scheduled(cache, tmp_path_factory):
-    """The same with warm-up, cosine, clipping, and the highest accuracy as the rule of selection."""
-    return undisturbed(cache, tmp_path_factory.mktemp("scheduled"), SCHEDULED)
 
 
 def assert_equal(found: dict, expected: dict) -> None:
@@ -53,26 +44,24 @@ def assert_equal(found: dict, expected: dict) -> None:
         assert not different, (name, different)
 
 
-def kill_and_compare(expected, cache, folder, kills: int, seed: int, workers: int = 0, more: dict | None = None) -> int:
+def kill_and_compare(expected, cache, folder, kills: int, seed: int, workers: int) -> int:
     """Kill chains until so many kills have hit; what each leaves is compared. Returns the number of chains."""
     rng, hit, chains = random.Random(seed), 0, 0
     while hit < kills:
         chains += 1
-        hit += killed_chain(folder / str(chains), cache, min(25, kills - hit), rng, workers, more)
+        hit += killed_chain(folder / str(chains), cache, min(25, kills - hit), rng, workers)
         assert_equal(remains(folder / str(chains)), expected)
     return chains
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(0, 4), (2, 3)])
+@pytest.mark.parametrize(("workers", "kills"), [(0, 6), (2, 2)])
 def test_killed_chains_end_the_same(whole, cache, tmp_path, workers, kills):
-    """SIGKILL at random moments, in saving and in validation: same weights, optimizer, log rows, checkpoint files."""
+    """SIGKILL at random moments, in saving and in validation: same weights, optimizer, log rows, checkpoint files.
+
+    The rate of each step follows from its number: a resume needs no scheduler.
+    """
     kill_and_compare(whole, cache, tmp_path, kills, workers, workers)
-
-
-def test_killed_chains_of_a_schedule_end_the_same(scheduled, cache, tmp_path):
-    """The rate of each step follows from its number: a resume needs no scheduler, and gives the same bytes."""
-    kill_and_compare(scheduled, cache, tmp_path, 3, 20, 0, SCHEDULED)
-    log = pd.read_csv(io.StringIO(scheduled["e1"]["log"]))
+    log = pd.read_csv(io.StringIO(whole["e1"]["log"]))
     rates = log["learning_rate"].dropna()
     assert rates.iloc[0] < rates.max() and rates.iloc[-1] < 0.1 * rates.max() and log["gradient_norm"].max() > 0.5
 
@@ -84,10 +73,7 @@ def test_a_hundred_kills(whole, cache, tmp_path, workers):
     print(f"60 kills over {kill_and_compare(whole, cache, tmp_path, 60, 10 + workers, workers)} chains")
 
 
-@pytest.mark.parametrize(
-    ("number", "workers", "group"),
-    [(signal.SIGTERM, 2, True), (signal.SIGUSR1, 0, False)],
-)
+@pytest.mark.parametrize(("number", "workers", "group"), [(signal.SIGTERM, 2, True), (signal.SIGUSR1, 0, False)])
 def test_a_signal_saves_and_ends(whole, cache, tmp_path, number, workers, group):
     """In the midst of training, to the process or to its group with the loader workers: gone within 30 s by that very
     signal, nothing lost, and the next run goes on."""
