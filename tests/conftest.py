@@ -63,7 +63,7 @@ def _run_notebooks(cache: Path, folder: Path) -> None:
     (folder / "asked.csv").write_text(asked)
     for notebook, rate in zip(NOTEBOOKS, (1e-2, 1e-2, 1e-3, None, None), strict=True):
         training = {"LEARNING_RATE": str(rate), "MAX_EPOCHS": 1} if rate else {}  # text, as YAML gives 1e-2
-        more = {"QUESTIONS": str(folder / "asked.csv"), "EXPORT_DIR": str(folder / "export")}
+        more = {"QUESTIONS": str(folder / "asked.csv"), "EXPORT_DIR": str(folder / "export"), "GROUP_BY": ["kind"]}
         more = more if notebook == "eval_test_dataset_race" else {}
         run_notebook(notebook, {"CACHE_DIR": str(cache), "LIMIT_QUESTIONS": 48} | places | training | more)
 

@@ -170,8 +170,9 @@ def test_the_hash_of_the_method_is_of_its_statements(tmp_path):
     assert code_hash(tmp_path) == code_hash()
     path = tmp_path / "race_module.py"
     text = path.read_text()
+    assert all(part in text for part in ('"""What training', "    def loss(", 'reduction="sum"'))
     path.write_text(
-        f"# a comment\n{text}".replace('"""The learning', '"""A').replace("    def loss(", "\n\n    def loss(")
+        f"# a comment\n{text}".replace('"""What training', '"""A').replace("    def loss(", "\n\n    def loss(")
     )
     assert code_hash(tmp_path) == code_hash()
     path.write_text(text.replace('reduction="sum"', 'reduction="sum", label_smoothing=0.1'))
@@ -182,3 +183,15 @@ def test_tasks_that_see_one_gpu_each_are_told_what_to_ask_for(started, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RaceError, match="ask for --gpus-per-node"):
         started(STEP)
+
+
+@pytest.mark.parametrize("compiler", ["", "gcc"])
+def test_without_a_compiler_torch_starts_no_triton(monkeypatch, compiler):
+    """Torch 2.13 of CUDA multiplies with it in ModernBERT, and would fail in the first step."""
+    switched_off = []
+    monkeypatch.setattr("torch._native.triton_utils.deregister_op_overrides", lambda: switched_off.append(True))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("PATH", "")
+    runpy.run_path(str(ROOT / "race" / "device.py"))
+    assert switched_off == ([] if compiler else [True])
