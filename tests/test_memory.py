@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from helpers import ROOT
 from small_stage import At, stage, state
-from transformers import AlbertConfig, BertConfig
+from transformers import AlbertConfig, BertConfig, DebertaV2Config
 
 from race import RaceError
 from race.data import collate
@@ -113,6 +113,7 @@ def test_token_budget_grows_with_memory(albert_config):
     bert = BertConfig()
     assert most_padding(bert, torch.device("cuda"), torch.bfloat16) == 2  # attention dropout: no kernel takes it
     assert most_padding(base, torch.device("cuda"), torch.float32) == 2
+    assert most_padding(DebertaV2Config(), torch.device("cuda"), torch.bfloat16) == 1  # padded already
     fit_memory(module := RaceModule(config=albert_config), torch.device("cpu"))
     assert module.token_budget == CPU_TOKENS
 

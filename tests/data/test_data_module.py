@@ -155,12 +155,12 @@ def test_missing_split_and_bad_parameters(corpus, tmp_path):
 
 
 def test_setup_is_light_on_real_data(real_cache, tmp_path):
-    """Under 0.5 s and 50 MB of new resident memory on 52,171 questions, in a process of its own."""
+    """Under 0.5 CPU seconds and 50 MB of new resident memory on 52,171 questions, in a process of its own."""
 
     def measured() -> None:
-        rss, start = psutil.Process().memory_info().rss, time.perf_counter()
+        rss, start = psutil.Process().memory_info().rss, time.process_time()
         RaceDataModule(real_cache).setup()
-        found = time.perf_counter() - start, (psutil.Process().memory_info().rss - rss) / 1e6
+        found = time.process_time() - start, (psutil.Process().memory_info().rss - rss) / 1e6
         (tmp_path / "found").write_text(json.dumps(found))
 
     in_a_process(measured).join(60)
