@@ -80,7 +80,7 @@ class RaceModule(pl.LightningModule):
         optimizer.step()
         tokens = torch.full_like(loss, sum(batch.lengths))  # made on the device: nothing waits for it
         loss, self.tokens = self.sum_over_processes(torch.stack([loss, tokens]))
-        self.log("train_loss_step", loss, prog_bar=True, batch_size=1)
+        self.log("train_loss_step", loss, batch_size=1)
         self.log("learning_rate", torch.tensor(rate))  # on the CPU; a float would be copied to the GPU
         free_unused(self.device, batch_idx)
         return loss

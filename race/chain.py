@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     ended = [(parameters, recipe) for parameters, recipe in evaluated if parameters["RUN_DIR"] not in failed]
     for parameters, recipe in ended:
         write_json(ROOT / parameters["RUN_DIR"] / "recipe.json", dataclasses.asdict(recipe))
-    if len(options.recipes) == 1 and options.seeds:
+    if len(options.recipes) == 1 and options.seeds and ended:
         report_seeds(options, [parameters for parameters, _ in ended])
     elif len(options.recipes) == 1:
         for parameters, _ in ended:
@@ -198,8 +198,6 @@ def report(parameters: dict, notebook: str, kind: str, table: str, columns: str)
 
 def report_seeds(options: argparse.Namespace, evaluated: list[dict]) -> None:
     """Print how the stages of one recipe do over its seeds, from the parameters of the last notebook of each run."""
-    if not evaluated:
-        return
     name = options.recipes[0].name
     settings = Settings(evaluated[0] | {"SEED": 0, "RUN_DIR": f"runs/{run_name(options.run, name)}-over-seeds"})
     how, data = settings.scoring(), RaceDataModule(**settings.data())  # one sample of questions for all seeds

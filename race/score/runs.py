@@ -221,7 +221,7 @@ def learning_story(run_dir: str | Path, stages: list[Stage], cache: Cache) -> tu
             continue
         low, high = wilson(epochs["val_acc"] * asked, asked)
         own = epochs[["epoch", "questions", "val_acc"]].assign(val_loss=epochs["val_loss_epoch"], val_low=low)
-        own = own.assign(val_high=high, stage=stage.name, monitor=stage.rule)
+        own = own.assign(val_high=high, stage=stage.name, monitor=best.monitor)
         parts.append(own.assign(learning_rate=log["learning_rate"].max()))
         before = epochs["questions"].max()
     return _joined(parts), notes

@@ -33,6 +33,16 @@ class NewestOfEpoch(pl.Callback):
     on_train_end = on_train_epoch_start
 
 
+class ProgressBar(callbacks.TQDMProgressBar):
+    """Lightning's, with the loss when it is drawn: `prog_bar=True` would read it from the GPU after each step."""
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict:
+        """What stands behind the bar."""
+        loss, shown = trainer.callback_metrics.get("train_loss_step"), super().get_metrics(trainer, module)
+        shown.pop("v_num", None)
+        return shown | ({} if loss is None else {"loss": f"{loss:.3f}"})
+
+
 class EarlyStopping(callbacks.EarlyStopping):
     """Lightning's, under the same name in a state; its patience is what is asked for now, also after a resume."""
 

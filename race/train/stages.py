@@ -63,11 +63,6 @@ class Stage:
         own = [checkpoint for checkpoint in found if checkpoint.stage == self.name]
         return sorted(own, key=lambda checkpoint: _cost(checkpoint, self.monitor or checkpoint.monitor))
 
-    @property
-    def rule(self) -> str:
-        """Which of MONITORS picks its best checkpoint."""
-        return self.monitor or (self.saved[0].monitor if self.saved else MONITORS[0])
-
     def best(self) -> Checkpoint:
         """The checkpoint with the lowest validation loss, or highest accuracy (`rule`); raises RaceError if none is."""
         if not self.saved:

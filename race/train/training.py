@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.plugins import precision as plugins
 from pytorch_lightning.strategies import DDPStrategy
@@ -25,7 +25,7 @@ from race.device import AUTOCAST, CODE, check_ready, default_device, default_pre
 from race.encoder import attention_kernel, compile_layers, longest_input
 from race.files import locked, remove_unfinished
 from race.parameters import ROOT, check
-from race.train.callbacks import EarlyStopping, LossWatch, NewestOfEpoch, StageReport
+from race.train.callbacks import EarlyStopping, LossWatch, NewestOfEpoch, ProgressBar, StageReport
 from race.train.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoints, weights_hash
 from race.train.stages import Stage
 from race.train.state import KeepState, check_identity, ended_by_signals, other_code, read_state, say, stage_identity
@@ -256,7 +256,7 @@ def _trainer(
         strategy="auto" if devices * nodes == 1 else DDPStrategy(broadcast_buffers=False),
         plugins=[AtomicCheckpointIO(), *half, *environment],
         logger=[csv, board, *further],
-        callbacks=[*callbacks, saving, TQDMProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
+        callbacks=[*callbacks, saving, ProgressBar(refresh_rate=10)],  # a refresh reads numbers from the GPU
         num_sanity_val_steps=0,  # a cache is checked when it is made, and a batch that does not fit is divided
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,  # the epoch in which a stage resumes has fewer batches than the others

@@ -85,6 +85,17 @@ def test_the_speed_is_that_between_logged_rows(cache, tmp_path, monkeypatch):
     assert log["tokens_per_second"] == 400 / 8 and (report._steps, report._seconds) == (7, 15.0)
 
 
+def test_no_step_waits_for_its_loss(cache, tmp_path):
+    """A metric with `prog_bar=True` is read from the GPU after each step: the bar reads the loss when it is drawn."""
+    seen = []
+
+    def look(trainer, module):
+        seen.extend([dict(trainer.progress_bar_metrics), trainer.progress_bar_callback.get_metrics(trainer, module)])
+
+    stage(tmp_path, cache, At(5, look), epochs=1)
+    assert seen[0] == {} and float(seen[1].pop("loss")) > 0 and seen[1] == {}
+
+
 def test_the_first_line_says_what_is_in_force(cache, tmp_path, capsys):
     stage(tmp_path, cache, epochs=1, data={"limit_questions": 16}, token_budget=2000, precision="bf16-mixed")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training on ")]

@@ -57,7 +57,7 @@ def test_the_rule_of_selection(tmp_path):
     for epoch, (loss, accuracy) in enumerate(LOSSES):
         save(tmp_path, f"e2-epoch={epoch}.ckpt", "e2", epoch, loss, accuracy, recipe={"monitor": "val_acc"})
     trained, by_loss = Stage("e2", tmp_path), Stage("e2", tmp_path, monitor="val_loss_epoch")
-    assert (trained.rule, trained.best().epoch) == ("val_acc", 2)
+    assert (trained.best().monitor, trained.best().epoch) == ("val_acc", 2)
     assert by_loss.best().epoch == 1
     assert Stage("e3", tmp_path, monitor="val_loss_epoch").before.best().epoch == 2
 
