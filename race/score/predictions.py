@@ -210,7 +210,7 @@ def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", *
             parts.append(_probabilities(module, batch, precision))
             bar.update(len(batch))
     probabilities = np.empty((len(dataset), data.cache.options))
-    probabilities[dataset.length_order()] = np.concatenate(parts)
+    probabilities[dataset.length_order()] = torch.cat(parts).cpu().numpy()  # here the host waits for the device
     if bad := int((~np.isfinite(probabilities)).any(1).sum()):
         raise RaceError(
             f"{checkpoint}: the output is not finite on {bad:,} of {len(dataset):,} questions; it has diverged, "
@@ -235,12 +235,12 @@ def _loaded(checkpoint: Checkpoint, data: RaceDataModule, accelerator: str | Non
 
 
 @torch.inference_mode()
-def _probabilities(module, batch, precision: str) -> np.ndarray:
-    """[B, k] probabilities of the options of a batch, computed on the module's device, in micro-batches that fit."""
+def _probabilities(module, batch, precision: str) -> torch.Tensor:
+    """[B, k] probabilities of the options of a batch, on the module's device, computed in micro-batches that fit."""
     half = AUTOCAST[precision]
     with torch.autocast(module.device.type, half, enabled=half is not None):
         parts = in_parts(module, batch.to(module.device), lambda part, is_last: module(part).double().softmax(1))
-    return torch.cat(parts).cpu().numpy()
+    return torch.cat(parts)
 
 
 def answer_question(
@@ -248,7 +248,7 @@ def answer_question(
 ) -> pd.DataFrame:
     """A checkpoint's answer to a typed question: letter, option and probability, a row each; in float32."""
     batch = collate([data.cache.encode_question(article, question, options, data.max_len)])
-    probabilities = _probabilities(_loaded(checkpoint, data, accelerator), batch, "32-true")[0]
+    probabilities = _probabilities(_loaded(checkpoint, data, accelerator), batch, "32-true")[0].cpu().numpy()
     return pd.DataFrame({"letter": LETTERS[: len(options)], "option": options, "probability": probabilities})
 
 
