@@ -127,8 +127,8 @@ class RaceModule(pl.LightningModule):
 
     def exchange_of_gradients(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Around a backward pass: processes exchange gradients in the last one of a step only."""
-        one = self.processes == 1
-        return contextlib.nullcontext() if is_last or one else self.trainer.strategy.block_backward_sync()
+        now = is_last or self.processes == 1
+        return contextlib.nullcontext() if now else self.trainer.strategy.block_backward_sync()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, matrices with weight decay, biases and layer norms without; training_step sets the learning rate."""

@@ -225,8 +225,10 @@ def run_all(notebooks: list[tuple[str, dict]]) -> dict[str, str]:
                     continue
                 work, told = worker.submit(run_notebook, notebook, parameters), set()
                 while not wait([work], timeout=0.2).done:
-                    if received:
-                        _end_kernels(told)
+                    for kernel in set(psutil.Process().children()) - told if received else ():  # each once
+                        told.add(kernel)
+                        with contextlib.suppress(psutil.Error):  # one that has just ended
+                            kernel.terminate()
                 if (error := work.exception()) and not received:
                     failed[folder] = f"{folder}: {error if isinstance(error, RaceError) else repr(error)}"
                     print(f"error: {failed[folder]}", file=sys.stderr)
@@ -237,14 +239,6 @@ def run_all(notebooks: list[tuple[str, dict]]) -> dict[str, str]:
         print("── stopped: run this again to resume", flush=True)
         sys.exit(STOPPED)
     return failed
-
-
-def _end_kernels(told: set[psutil.Process]) -> None:
-    """Send SIGTERM to notebooks' processes, but to none that was told before."""
-    for kernel in set(psutil.Process().children()) - told:
-        told.add(kernel)
-        with contextlib.suppress(psutil.Error):  # one that has just ended
-            kernel.terminate()
 
 
 class OwnKernel(AsyncKernelManager):  # of this environment's Python, whatever kernel specs are registered

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from race import OPTIONS, RaceError
-from race.attention import MOST_PADDING, SHORT, has_varlen
+from race.attention import MOST_PADDING, has_varlen
 from race.data import collate
 from race.models import check_family, load_config, local_copy, weight_files, weights_problem
 
@@ -234,9 +234,7 @@ def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch
     """How sequences run through training, in words."""
     if not is_packed(config):
         return "padded to the longest of a micro-batch"
-    if most_padding(config, device, half) == 1:
-        return "attention of variable length"
-    return f"attention in one masked call up to {SHORT[device.type]} tokens, else in a call for each sequence"
+    return f"attention {'of' if most_padding(config, device, half) == 1 else 'without the kernel of'} variable length"
 
 
 def most_padding(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> int:

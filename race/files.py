@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from race import ROOT, RaceError
+from race import RaceError
 
 DAY = 86400.0  # seconds; on a file system without locks, an unfinished folder of that age belongs to nobody
 UNFINISHED = ".tmp"  # ".NAME.….tmp" is work that has not been finished
@@ -56,12 +56,6 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def from_root(path: Path) -> str:
-    """A path as seen from the repository, if it is in there."""
-    path = path.resolve()
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def flush(path: str | Path) -> None:

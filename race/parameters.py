@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,9 +131,8 @@ OBEYED = ("MAX_EPOCHS", "EARLY_STOPPING", "TOKEN_BUDGET", "PRECISION", "ACCELERA
 CHANGED = dict.fromkeys(("CACHE_DIR", "CHECKPOINT_DIR", "RUN_DIR"), "may move with its files")  # of a begun stage
 CHANGED |= dict.fromkeys(("BASE_MODEL", "BASE_CHECKPOINT"), "another one: refused")
 CHANGED |= dict.fromkeys((*OF_DATA[1:], *OF_MODULE, "MONITOR", "weight_decay", "adam_epsilon"), "refused")
-CHANGED |= dict.fromkeys(OBEYED, "obeyed, recorded") | dict.fromkeys(
-    ("LOGGERS", "SAVE_MINUTES", "ACCEPT_CODE"), "obeyed"
-)
+CHANGED |= dict.fromkeys(("LOGGERS", "SAVE_MINUTES", "ACCEPT_CODE"), "obeyed")
+CHANGED |= dict.fromkeys(OBEYED, "obeyed, recorded")
 
 
 def table() -> str:
@@ -202,7 +202,11 @@ class Settings:
         lost = {*re.findall(r"^\w+(?= =)", added.partition("\n\n")[0], re.M)} - {*re.findall(r"\w+", above)}
         if lost and "CACHE_DIR" in above:
             raise RaceError(f"{', '.join(sorted(lost))}: given to this notebook, but none of its cells has that")
-        if unknown := sorted(name for name in variables if name.isupper() and name not in (*OF_NOTEBOOKS, "STAGE")):
+        unknown = sorted(name for name in variables if name.isupper() and name not in (*OF_NOTEBOOKS, "STAGE"))
+        meant = {name: close[0] for name in unknown if (close := get_close_matches(name, OF_NOTEBOOKS, 1, 0.85))}
+        if meant:
+            raise RaceError(", ".join(f"{name} is no parameter: did you mean {it}?" for name, it in meant.items()))
+        if unknown:
             print(f"not parameters, so without effect unless a cell uses them: {', '.join(unknown)}")
         if Path(sys.argv[0]).name == Path(variables.get("__file__") or os.devnull).name:  # it is run as a script
             parser = argparse.ArgumentParser(description="A stage, as its notebook runs it.")

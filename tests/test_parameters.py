@@ -88,8 +88,10 @@ def test_each_goes_where_it_belongs():
 
 def test_capitals_that_are_no_parameter_are_named(capsys):
     """Of an older version, or mistyped: in a notebook, Python says nothing of them."""
-    Settings({"STAGE": "e1", "SEED": 1, "Seed": 2, "FRESH": True, "LEARNING_RAT": 1e-3})
-    assert capsys.readouterr().out.endswith("unless a cell uses them: FRESH, LEARNING_RAT\n")
+    Settings({"STAGE": "e1", "SEED": 1, "Seed": 2, "FRESH": True})
+    assert capsys.readouterr().out.endswith("unless a cell uses them: FRESH\n")
+    with pytest.raises(RaceError, match="LERNING_RATE is no parameter: did you mean LEARNING_RATE?"):
+        Settings({"LERNING_RATE": 1e-3})
 
 
 def test_a_notebook_works_in_the_repository_unless_its_cache_lies_beside_it(tmp_path, monkeypatch):

@@ -134,7 +134,9 @@ def _read_manifest(folder: Path) -> dict:
         content = path.read_bytes()
         manifest = json.loads(content)
     except FileNotFoundError as error:
-        raise RaceError(f"{path}: not found; make the cache with generate_race_cache.py --out {folder}") from error
+        raise RaceError(
+            f"{path}: not found; make the cache (README), or set CACHE_DIR (after make demo: cache/demo)"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise RaceError(f"{path}: cannot be read as JSON ({error}); {AGAIN}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None

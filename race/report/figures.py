@@ -198,7 +198,7 @@ def training_curves(log: pd.DataFrame, stage: str, monitor: str = MONITORS[0], o
     loss.plot(train["step"], train["train_loss_step"].ewm(span=max(2, len(train) // 20)).mean(), color=BLUE)
     accuracy.plot(epochs["step"], epochs["train_acc"], "s--", color=BLUE)
     _chance(loss, accuracy, options)
-    loss.set(title=f"{wrapped(stage, 5, 10)}: not validated yet", ylabel="cross-entropy loss\n(nats)")
+    loss.set(title=f"{wrapped(stage, 5, 10)}: not validated yet", ylabel="loss (nats)")
     percent_axis(accuracy.yaxis, "accuracy")
     accuracy.set_ylim(-0.03, 1.03)
     if len(validated):

@@ -54,7 +54,7 @@ def headline(table: pd.DataFrame) -> str:
     if pd.isna(row["trained_on"]) or row["trained_on"] <= row["questions"] / 2:
         chance = 1 / row["options"]
         where = "inside" if low <= chance <= high else "below" if low > chance else "above"
-        text += f"; chance, {100 * chance:.3g} %, is {where} it"
+        text += f"; chance ({100 * chance:.3g} %) is {where} the interval"
     for _, level in table[1:].iterrows():
         ends = interval(*quoted_interval(level)[:2])
         text += f"; {level['level']}: {percent(level['accuracy'])} ({ends})"
@@ -150,11 +150,13 @@ def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, results: 
     return "; ".join(filter(None, [text, lead, f"the same accuracy here as {listed(ends, SHOWN)}" if ends else ""]))
 
 
-def paired(row: pd.Series) -> str:
-    """One row of compare_pairs: who is correct where, the difference, and whether it is significant."""
+def paired(row: pd.Series, verdict: bool = True) -> str:
+    """One row of compare_pairs: who is correct where, the difference, and, for a verdict, whether it is significant."""
     first, second, found = row["first"], row["second"], finding(row)
     told = f"{points(row['difference'])} points"
-    if found == "not tested":
+    if not verdict:
+        told += f" (95 % interval by passage {interval(row['ci_low'], row['ci_high'], points)})"
+    elif found == "not tested":
         told += "; not tested: one of the two was trained or selected on these articles, or they are too few"
     else:
         holm = f"; Holm {p_value(row['p_holm'])}" if row["pairs"] > 1 else ""

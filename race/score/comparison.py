@@ -58,8 +58,8 @@ def compare_pairs(predictions: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def shown_pairs(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs to draw and to tell: all, or those of the best checkpoint if there are more than ten."""
-    return pairs if len(pairs) <= 10 else leads(predictions, pairs)[1]
+    """The pairs to draw and to tell: all; of two checkpoints, or more than ten pairs, the best against the others."""
+    return pairs if 1 < len(pairs) <= 10 else leads(predictions, pairs)[1]
 
 
 def leads(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> tuple[str, pd.DataFrame]:

@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from race import COLUMNS, LETTERS, LEVELS, RaceError
+from race import COLUMNS, LETTERS, LEVELS, ROOT, RaceError
 from race.data import RaceDataModule, Reading, build_cache, collate, seen_before
 from race.device import AUTOCAST, CODE, default_device, default_precision, device_name, versions
-from race.files import atomic_write, file_hash, from_root, locked, write_json
+from race.files import atomic_write, file_hash, locked, write_json
 from race.memory import fit_memory, in_parts
 from race.score import statistics
 from race.score.statistics import PROBABILITIES, SEEN_COLUMNS
@@ -101,7 +101,7 @@ def kept_predictions(checkpoint: Checkpoint, data: RaceDataModule, split: str, r
     made = {
         "settings": settings,
         "checkpoint": checkpoint.name,
-        "folder": from_root(checkpoint.path.parent),
+        "folder": str(checkpoint.path.resolve().parent).removeprefix(f"{ROOT}/"),
         "stage": checkpoint.stage or checkpoint.label,
         "source": data.cache.manifest["source"],
         "seconds": round(time.perf_counter() - started, 2),
@@ -205,7 +205,8 @@ def predict(checkpoint: Checkpoint, data: RaceDataModule, split: str = "test", *
     precision = prediction_settings(data, split, **how)["precision"]
     checkpoint.check_encoding(data.cache)
     dataset, module, parts = data.dataset(split), _loaded(checkpoint, data, how.get("accelerator")), []
-    with tqdm(desc=f"{checkpoint.label[:40]}, {split}", total=len(dataset), unit=" questions", leave=False) as bar:
+    label = f"{checkpoint.path.parent.name}/{checkpoint.stage or checkpoint.label}"
+    with tqdm(desc=f"{label[:40]}, {split}", total=len(dataset), unit=" questions", leave=False) as bar:
         for batch in data.ordered_loader(split):
             parts.append(_probabilities(module, batch, precision))
             bar.update(len(batch))

@@ -113,9 +113,8 @@ def find_runs(checkpoint_dir: str, run_dir: str, recipes: list[str], seeds: list
     runs = [run for of_recipe in found.values() for run in of_recipe]
     if len(recipes) > 1 and not any(Path(run.checkpoint_dir).exists() for run in runs):
         given = " ".join(["--recipe", *recipes, *(["--seeds", *map(str, seeds)] if seeds else [])])
-        problems = [
-            f"these runs are not there: make them with python -m race.chain race (or demo) [--name NAME] {given}"
-        ]
+        made = f"python -m race.chain race (or demo) [--name NAME] {given}"
+        problems = [f"no runs such as {runs[0].checkpoint_dir}: make them with {made}"]
     if not problems:
         hashes = [run.chosen.sha256 for run in runs]
         if same := [run.checkpoint_dir for run in runs if hashes.count(run.chosen.sha256) > 1]:

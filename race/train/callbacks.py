@@ -86,7 +86,7 @@ class LossWatch(pl.Callback):
             self.warned = True
             advice = "try another LEARNING_RATE, dropout 0 for ALBERT v2, or a batch of 16 questions or more"
             if module.lineage.get("base") == "demo":
-                advice = "the demo's random weights take about an epoch to leave it"
+                advice = "normal here: the demo's random weights take about an epoch to leave it"
             told = f"the loss has stayed at {mean:.3f} for {STUCK:,} questions; chance is ln {options} = {chance:.3f}"
             trainer.progress_bar_callback.print(f"{told}: {advice}")
 

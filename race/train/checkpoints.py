@@ -32,7 +32,8 @@ class Checkpoint:
 
     def __init__(self, source: str | Path):
         self.path, self.name = Path(source), Path(source).name
-        if not self.path.exists() and HUB_ID.fullmatch(str(source)) and self.path.suffix not in SUFFIXES:
+        above = self.path.parent if len(self.path.parts) > 1 else self.path  # its folder: no owner on the hub
+        if not above.exists() and HUB_ID.fullmatch(str(source)) and self.path.suffix not in SUFFIXES:
             self.path, self.name = local_copy(str(source)), str(source)
         if not (self.path / "config.json" if self.path.is_dir() else self.path).exists():
             expected = "a file, such as one of a stage's folder, or a folder with config.json"

@@ -136,5 +136,5 @@ def read_log(run_dir: str | Path, stage: str) -> pd.DataFrame:
     logs = Path(run_dir) / "logs" / stage
     versions = sorted(logs.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     if not versions:
-        raise RaceError(f"{logs} has no metrics.csv: run the training cell of the stage first")
+        raise RaceError(f"{logs} has no metrics.csv: train {stage} first, or set the RUN_DIR that it was trained with")
     return pd.read_csv(versions[-1])

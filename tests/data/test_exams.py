@@ -93,7 +93,7 @@ def test_a_stage_and_its_numbers(exam, tmp_path):
     found = score(checkpoint, data, "validation", tmp_path / "run", accelerator="cpu")
     assert letters_of(found.table) == [*"ABCDEFGH"[:options]] and found.results["options"].eq(options).all()
     chance = {3: "33.3 %", 4: "25 %", 5: "20 %"}[options]
-    assert f"chance, {chance}, is " in sentences.headline(found.results)
+    assert f"chance ({chance}) is " in sentences.headline(found.results)
     typed = answer_question(checkpoint, data, "In the park.", "Where?", FIVE[:options])
     if not cache.template.between:  # an article would be glued to the question
         assert typed.equals(answer_question(checkpoint, data, "", "Where?", FIVE[:options]))
@@ -156,6 +156,8 @@ def test_columns_that_go_along_group_the_accuracy(tmp_path, capsys):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "train.json").write_text(json.dumps(record))
     command[0], command[2] = f"--source={tmp_path / 'more'}", f"--out={tmp_path / 'second'}"
+    assert generate_race_cache([*command, "author"]) == 1
+    assert "train.json: --keep author: it has only article, questions, options" in capsys.readouterr().err
     assert generate_race_cache([*command, "skill"]) == 0
     assert RaceDataset(tmp_path / "second", "train").facts()[["genre", "skill"]].values.tolist() == [
         ["7", "infer"],

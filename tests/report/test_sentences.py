@@ -33,9 +33,13 @@ def test_headline():
     table = accuracy_table(made("ABCD" * 25, "AAAA" * 25), "e1", "x.ckpt", "test")
     text = sentences.headline(table.assign(macro_accuracy=0.26, macro_low=0.2, macro_high=0.3))
     assert "25 of 100 test questions" in text and "accuracy 25.0 % (95 % interval 17.5 % to 34.3 %)" in text
-    assert "chance, 25 %, is inside it" in text and "26.0 % (20.0 % to 30.0 %)" in text
+    assert "chance (25 %) is inside the interval" in text and "26.0 % (20.0 % to 30.0 %)" in text
     text = sentences.headline(accuracy_table(known(on_passages(0, 0.1), False, False), "e1", "x.ckpt", "test"))
-    assert ", by passage); chance, 25 %, is below it; middle: 7" in text and "; high: 7" in text and "Macro" not in text
+    assert (
+        ", by passage); chance (25 %) is below the interval; middle: 7" in text
+        and "; high: 7" in text
+        and "Macro" not in text
+    )
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,9 @@ def test_another_encoding_is_refused(own, cache, changed):
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nothing.ckpt", "checkpoints/nothing/e1.ckpt"])
-def test_what_is_not_there_is_named(name):
+def test_what_is_not_there_is_named(name, tmp_path, monkeypatch):
     with pytest.raises(RaceError, match=name):
         Checkpoint(name)
+    monkeypatch.chdir(tmp_path.parent)  # its folder is there: the hub is not asked
+    with pytest.raises(RaceError, match=f"{tmp_path.name}/nothing: no such checkpoint .a file, such as one"):
+        Checkpoint(f"{tmp_path.name}/nothing")
