@@ -255,7 +255,7 @@ def _record(value: Any, level: str, how: Reading) -> dict:
     if not isinstance(value, dict):
         raise value if isinstance(value, RaceError) else RaceError(f"expected an object, found {type(value).__name__}")
     own = {name: paths for name, paths in how.columns if name not in COLUMNS}
-    if lost := [name for name in own if name.partition(".")[0] not in value]:
+    if lost := [name for name in own if name not in value]:
         raise RaceError(f"--keep {', '.join(lost)}: it has only {', '.join(map(str, value))[:200]}")
     further = {name: _cell(paths, value) for name, paths in own.items()}
     value = {key: it for key, it in value.items() if "questions" not in value or (key,) not in own.values()}

@@ -128,8 +128,8 @@ def calibration(table: pd.DataFrame, temperature: float | None = None, change: t
     mean, low, high = change
     found = "the temperature helps" if high < 0 else "the temperature makes it worse" if low > 0 else "not significant"
     ends = "not tested" if pd.isna(low) else f"95 % interval {signed(low, 3)} to {signed(high, 3)}: {found}"
-    text += f" At temperature {temperature:.2f}, fitted on validation, log loss changes by {signed(mean, 3)} ({ends})"
-    return f"{text}, and the calibration error is {100 * table.iloc[1]['calibration_error']:.1f} points."
+    text += f" At temperature {temperature:.2f}, fitted on validation, cross-entropy changes by {signed(mean, 3)}"
+    return f"{text} ({ends}), and the calibration error is {100 * table.iloc[1]['calibration_error']:.1f} points."
 
 
 def verdict(predictions: dict[str, pd.DataFrame], pairs: pd.DataFrame, results: list[pd.DataFrame]) -> str:
