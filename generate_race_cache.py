@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if wrong := [name for name, sign, _ in pairs if name not in COLUMNS or not sign or given.count(name) > 1]:
         parser.error(f"--columns {', '.join(wrong)}: expected once article=, question=, options=, answer=, id=, level=")
     if wrong := [name for name in options.keep if not re.fullmatch(KEPT, name)]:
-        parser.error(f"--keep {', '.join(wrong)}: names of letters, digits, _ that predictions do not have anyway")
+        parser.error(f"--keep {', '.join(wrong)}: expected names (letters, digits, _) that predictions lack")
     options.columns = tuple((name, tuple(filter(None, given.split(",")))) for name, _, given in pairs)
     options.columns += tuple((name, (name,)) for name in dict.fromkeys(options.keep))
     missing = [f"--{name}" for name in ("source", "model", "out") if not getattr(options, name)]

@@ -234,11 +234,11 @@ def attention_kernel(config: PretrainedConfig, device: torch.device, half: torch
     """How sequences run through training, in words."""
     if not is_packed(config):
         return "padded to the longest of a micro-batch"
-    return f"attention {'of' if most_padding(config, device, half) == 1 else 'without the kernel of'} variable length"
+    return f"{'variable-length' if most_padding(config, device, half) == 1 else 'masked'} attention"
 
 
 def most_padding(config: PretrainedConfig, device: torch.device, half: torch.dtype | None) -> int:
-    """How many times larger padding makes packed attention in training: once, so not, with variable lengths."""
+    """The factor by which padding enlarges packed attention in training; 1: there is none."""
     width = config.hidden_size // config.num_attention_heads
     varlen = attention_dropout(config) == 0 and has_varlen(device, half, width)
     return 1 if varlen or not is_packed(config) else MOST_PADDING

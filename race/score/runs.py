@@ -213,7 +213,9 @@ def learning_story(run_dir: str | Path, stages: list[Stage], cache: Cache) -> tu
             log, epochs = _course(run_dir, stage.name, before, _questions(stage, cache))
             asked, losses = _questions(stage, cache, "validation"), dict(epochs[["epoch", "val_loss_epoch"]].to_numpy())
             best = stage.saved[0]
-            if not math.isclose(losses.get(best.epoch, math.nan), best.val_loss or math.nan, rel_tol=1e-6):
+            trained_on = (best.lineage.get("cache") or {}).get("source_sha256", cache.identity["source_sha256"])
+            same = math.isclose(losses.get(best.epoch, math.nan), best.val_loss or math.nan, rel_tol=1e-6)
+            if not same or trained_on != cache.identity["source_sha256"]:
                 raise RaceError("of another run")
         except (RaceError, KeyError):
             notes.append(f"{stage.name} is missing: no log in {run_dir}/logs fits its checkpoints and {cache}")

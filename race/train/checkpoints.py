@@ -32,7 +32,7 @@ class Checkpoint:
 
     def __init__(self, source: str | Path):
         self.path, self.name = Path(source), Path(source).name
-        above = self.path.parent if len(self.path.parts) > 1 else self.path  # its folder: no owner on the hub
+        above = self.path.parent if len(self.path.parts) > 1 else self.path  # if it is here: no hub name
         if not above.exists() and HUB_ID.fullmatch(str(source)) and self.path.suffix not in SUFFIXES:
             self.path, self.name = local_copy(str(source)), str(source)
         if not (self.path / "config.json" if self.path.is_dir() else self.path).exists():

@@ -101,6 +101,8 @@ def test_calibration_and_a_temperature_that_helps_only_where_log_loss_does():
 
 def test_paired():
     row = compare_pairs(dict(zip(("e1", "e2"), two(3000, 312, 288, 1334), strict=True))).iloc[0]
+    plain = sentences.paired(row, verdict=False)
+    assert "(95 % interval by passage " in plain and "significant" not in plain and "p = " not in plain
     text = sentences.paired(row)
     assert text.startswith("e2 against e1: gained 312 questions, lost 288, +0.5 points") and "p = 0.33" in text
     assert text.endswith("not significant.") and "Holm" not in text  # of one pair there is nothing to adjust

@@ -133,6 +133,8 @@ def test_many_pairs_are_shown_for_the_best_only():
     many = few | {"more": weak}
     shown = shown_pairs(many, compare_pairs(many))
     assert len(shown) == 5 and set(shown["second"]) == {"best"}
+    pair = {"best": strong, "other": weak}  # whatever their order
+    assert shown_pairs(pair, compare_pairs(pair))[["first", "second"]].values.tolist() == [["other", "best"]]
 
 
 ACCURACY = norm.ppf(0.7)  # two seeds of a recipe differ on 16 % of the questions, two recipes on 18 %

@@ -99,5 +99,5 @@ def test_no_step_waits_for_its_loss(cache, tmp_path):
 def test_the_first_line_says_what_is_in_force(cache, tmp_path, capsys):
     stage(tmp_path, cache, epochs=1, data={"limit_questions": 16}, token_budget=2000, precision="bf16-mixed")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training on ")]
-    for part in (f"CPU, {torch.get_num_threads()} threads, bf16-mixed, attention", "TOKEN_BUDGET 2,000"):
+    for part in (f"CPU, {torch.get_num_threads()} threads, bf16-mixed, masked attention", "TOKEN_BUDGET 2,000"):
         assert part in line

@@ -38,7 +38,7 @@ def test_learning_story_on_one_axis(cache, tmp_path):
         steps = pd.DataFrame({"epoch": [0], "learning_rate": [2e-5 if stage == "e1" else 2e-6]})
         pd.concat([steps, log]).to_csv(folder / "metrics.csv", index=False)
     for stage, epoch, loss in (("e1", 1, 1.0), ("e2", 0, 0.9), ("e3", 0, 0.8)):
-        record = {"stage": stage, "epoch": epoch, "metrics": {"val_loss_epoch": loss}}
+        record = {"stage": stage, "epoch": epoch, "metrics": {"val_loss_epoch": loss}, "cache": Cache(cache).identity}
         torch.save({"race": record | {"recipe": {"limit_questions": 30, "seed": 1}}}, tmp_path / f"{stage}.ckpt")
     stages = stages_of(tmp_path)
     story, notes = learning_story(tmp_path, stages, Cache(cache))
@@ -48,6 +48,9 @@ def test_learning_story_on_one_axis(cache, tmp_path):
     assert story.loc[0, ["val_low", "val_high"]].tolist() == pytest.approx([low, high])
     assert len(notes) == 1 and notes[0].startswith("e3 is missing: no log")
     assert learning_story(tmp_path / "none", stages, Cache(cache))[0].empty
+    other = Cache(cache)
+    other.manifest = other.manifest | {"source": {"name": "other", "sha256": "0"}}
+    assert learning_story(tmp_path, stages, other)[0].empty
     assert "not stages of one run" in learning_story(tmp_path, [], Cache(cache))[1][0]
 
 
