@@ -79,7 +79,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("corpus", choices=MADE_FROM, help="RACE with albert-base-v2, or the embedded corpus")
-    add("--name", help="of the folders in cache, checkpoints and runs, for other data (default: race or demo)")
+    add("--name", help="of the folders in cache, checkpoints and runs (default: race or demo)")
     add("--source", type=os.path.expanduser, help="source of the cache (of 'race': ehovy/race)")
     add("--model", type=os.path.expanduser, help="base model (of 'race': albert-base-v2)")
     add("--limit-questions", type=int, metavar="N", help="trial run on N random questions of each split")

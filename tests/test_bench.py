@@ -103,7 +103,7 @@ def test_families_are_held_against_hugging_face(results, monkeypatch):
     monkeypatch.setattr(families, "SHAPE", dict(zip(families.SHAPE, common.SHAPES["tiny"], strict=True)))
     families.main(["--families", "bert", "mpnet", "--questions", "4", "--group", "2"])
     kept = common.kept_result("families")
-    assert all(measured["ratios"]["padded to 512"]["median"] > 0 for measured in kept["families"].values())
+    assert kept["families"].keys() == {"bert", "mpnet"}
     assert "| mpnet | padded | " in tables.families(kept)
 
 
